@@ -1,0 +1,158 @@
+"""The words of the domain: titles, shots, cues, and the constants every layer shares. Standard library and numpy only.
+
+Conventions
+    Intervals are half-open, ``[start, end)``, for frames and for seconds.
+    Times at the edge of a layer are float64 seconds on the title's own time line (zero = where its presentation starts).
+    Frame indices count decoded frames in presentation order, from 0.
+    Shots of a title tile it: no gap, no overlap, in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+SAMPLE_RATE = 16_000  # Hz, mono int16: the audio every encoder takes
+DETECTOR_HEIGHT = 27  # pixels: what TransNet V2 was trained on
+DETECTOR_WIDTH = 48  # pixels
+MAX_SHOTS_PER_WINDOW = 512  # shots the contextualiser attends to at once (MediaFM)
+MODALITIES = ("video", "audio", "text")  # the order of the parts in a fused embedding
+
+BOUNDARY_START = "start"  # the first shot of a title
+BOUNDARY_CUT = "cut"  # the picture changes from one frame to the next
+BOUNDARY_GRADUAL = "gradual"  # a dissolve, fade or wipe; the shot starts in its middle
+BOUNDARY_SPLIT = "split"  # no transition: a shot longer than the maximum was divided
+
+
+class TitleError(Exception):
+    """A reason, written for a person, why one title cannot be done. It ends that title, never the job."""
+
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+
+def recipe(default: Any, help: str) -> Any:
+    """A configuration field that changes the numbers: it is part of the dataset version."""
+    return _option(default, help, changes_numbers=True)
+
+
+def resource(default: Any, help: str) -> Any:
+    """A configuration field that changes only cost or place (devices, threads, limits, paths): not in the version."""
+    return _option(default, help, changes_numbers=False)
+
+
+def _option(default: Any, help: str, changes_numbers: bool) -> Any:
+    metadata = {"help": help, "changes_numbers": changes_numbers}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def recipe_of(config: Any) -> dict[str, Any]:
+    """The fields of a configuration dataclass that change the numbers, by name."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.metadata.get("changes_numbers")
+    }
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 (64 hex digits) of a JSON-able value in its canonical form: sorted keys, no white space."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------- titles
+
+
+@dataclass(frozen=True)
+class TimedTextSource:
+    """One timed-text object of a title."""
+
+    uri: str
+    language: str = ""  # BCP 47 tag as the catalog or the file name gives it; empty when unknown
+    kind: str = ""  # captions, subtitles, descriptions, forced, ...; empty when unknown
+
+
+@dataclass(frozen=True)
+class Title:
+    """One video asset with its timed text and metadata: the unit of work, retry, failure and commit."""
+
+    title_id: str
+    video: str  # URI
+    timed_text: tuple[TimedTextSource, ...] = ()
+    synopsis: str = ""
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cue:
+    """One piece of timed text, shown during ``[start_s, end_s)``."""
+
+    start_s: float
+    end_s: float
+    text: str  # plain text: no markup, lines joined by a space
+    language: str = ""
+    kind: str = ""
+
+
+# ------------------------------------------------------------------------------------------------------------ shots
+
+
+@dataclass(frozen=True)
+class ShotSpan:
+    """Which frames belong to a shot, as the detector decides it: ``[start_frame, end_frame)``.
+
+    ``boundary_*`` and ``transition_*`` describe the boundary at the shot's *start*. The transition's extent is given by
+    the last pure frame of the outgoing shot and the first pure frame of the incoming one: neighbours for a cut.
+    """
+
+    start_frame: int
+    end_frame: int
+    boundary_kind: str = BOUNDARY_START
+    boundary_probability: float = 1.0  # of the detector at the boundary; 1 where there was nothing to detect (start, split)
+    transition_start_frame: int = 0
+    transition_end_frame: int = 0
+
+
+class ShotStream(Protocol):
+    """A shot detector at work on one title: frames go in, settled shots come out, in order, tiling the title."""
+
+    def push(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
+        """Take the next (T, 27, 48, 3) uint8 RGB frames; return the shots that no later frame can change."""
+        ...
+
+    def finish(self) -> list[ShotSpan]:
+        """The title has no more frames; return the remaining shots."""
+        ...
+
+
+@dataclass
+class ShotMedia:
+    """What the three modalities of one shot hold, ready for the encoders."""
+
+    span: ShotSpan
+    start_s: float
+    end_s: float
+    frames: Sequence[bytes]  # JPEG, uniformly spread over the shot, in order
+    audio: bytes  # 16 kHz mono int16 little-endian; empty where the title has no audio
+    text: str = ""  # plain text spoken or shown during the shot; empty where there is none
+    language: str = ""
+    thumbnail: bytes = b""  # a small JPEG of the middle frame, for people
+
+
+@dataclass
+class TitleMedia:
+    """All that is read from one title, in one pass."""
+
+    shots: list[ShotMedia]
+    duration_s: float
+    frame_count: int
+    warnings: list[str] = dataclasses.field(default_factory=list)  # what was odd or damaged, for people
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON-able: container, codecs, size, rates, ...
