@@ -38,9 +38,32 @@ def resolve(address: str) -> Path:
 
 
 def digest(address: str) -> str:
-    """SHA-256 (64 hex digits) over names and bytes of the file, or of every file of the folder in sorted order."""
+    """SHA-256 (64 hex digits) over names and bytes of the file, or of every file of the folder in sorted order.
+
+    Hidden files and folders are left out: download tools keep their notes there, with times in them.
+    """
     path = resolve(address)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path))
+    return _digest_of(files, path)
+
+
+def checkpoint_digest(address: str) -> str:
+    """SHA-256 (64 hex digits) of a transformers checkpoint: its config.json and *.safetensors, whatever lies beside them.
+
+    Raises WeightsError where one of them is missing.
+    """
+    path = resolve(address)
+    tensors = sorted(path.glob("*.safetensors"))
+    if not tensors or not (path / "config.json").is_file():
+        raise WeightsError(f"no checkpoint at {address}: it must be a folder with config.json and model.safetensors")
+    return _digest_of([path / "config.json", *tensors], path)
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _digest_of(files: list[Path], path: Path) -> str:
     total = hashlib.sha256()
     for file in files:
         name = file.name if file == path else file.relative_to(path).as_posix()

@@ -1,0 +1,165 @@
+"""The three kinds of encoder, what each takes and gives, and how the configured one is found. No torch here.
+
+The driver plans with the dimensions and digests below; only a call of ``build_*`` imports an encoder's module.
+
+Shapes
+    S  shots (or texts)
+    D  dimension of the encoder
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mediafm_ray.models import weights
+from mediafm_ray.models.options import AudioEncoderConfig, TextEncoderConfig, VideoEncoderConfig
+
+EFFICIENTNET_LITE0_DIM = 1280  # channels of the last convolution
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The embeddings of some shots: (S, D) float32, zeros where the modality is absent, and (S,) bool presence flags.
+
+    Raises ValueError where an encoder gave another shape or type, or a value that is not finite.
+    """
+
+    embeddings_SD: np.ndarray
+    present_S: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.embeddings_SD.ndim != 2 or self.embeddings_SD.dtype != np.float32:
+            raise ValueError(f"embeddings must be (S, D) float32, not {self.embeddings_SD.shape} {self.embeddings_SD.dtype}")
+        if self.present_S.shape != self.embeddings_SD.shape[:1] or self.present_S.dtype != np.bool_:
+            raise ValueError(f"presence flags must be ({len(self.embeddings_SD)},) bool, not {self.present_S.shape} {self.present_S.dtype}")
+        finite_S = np.isfinite(self.embeddings_SD).all(axis=1)
+        if not finite_S.all():
+            raise ValueError(
+                f"the encoder gave NaN or infinity for shot {int(np.argmin(finite_S))} ({int((~finite_S).sum())} shots in all)"
+            )
+
+
+class VideoEncoder(Protocol):
+    """Frames of shots to vectors."""
+
+    dim: int
+
+    def encode(self, shots: Sequence[Sequence[bytes]]) -> Encoded:
+        """Take the JPEG frames of each shot (colour or grey, any size). A shot without frames is absent."""
+        ...
+
+
+class AudioEncoder(Protocol):
+    """Samples of shots to vectors."""
+
+    dim: int
+
+    def encode(self, shots: Sequence[bytes]) -> Encoded:
+        """Take the 16 kHz mono int16 little-endian samples of each shot. A shot without a sample is absent; a silent one is not."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Texts to vectors."""
+
+    dim: int
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Take one text a shot (or the metadata of a title). A text of nothing but white space is absent."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    """Where an encoder is implemented, and what is known of it before its module is imported."""
+
+    module: str
+    factory: str
+    dim: Callable[[Any], int]
+    has_weights: bool = True
+
+
+def _log_mel_dim(config: AudioEncoderConfig) -> int:
+    from mediafm_ray.models import log_mel
+
+    return log_mel.DIM
+
+
+def _hidden_size(config: TextEncoderConfig) -> int:
+    path = weights.resolve(config.weights) / "config.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["hidden_size"])
+    except FileNotFoundError:
+        raise weights.WeightsError(f"no config.json in {config.weights}: is it the folder of a transformers checkpoint?") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise weights.WeightsError(f"{path} does not give a hidden_size ({error!r}): is it the config of a transformers model?") from error
+
+
+VIDEO_ENCODERS: Mapping[str, _Implementation] = {
+    "efficientnet_lite0": _Implementation("efficientnet_lite", "EfficientNetLiteEncoder", lambda config: EFFICIENTNET_LITE0_DIM),
+}
+AUDIO_ENCODERS: Mapping[str, _Implementation] = {
+    "log_mel": _Implementation("log_mel", "LogMelEncoder", _log_mel_dim, has_weights=False),
+}
+TEXT_ENCODERS: Mapping[str, _Implementation] = {
+    "sentence_transformer": _Implementation("sentence", "SentenceEncoder", _hidden_size),
+}
+
+
+def build_video_encoder(config: VideoEncoderConfig) -> VideoEncoder:
+    """The configured video encoder, with its weights loaded. Raises ValueError for an unknown name, WeightsError for bad weights."""
+    return _build("video", VIDEO_ENCODERS, config)
+
+
+def build_audio_encoder(config: AudioEncoderConfig) -> AudioEncoder:
+    """The configured audio encoder, with its weights loaded. Raises ValueError for an unknown name, WeightsError for bad weights."""
+    return _build("audio", AUDIO_ENCODERS, config)
+
+
+def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
+    """The configured text encoder, with its weights loaded. Raises ValueError for an unknown name, WeightsError for bad weights."""
+    return _build("text", TEXT_ENCODERS, config)
+
+
+def video_dim(config: VideoEncoderConfig) -> int:
+    """The dimension of the configured video encoder, without importing torch."""
+    return _find("video", VIDEO_ENCODERS, config.encoder).dim(config)
+
+
+def audio_dim(config: AudioEncoderConfig) -> int:
+    """The dimension of the configured audio encoder, without importing torch."""
+    return _find("audio", AUDIO_ENCODERS, config.encoder).dim(config)
+
+
+def text_dim(config: TextEncoderConfig) -> int:
+    """The dimension of the configured text encoder, without importing torch."""
+    return _find("text", TEXT_ENCODERS, config.encoder).dim(config)
+
+
+def weights_digest(config: VideoEncoderConfig | AudioEncoderConfig | TextEncoderConfig) -> str:
+    """SHA-256 of the configured weights (64 hex digits); empty for an encoder that has none. Raises WeightsError where they are missing."""
+    if isinstance(config, VideoEncoderConfig):
+        implementation = _find("video", VIDEO_ENCODERS, config.encoder)
+    elif isinstance(config, AudioEncoderConfig):
+        implementation = _find("audio", AUDIO_ENCODERS, config.encoder)
+    else:
+        implementation = _find("text", TEXT_ENCODERS, config.encoder)
+    return weights.digest(config.weights) if implementation.has_weights else ""
+
+
+def _build(modality: str, implementations: Mapping[str, _Implementation], config: Any) -> Any:
+    implementation = _find(modality, implementations, config.encoder)
+    module = importlib.import_module(f"mediafm_ray.models.{implementation.module}")
+    return getattr(module, implementation.factory)(config)
+
+
+def _find(modality: str, implementations: Mapping[str, _Implementation], name: str) -> _Implementation:
+    if name not in implementations:
+        raise ValueError(f"{modality}.encoder: there is no {modality} encoder {name!r}; there are: {', '.join(sorted(implementations))}")
+    return implementations[name]

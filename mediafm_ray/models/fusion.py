@@ -1,0 +1,73 @@
+"""Fusion: the modalities of a shot side by side, as one vector of unit norm (MediaFM, step 3). Numpy only.
+
+By default the embeddings are concatenated as the encoders give them, to the letter of the recipe. Encoders differ in their
+raw norms, by an order of magnitude and more; then the largest decides similarity. ``modality_norm: l2`` gives every present
+modality unit norm first, so that they count alike.
+
+Shapes
+    S    shots
+    D_m  dimension of modality m
+    D    sum of the D_m, in the order of spec.MODALITIES
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mediafm_ray.models.options import FusionConfig
+from mediafm_ray.spec import MODALITIES
+
+MODALITY_NORMS = ("none", "l2")
+
+
+def spans(dims: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Where each modality lies in a fused vector: ``{"video": (0, 1280), ...}``, half-open, in the order of spec.MODALITIES.
+
+    Raises ValueError for a modality that spec.MODALITIES does not know, or a dimension below 1.
+    """
+    if unknown := sorted(set(dims) - set(MODALITIES)):
+        raise ValueError(f"unknown modalities {unknown}; there are {list(MODALITIES)}")
+    found, start = {}, 0
+    for modality in MODALITIES:
+        if modality in dims:
+            if dims[modality] < 1:
+                raise ValueError(f"the dimension of {modality} must be at least 1, not {dims[modality]}")
+            found[modality] = (start, start + dims[modality])
+            start += dims[modality]
+    return found
+
+
+def fuse(parts: Mapping[str, np.ndarray], config: FusionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenate the (S, D_m) float32 embeddings of the modalities and scale every shot to unit norm.
+
+    Returns the fused (S, D) float32 and its (S,) float32 norm before scaling: ``split`` gives the parts back. A shot with no modality at
+    all (all zeros) stays zero and has norm 0. With ``modality_norm: l2`` the parts that come back have unit norm or are zero.
+    Raises ValueError for an unknown configuration or modality, unequal numbers of shots, or values that are not finite.
+    """
+    if config.modality_norm not in MODALITY_NORMS:
+        raise ValueError(f"fusion.modality_norm must be one of {', '.join(MODALITY_NORMS)}, not {config.modality_norm!r}")
+    counts = {modality: len(part) for modality, part in parts.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"every modality must have one embedding a shot; there are {counts}")
+    columns = []
+    for modality in spans({modality: part.shape[1] for modality, part in parts.items()}):
+        part_SD = parts[modality].astype(np.float64)
+        if not np.isfinite(part_SD).all():
+            raise ValueError(f"the {modality} embedding of shot {int(np.argmin(np.isfinite(part_SD).all(axis=1)))} is not finite")
+        columns.append(_unit(part_SD)[0] if config.modality_norm == "l2" else part_SD)
+    fused_SD, norm_S = _unit(np.concatenate(columns, axis=1))
+    return fused_SD.astype(np.float32), norm_S.astype(np.float32)
+
+
+def split(fused_SD: np.ndarray, fused_norm_S: np.ndarray, spans: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+    """The (S, D_m) float32 embeddings that ``fuse`` was given, from its result; equal to them up to float32 rounding."""
+    raw_SD = fused_SD.astype(np.float64) * fused_norm_S.astype(np.float64)[:, None]
+    return {modality: raw_SD[:, start:end].astype(np.float32) for modality, (start, end) in spans.items()}
+
+
+def _unit(rows_SD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows scaled to unit norm, all-zero rows left alone, and their norms; float64."""
+    norm_S = np.linalg.norm(rows_SD, axis=1)
+    return rows_SD / np.where(norm_S > 0, norm_S, 1)[:, None], norm_S

@@ -1,0 +1,95 @@
+"""Log-mel statistics: an audio encoder without weights. Numpy only.
+
+A shot's samples become the power in 64 mel bands every 10 ms (25 ms Hann windows), in decibels below full scale; the embedding
+is, band by band, the mean, the standard deviation and the mean absolute change from one window to the next: how loud and of
+what colour the shot sounds, how much that varies, and how quickly. Such statistics are the classical baseline for acoustic scenes.
+
+Scale. A level of -80 dB or less counts as -1, -40 dB as 0, 0 dB (a full-scale sine inside the band) as +1, so silence and loud
+noise point in opposite directions rather than in nearly the same one. The whole is divided by 8 = sqrt(64), which makes the mean
+a root-mean-square over bands: the norm of an embedding is of the order of 1, like that of a normalised sentence embedding,
+so that no modality drowns the others when they are concatenated.
+
+Shapes
+    N  samples
+    T  windows
+    B  frequency bins, 257
+    M  mel bands, 64
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mediafm_ray.models.encoder import Encoded
+from mediafm_ray.models.options import AudioEncoderConfig
+from mediafm_ray.spec import SAMPLE_RATE
+
+WINDOW = SAMPLE_RATE * 25 // 1000  # samples
+HOP = SAMPLE_RATE * 10 // 1000  # samples
+FFT_SIZE = 512
+MEL_BANDS = 64
+LOWEST_HZ = 50.0
+HIGHEST_HZ = SAMPLE_RATE / 2
+FLOOR_DB = -80.0  # quieter counts as this: below lies the noise of 16-bit samples and of codecs
+MIDDLE_DB = -40.0  # becomes 0
+STATISTICS = ("mean", "standard deviation", "mean absolute change")
+DIM = len(STATISTICS) * MEL_BANDS
+WINDOWS_PER_CALL = 2048  # bounds the memory that a long shot takes: about 20 s at a time
+
+
+def mel_filters() -> np.ndarray:
+    """Triangular filters, (257, 64) float64, equally spaced on the mel scale ``2595 log10(1 + f / 700)``, each of peak 1."""
+    lowest, highest = (2595 * np.log10(1 + hz / 700) for hz in (LOWEST_HZ, HIGHEST_HZ))
+    corners_hz = 700 * (10 ** (np.linspace(lowest, highest, MEL_BANDS + 2) / 2595) - 1)
+    bins_hz = np.arange(FFT_SIZE // 2 + 1) * (SAMPLE_RATE / FFT_SIZE)
+    left, centre, right = corners_hz[:-2], corners_hz[1:-1], corners_hz[2:]
+    rising_BM = (bins_hz[:, None] - left) / (centre - left)
+    falling_BM = (right - bins_hz[:, None]) / (right - centre)
+    return np.maximum(0, np.minimum(rising_BM, falling_BM))
+
+
+class LogMelEncoder:
+    """The audio encoder of the offline profile: see the module. Every shot is computed alone, in float64."""
+
+    dim = DIM
+
+    def __init__(self, config: AudioEncoderConfig) -> None:
+        """Nothing of the configuration changes it: it has no weights, and numpy computes on one core of the CPU."""
+        self._filters_BM = mel_filters()
+        self._window = np.hanning(WINDOW + 1)[:-1]  # periodic Hann
+
+    def encode(self, shots: Sequence[bytes]) -> Encoded:
+        """See AudioEncoder. Raises ValueError for an odd number of bytes.
+
+        Samples fewer than one window are followed by zeros up to its length; a last part of less than 10 ms is left out. All-zero
+        audio is present, at the floor in every band (-1/8), with no variation.
+        """
+        embeddings_SD = np.zeros((len(shots), self.dim), np.float32)
+        present_S = np.array([len(samples) > 0 for samples in shots], bool)
+        for index, samples in enumerate(shots):
+            if len(samples) % 2:
+                raise ValueError(f"the audio of shot {index} has {len(samples)} bytes: int16 samples take an even number")
+            if samples:
+                embeddings_SD[index] = self._statistics(np.frombuffer(samples, "<i2"))
+        return Encoded(embeddings_SD, present_S)
+
+    def _statistics(self, samples_N: np.ndarray) -> np.ndarray:
+        levels_TM = (np.maximum(self.levels(samples_N), FLOOR_DB) - MIDDLE_DB) / abs(MIDDLE_DB)
+        change_TM = np.abs(np.diff(levels_TM, axis=0))
+        mean_change_M = change_TM.mean(axis=0) if len(change_TM) else np.zeros(MEL_BANDS)
+        return np.concatenate([levels_TM.mean(axis=0), levels_TM.std(axis=0), mean_change_M]) / np.sqrt(MEL_BANDS)
+
+    def levels(self, samples_N: np.ndarray) -> np.ndarray:
+        """(N,) int16 samples to (T, 64) float64 decibels below full scale, not floored but finite."""
+        if len(samples_N) < WINDOW:
+            samples_N = np.pad(samples_N, (0, WINDOW - len(samples_N)))
+        windows_TN = np.lib.stride_tricks.sliding_window_view(samples_N, WINDOW)[::HOP]
+        full_scale = 32768 * self._window.sum() / 2  # magnitude of the bin of a sine that just does not clip
+        parts = []
+        for start in range(0, len(windows_TN), WINDOWS_PER_CALL):
+            spectrum_TB = np.fft.rfft(windows_TN[start : start + WINDOWS_PER_CALL] * self._window, FFT_SIZE)
+            power_TM = (np.abs(spectrum_TB) / full_scale) ** 2 @ self._filters_BM
+            parts.append(10 * np.log10(np.maximum(power_TM, 1e-20)))
+        return np.concatenate(parts)

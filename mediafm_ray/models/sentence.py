@@ -1,0 +1,108 @@
+"""Any sentence-embedding checkpoint as a text encoder, by transformers alone.
+
+Follows what sentence-transformers does with the same folder (Reimers and Gurevych 2019, arXiv:1908.10084): its tokenizer, its longest
+sequence, mean (or [CLS]) pooling, and unit norm where the folder's modules.json says so. Longer text is cut at the checkpoint's
+own ``max_seq_length`` (256 word pieces for all-MiniLM-L6-v2, about 200 words: more than is spoken in a shot of a minute).
+
+Shapes
+    S  texts
+    L  word pieces of a text
+    D  hidden size of the checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from mediafm_ray.models import weights
+from mediafm_ray.models.encoder import Encoded
+from mediafm_ray.models.loading import load_checkpoint, open_device, quiet_transformers
+from mediafm_ray.models.options import TextEncoderConfig
+
+MODULES = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that are understood here
+TEXTS_PER_CALL = {"cpu": 1, "cuda": 256}  # one at a time on a CPU: no padding, so no trace of a neighbour
+
+
+class SentenceEncoder:
+    """The text encoder of the offline profile, and of any other sentence checkpoint. A text of nothing but white space is absent."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        folder = weights.resolve(config.weights)
+        self.device = open_device(config.device, config.threads)
+        self.model = load_checkpoint(AutoModel, folder, dtype=torch.float32).requires_grad_(False).to(self.device)
+        self.tokenizer = _load_tokenizer(folder)
+        self.pooling, self.unit_norm = _read_pooling(folder)
+        self.longest = _read_longest(folder, self.tokenizer, self.model)
+        self.dim = int(self.model.config.hidden_size)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """See TextEncoder."""
+        present_S = np.array([bool(text.strip()) for text in texts], bool)
+        embeddings_SD = np.zeros((len(texts), self.dim), np.float32)
+        # texts of like length share a call, so that little is padding
+        order = sorted(np.flatnonzero(present_S).tolist(), key=lambda index: len(texts[index]))
+        per_call = TEXTS_PER_CALL[self.device.type]
+        for start in range(0, len(order), per_call):
+            indices = order[start : start + per_call]
+            embeddings_SD[indices] = self._embed([texts[index] for index in indices]).cpu().numpy()
+        return Encoded(embeddings_SD, present_S)
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        batch = self.tokenizer(texts, padding=len(texts) > 1, truncation=True, max_length=self.longest, return_tensors="pt").to(self.device)
+        hidden_SLD = self.model(**batch).last_hidden_state
+        if self.pooling == "cls":
+            pooled_SD = hidden_SLD[:, 0]
+        else:
+            mask_SL1 = batch["attention_mask"].unsqueeze(-1).to(hidden_SLD.dtype)
+            pooled_SD = (hidden_SLD * mask_SL1).sum(1) / mask_SL1.sum(1)
+        return F.normalize(pooled_SD, dim=1) if self.unit_norm else pooled_SD
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers, tokenizers and the OS each raise their own
+        raise weights.WeightsError(f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {error})") from error
+
+
+def _read_pooling(folder: Path) -> tuple[str, bool]:
+    """("mean" or "cls", whether unit norm follows). A folder that does not say gets what sentence-transformers gives it: mean, no norm."""
+    modules = _read_json(folder / "modules.json", [])
+    kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
+    if unknown := sorted(set(kinds) - MODULES):
+        raise weights.WeightsError(f"{folder} asks for the sentence-transformers modules {unknown}; supported are {sorted(MODULES)}")
+    pooling = _read_json(folder / kinds["Pooling"] / "config.json", {}) if "Pooling" in kinds else {}
+    modes = [name.removeprefix("pooling_mode_") for name, on in pooling.items() if name.startswith("pooling_mode_") and on is True]
+    if isinstance(pooling.get("pooling_mode"), str):  # how newer versions write it
+        modes = [pooling["pooling_mode"]]
+    names = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
+    if len(modes) > 1 or any(mode not in names for mode in modes):
+        raise weights.WeightsError(f"{folder} asks for pooling {modes}; supported are mean and cls, one of them")
+    return (names[modes[0]] if modes else "mean"), "Normalize" in kinds
+
+
+def _read_longest(folder: Path, tokenizer: Any, model: Any) -> int:
+    """The checkpoint's own longest sequence in word pieces, never above what its positions and tokenizer allow."""
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    limits.append(_read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length"))
+    return min(int(limit) for limit in limits if limit)
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    if not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise weights.WeightsError(f"{path} is not JSON: {error}") from error
