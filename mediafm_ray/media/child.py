@@ -1,0 +1,119 @@
+"""The reading process: decodes titles on behalf of an ``IsolatedReader``. Run as ``python -m mediafm_ray.media.child FD``.
+
+It limits its own address space, writes no core dump, and ends when its parent does. One title at a time:
+
+    parent: read {title, options}           child: pictures (a block), sound (a piece), shot, ... in any order
+    parent: spans, one for each pictures
+                                            child: end {...} or error {reason}
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource as limits
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from mediafm_ray.media import reader
+from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
+from mediafm_ray.media.wire import Channel, WireError
+from mediafm_ray.spec import ShotSpan, TimedTextSource, Title, TitleError
+
+OUTSTANDING_BLOCKS = 2  # blocks the detector may lag behind the decoder: replies are awaited at fixed places, whatever the timing
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class _ToParent:
+    """The exchange of ``reader.read_title`` over the channel."""
+
+    def __init__(self, channel: Channel):
+        self.channel = channel
+        self.outstanding = 0
+
+    def pictures(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
+        spans = self._spans() if self.outstanding == OUTSTANDING_BLOCKS else []
+        self.channel.send("pictures", {"count": len(frames_THWC)}, [np.ascontiguousarray(frames_THWC).tobytes()])
+        self.outstanding += 1
+        return spans
+
+    def no_more_pictures(self) -> list[ShotSpan]:
+        self.channel.send("no more pictures")
+        self.outstanding += 1
+        spans: list[ShotSpan] = []
+        while self.outstanding:
+            spans += self._spans()
+        return spans
+
+    def sound(self, samples_N: np.ndarray) -> None:
+        self.channel.send("sound", {}, [samples_N.astype("<i2").tobytes()])
+
+    def shot(self, span: ShotSpan, start_s: float, end_s: float, frames: Sequence[bytes], thumbnail: bytes) -> None:
+        self.channel.send("shot", {"span": asdict(span), "start_s": start_s, "end_s": end_s}, [thumbnail, *frames])
+
+    def _spans(self) -> list[ShotSpan]:
+        header, _ = self.channel.receive()
+        if header["kind"] != "spans":
+            raise WireError(f"expected spans, got {header['kind']}")
+        self.outstanding -= 1
+        return [ShotSpan(**span) for span in header["spans"]]
+
+
+def serve(channel: Channel) -> None:
+    """Read titles until the parent closes the channel."""
+    while True:
+        try:
+            header, _ = channel.receive()
+        except WireError:
+            return
+        try:
+            channel.send("end", _read(header, channel))
+        except TitleError as error:
+            channel.send("error", {"reason": str(error)})
+        except MemoryError:
+            channel.send("error", {"reason": "reading it needs more memory than media.memory_limit_gb allows"})
+        except WireError:
+            return
+        except Exception as error:
+            traceback.print_exc()
+            channel.send("error", {"reason": f"the reader failed: {error.__class__.__name__}: {error}"})
+
+
+def _read(header: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    title = dict(header["title"])
+    title["timed_text"] = tuple(TimedTextSource(**one) for one in title["timed_text"])
+    title["tags"] = tuple(title["tags"])
+    return reader.read_title(
+        Title(**title),
+        FramesConfig(**header["frames"]),
+        TimedTextConfig(**header["timed_text"]),
+        MediaConfig(**header["media"]),
+        _ToParent(channel),
+    )
+
+
+def confine(parent: int, memory_limit_gb: float) -> None:
+    """Limit this process: address space, core dumps, and its life to that of its parent."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        sys.exit(1)
+    limits.setrlimit(limits.RLIMIT_CORE, (0, 0))
+    size = int(memory_limit_gb * (1 << 30))
+    limits.setrlimit(limits.RLIMIT_AS, (size, size))
+
+
+def main() -> None:
+    descriptor, parent, memory_limit_gb = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    confine(parent, memory_limit_gb)
+    serve(Channel(socket.socket(fileno=descriptor)))
+
+
+if __name__ == "__main__":
+    main()

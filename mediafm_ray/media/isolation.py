@@ -1,0 +1,192 @@
+"""Reading in a process of its own: a crash, a hang or a memory bomb ends one title, never the job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
+from mediafm_ray.media.source import file_name
+from mediafm_ray.media.wire import Channel, WireError
+from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH, SAMPLE_RATE, ShotMedia, ShotSpan, ShotStream, Title, TitleError, TitleMedia
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+BYTES_PER_SAMPLE = 2
+
+
+class IsolatedReader:
+    """Reads titles one after another in a child process of its own, and replaces that process when it fails.
+
+    The child decodes; the detector runs here. The child goes on decoding while the detector works.
+    """
+
+    def __init__(self, frames: FramesConfig, timed_text: TimedTextConfig, media: MediaConfig):
+        self.frames, self.timed_text, self.media = frames, timed_text, media
+        self.process: subprocess.Popen[bytes] | None = None
+        self.channel: Channel | None = None
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the reader)
+
+    def read(self, title: Title, detector: ShotStream) -> TitleMedia:
+        """All that the encoders need of one title.
+
+        Raises TitleError when the title cannot be read, is too damaged, takes too much memory or makes no progress.
+        Errors of ``detector`` pass through; the child is replaced then, too.
+        """
+        self._start()
+        finished = False
+        try:
+            media = self._converse(title, detector)
+            finished = True
+            return media
+        except _Refused as error:  # the child is well, the title is not
+            finished = True
+            raise TitleError(str(error)) from None
+        except TimeoutError:
+            raise TitleError(
+                f"{file_name(title.video)}: reading made no progress for {self.media.no_progress_timeout_s:g} s and was stopped"
+            ) from None
+        except WireError as error:
+            raise TitleError(f"{file_name(title.video)}: {self._cause_of_death(error)}") from None
+        finally:
+            if not finished:
+                self._stop()
+
+    def close(self) -> None:
+        """End the child process."""
+        self._stop()
+        self.log.close()
+
+    def _converse(self, title: Title, detector: ShotStream) -> TitleMedia:
+        assert self.channel is not None
+        self.channel.send(
+            "read",
+            {
+                "title": asdict(title),
+                "frames": asdict(self.frames),
+                "timed_text": asdict(self.timed_text),
+                "media": asdict(self.media),
+            },
+        )
+        assembly = _Assembly()
+        while True:
+            header, parts = self.channel.receive()
+            kind = header["kind"]
+            try:
+                if kind == "pictures":
+                    frames_THWC = np.frombuffer(parts[0], np.uint8).reshape(-1, DETECTOR_HEIGHT, DETECTOR_WIDTH, 3)
+                elif kind == "sound":
+                    assembly.sound(parts[0])
+                elif kind == "shot":
+                    assembly.shot(ShotSpan(**header["span"]), float(header["start_s"]), float(header["end_s"]), parts[1:], parts[0])
+                elif kind == "end":
+                    return assembly.finish(header)
+                elif kind == "error":
+                    raise _Refused(header["reason"])
+                elif kind != "no more pictures":
+                    raise WireError(f"unknown message {kind}")
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise WireError(f"a message of kind {kind} is not well formed") from error
+            if kind == "pictures":
+                self._reply(detector.push(frames_THWC))
+            elif kind == "no more pictures":
+                self._reply(detector.finish())
+
+    def _reply(self, spans: list[ShotSpan]) -> None:
+        assert self.channel is not None
+        self.channel.send("spans", {"spans": [asdict(span) for span in spans]})
+
+    def _start(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            return
+        self._stop()
+        ours, theirs = socket.socketpair()
+        ours.settimeout(self.media.no_progress_timeout_s)
+        self.log.seek(0)
+        self.log.truncate()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mediafm_ray.media.child", str(theirs.fileno()), str(os.getpid()), str(self.media.memory_limit_gb)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self.log,
+                pass_fds=[theirs.fileno()],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")])),
+                    "MALLOC_ARENA_MAX": "2",  # address space is limited: one arena a thread would eat it
+                },
+            )
+        self.channel = Channel(ours)
+
+    def _stop(self) -> None:
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def _cause_of_death(self, error: WireError) -> str:
+        assert self.process is not None
+        try:
+            code = self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return f"the reading process was stopped: {error}"
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").strip().splitlines()
+        last = f" ({lines[-1]})" if lines else ""
+        if code < 0:
+            return f"the reading process was killed by {signal.Signals(-code).name} while decoding it{last}"
+        return f"the reading process ended with exit code {code} while decoding it{last}"
+
+
+class _Refused(Exception):
+    """The child's reason why it cannot read the title."""
+
+
+class _Assembly:
+    """Puts together shots and the sound, which arrive in no fixed order."""
+
+    def __init__(self) -> None:
+        self.shots: list[ShotMedia] = []
+        self.samples = bytearray()  # not yet given to a shot
+        self.first_sample = 0  # of those, on the time line
+        self.complete = 0  # shots that have their sound
+
+    def sound(self, samples: bytes) -> None:
+        self.samples += samples
+        self._share(all_there=False)
+
+    def shot(self, span: ShotSpan, start_s: float, end_s: float, frames: list[bytes], thumbnail: bytes) -> None:
+        self.shots.append(ShotMedia(span, start_s, end_s, frames, b"", thumbnail=thumbnail))
+        self._share(all_there=False)
+
+    def finish(self, header: dict[str, Any]) -> TitleMedia:
+        if header["has_sound"]:
+            self._share(all_there=True)
+        for shot, text, language in zip(self.shots, header["texts"], header["languages"], strict=True):
+            shot.text, shot.language = text, language
+        return TitleMedia(self.shots, header["duration_s"], header["frame_count"], header["warnings"], header["facts"])
+
+    def _share(self, all_there: bool) -> None:
+        """Cut the sound of shots from what has come; where no more comes, silence fills the rest."""
+        while self.complete < len(self.shots):
+            shot = self.shots[self.complete]
+            end = round(shot.end_s * SAMPLE_RATE)
+            length = (end - round(shot.start_s * SAMPLE_RATE)) * BYTES_PER_SAMPLE
+            if not all_there and (end - self.first_sample) * BYTES_PER_SAMPLE > len(self.samples):
+                return
+            shot.audio = bytes(self.samples[:length]).ljust(length, b"\0")
+            del self.samples[:length]
+            self.first_sample = end
+            self.complete += 1

@@ -1,0 +1,49 @@
+"""What can be configured in the media layer: one frozen dataclass a concern, filled from YAML. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mediafm_ray.spec import recipe, resource
+
+
+@dataclass(frozen=True)
+class FramesConfig:
+    """Which frames of a shot are kept, and how."""
+
+    per_shot: int = recipe(8, "frames kept of a shot, at most: the ones shown at the centres of equal parts of its time")
+    size: int = recipe(256, "shorter side of a kept frame in (square) pixels; smaller pictures are not enlarged")
+    jpeg_quality: int = recipe(90, "JPEG quality of kept frames, 1 to 95")
+    thumbnail_width: int = recipe(160, "width in pixels of the JPEG of a shot's middle frame, for people; 0 leaves it out")
+    thumbnail_quality: int = recipe(80, "JPEG quality of that thumbnail, 1 to 95")
+
+
+@dataclass(frozen=True)
+class TimedTextConfig:
+    """Which timed text becomes the text of a shot."""
+
+    languages: list[str] = recipe(  # noqa: RUF009 (recipe makes a default factory of a list)
+        [], "languages in order of preference (BCP 47 prefixes, e.g. [en, de]); the first that a title has is used; empty = any"
+    )
+    kinds: list[str] = recipe(  # noqa: RUF009
+        ["", "captions", "subtitles"], "kinds used, in order of preference: captions, subtitles, descriptions, forced; '' = kind unknown"
+    )
+    embedded: bool = recipe(True, "use subtitle streams inside the video when no sidecar fits")
+    sound_cues: bool = recipe(True, "keep descriptions of sounds such as [door slams] or (music)")
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """Limits and cost of reading a title."""
+
+    max_damage: float = recipe(0.1, "share of a title's picture that may be missing or damaged before the title fails, 0 to 1")
+    max_pixels: int = recipe(67_108_864, "pixels of a frame, at most (8K is 33 million); a larger picture fails the title")
+    max_hours: float = recipe(24.0, "length of a title, at most")
+    memory_limit_gb: float = resource(4.0, "address space of the reading process in GB (RLIMIT_AS); beyond it the title fails")
+    no_progress_timeout_s: float = resource(120.0, "a reading process that is silent for this long is killed and the title fails")
+    threads: int = resource(0, "decoder threads of one reading process; 0 = share the cores of the machine, 2 at most")
+    read_ahead_mb: int = resource(8, "bytes asked for at once from object storage, in MB")
+    storage_options: dict[str, Any] = resource(  # noqa: RUF009
+        {}, "options of the file system of remote videos (fsspec), e.g. endpoint_url"
+    )

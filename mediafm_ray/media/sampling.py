@@ -1,0 +1,81 @@
+"""Which frames of a shot are kept: the ones shown at the centres of equal parts of its time.
+
+A shot's end is known only some frames after it, so every recent frame waits as a candidate; for a very long shot the older
+candidates are thinned to every second, fourth, eighth ... frame, so that memory stays bounded and the choice uniform.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Picture = TypeVar("Picture")
+
+DENSE_FRAMES = 512  # recent frames that are all kept; a detector settles a boundary within fewer
+SPARSE_FRAMES = 128  # older frames of the open shot, at most
+
+
+@dataclass
+class Candidate(Generic[Picture]):
+    """A frame that may be kept: its index, its time in ticks, its picture."""
+
+    index: int
+    ticks: int
+    picture: Picture
+
+
+class CandidateBuffer(Generic[Picture]):
+    """The frames since the last settled boundary: dense at the end, thinned before it."""
+
+    def __init__(self) -> None:
+        self.first_index = 0  # of the open shot
+        self.ticks = array("q")  # of every frame since then; 8 bytes a frame
+        self.sparse: list[Candidate[Picture]] = []
+        self.dense: list[Candidate[Picture]] = []
+        self.stride = 1
+
+    def add(self, index: int, ticks: int, picture: Picture) -> None:
+        """Take the next frame. ``ticks`` grow from frame to frame."""
+        self.ticks.append(ticks)
+        self.dense.append(Candidate(index, ticks, picture))
+        if len(self.dense) <= DENSE_FRAMES:
+            return
+        oldest = self.dense.pop(0)
+        if (oldest.index - self.first_index) % self.stride:
+            return
+        self.sparse.append(oldest)
+        if len(self.sparse) > SPARSE_FRAMES:
+            self.stride *= 2
+            self.sparse = [one for one in self.sparse if (one.index - self.first_index) % self.stride == 0]
+
+    def start_ticks(self, index: int) -> int:
+        """When frame ``index`` is first shown."""
+        return self.ticks[index - self.first_index]
+
+    def choose(self, end_index: int, end_ticks: int, count: int) -> list[Candidate[Picture]]:
+        """At most ``count`` frames of the open shot ``[first_index, end_index)``, in order, none twice.
+
+        The shot is divided into equal parts of time, as many as frames are wanted; the frame on screen at the centre of
+        each is taken. Where candidates were thinned it is the last kept one before that centre.
+        """
+        within = [one for one in (*self.sparse, *self.dense) if self.first_index <= one.index < end_index]
+        if not within:
+            return []
+        start_ticks = self.ticks[0]
+        parts = min(count, end_index - self.first_index)
+        times = [one.ticks for one in within]
+        chosen: dict[int, Candidate[Picture]] = {}
+        for part in range(parts):
+            centre = start_ticks + (2 * part + 1) * (end_ticks - start_ticks) / (2 * parts)
+            one = within[max(bisect_right(times, centre) - 1, 0)]
+            chosen[one.index] = one
+        return list(chosen.values())
+
+    def drop_before(self, index: int) -> None:
+        """The open shot now starts at frame ``index``."""
+        del self.ticks[: index - self.first_index]
+        left = [one for one in (*self.sparse, *self.dense) if one.index >= index]
+        self.first_index, self.stride, self.sparse, self.dense = index, 1, [], []
+        self.sparse, self.dense = left[:-DENSE_FRAMES], left[-DENSE_FRAMES:]

@@ -1,0 +1,79 @@
+"""Messages between the pipeline and its reading process: a JSON header and raw bytes, over a stream socket.
+
+No pickle: whoever takes over a decoder in the child must not be able to run code in the parent, so both sides take
+nothing but JSON of known size and counted bytes.
+
+    4 bytes   length of the header, big-endian
+    header    UTF-8 JSON object with "kind" and "sizes" (bytes of each part)
+    parts     one after another
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LENGTH = struct.Struct(">I")
+MAX_HEADER_BYTES = 64 << 20  # texts of a title's shots travel in a header
+MAX_MESSAGE_BYTES = 256 << 20
+MAX_PARTS = 4096
+
+
+class WireError(Exception):
+    """The other side is gone or does not keep to the protocol."""
+
+
+class Channel:
+    """One end of the conversation."""
+
+    def __init__(self, sock: socket.socket):
+        self.sock = sock
+
+    def send(self, kind: str, fields: Mapping[str, Any] | None = None, parts: Sequence[bytes | memoryview] = ()) -> None:
+        """Send one message. Raises WireError when the other side is gone."""
+        header = json.dumps({**(fields or {}), "kind": kind, "sizes": [len(part) for part in parts]}).encode()
+        try:
+            self.sock.sendall(LENGTH.pack(len(header)) + header)
+            for part in parts:
+                self.sock.sendall(part)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise WireError("the other side has closed the connection") from error
+
+    def receive(self) -> tuple[dict[str, Any], list[bytes]]:
+        """The next message: its header and parts.
+
+        Raises WireError when the other side is gone or breaks the protocol, TimeoutError when the socket has a timeout
+        and nothing at all arrives for that long.
+        """
+        (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
+        if length > MAX_HEADER_BYTES:
+            raise WireError(f"a header of {length} bytes was announced")
+        try:
+            header = json.loads(bytes(self._exactly(length)))
+            sizes = [int(size) for size in header["sizes"]]
+            header["kind"].strip()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise WireError("a header is not a JSON object with kind and sizes") from error
+        if len(sizes) > MAX_PARTS or any(size < 0 for size in sizes) or sum(sizes) > MAX_MESSAGE_BYTES:
+            raise WireError(f"a message of {sum(sizes)} bytes in {len(sizes)} parts was announced")
+        return header, [bytes(self._exactly(size)) for size in sizes]
+
+    def _exactly(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        done = 0
+        while done < size:
+            try:
+                count = self.sock.recv_into(view[done:])
+            except ConnectionResetError as error:
+                raise WireError("the other side has closed the connection") from error
+            if count == 0:
+                raise WireError("the other side has closed the connection")
+            done += count
+        return data
+
+    def close(self) -> None:
+        self.sock.close()
