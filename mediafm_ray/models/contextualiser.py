@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mediafm_ray.models import weights
-from mediafm_ray.models.loading import load_checkpoint, open_device
+from mediafm_ray.models.loading import Workers, load_checkpoint, open_device
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.spec import MAX_SHOTS_PER_WINDOW
 
@@ -185,13 +185,13 @@ class TitleContextualiser:
     def __init__(self, config: ContextualiserConfig) -> None:
         """Raises WeightsError for a checkpoint that is missing, damaged or incomplete."""
         self.checkpoint = config.checkpoint
-        self.device = open_device(config.device, config.threads)
+        self.device = open_device(config.device)
+        self.workers = Workers(config.threads)
         model = load_checkpoint(Contextualiser, weights.resolve(config.checkpoint), dtype=torch.float32)
         self.model: Any = model.requires_grad_(False).to(self.device)
         self.fused_dim = int(model.config.fused_dim)
         self.metadata_dim = int(model.config.metadata_dim)
 
-    @torch.inference_mode()
     def contextualise(self, fused_SD: np.ndarray, metadata_M: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Contextualise one title: (S, D) float32 fused embeddings and its (M,) float32 metadata embedding, or None without one.
 
@@ -201,18 +201,24 @@ class TitleContextualiser:
         Raises ValueError for other dimensions than the checkpoint's, no shots, or input that is not finite.
         """
         self._check(fused_SD, metadata_M)
-        fused = torch.from_numpy(np.ascontiguousarray(fused_SD, np.float32)).to(self.device)
-        metadata = None if metadata_M is None else torch.from_numpy(np.ascontiguousarray(metadata_M, np.float32)).to(self.device)[None]
         shots, window = len(fused_SD), int(self.model.config.max_shots)
+        starts = window_starts(shots, window)
+        outputs = self.workers.map(lambda start: self._read_window(fused_SD[start : start + window], metadata_M), starts)
         owner_S = window_of_shots(shots, window)
         contextual_SD = np.empty((shots, self.fused_dim), np.float32)
         cls_D = np.zeros(self.fused_dim, np.float64)
-        for index, start in enumerate(window_starts(shots, window)):
-            output = self.model(fused[None, start : start + window], metadata)
+        for index, (start, (window_SD, window_cls_D)) in enumerate(zip(starts, outputs, strict=True)):
             owned = np.flatnonzero(owner_S == index)
-            contextual_SD[owned] = output.contextual_BSD[0].cpu().numpy()[owned - start]
-            cls_D += output.cls_BD[0].double().cpu().numpy() * (len(owned) / shots)
+            contextual_SD[owned] = window_SD[owned - start]
+            cls_D += window_cls_D.astype(np.float64) * (len(owned) / shots)
         return contextual_SD, cls_D.astype(np.float32)
+
+    @torch.inference_mode()
+    def _read_window(self, fused_SD: np.ndarray, metadata_M: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        fused_BSD = torch.tensor(fused_SD, dtype=torch.float32, device=self.device)[None]
+        metadata_BM = None if metadata_M is None else torch.tensor(metadata_M, dtype=torch.float32, device=self.device)[None]
+        output = self.model(fused_BSD, metadata_BM)
+        return output.contextual_BSD[0].cpu().numpy(), output.cls_BD[0].cpu().numpy()
 
     def _check(self, fused_SD: np.ndarray, metadata_M: np.ndarray | None) -> None:
         if fused_SD.ndim != 2 or fused_SD.shape[1] != self.fused_dim:

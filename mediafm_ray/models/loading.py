@@ -1,34 +1,75 @@
-"""What every torch module does before it computes: open its device, and load a checkpoint without noise or silent gaps."""
+"""What the torch encoders have in common: a device, CPU threads that do not change the numbers, and loading without silent gaps."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from mediafm_ray.models.weights import WeightsError
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-def open_device(device: str, threads: int) -> torch.device:
-    """The torch device of that name. With threads > 0, CPU kernels of this process use that many; nothing else global is set.
+
+def open_device(device: str) -> torch.device:
+    """The torch device of that name.
 
     Raises ValueError for a device that torch does not know or this machine does not have.
     """
-    if threads < 0:
-        raise ValueError(f"threads must be 0 (leave torch's own choice) or more, not {threads}")
     try:
         opened = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device {device!r} is not a torch device: use cpu, cuda or cuda:0") from error
     if opened.type == "cuda" and (not torch.cuda.is_available() or (opened.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {device!r}: this process sees {torch.cuda.device_count()} CUDA devices; use device: cpu or give it a GPU")
-    if threads > 0:
-        torch.set_num_threads(threads)
     return opened
+
+
+class Workers:
+    """CPU threads that share a list of items, each item computed by one thread alone.
+
+    torch's own threads divide every single operation: some kernels then sum in another order (so the number of threads would change
+    the last bits of the result), and on a busy machine all wait for the slowest at every operation. Here torch computes every item
+    on one thread, and items run side by side: the same bytes for any number of threads.
+    """
+
+    def __init__(self, threads: int) -> None:
+        """``threads`` 0 takes as many as torch would. Raises ValueError where it is negative."""
+        if threads < 0:
+            raise ValueError(f"threads must be 0 (as many as torch would take) or more, not {threads}")
+        self.threads = threads or torch.get_num_threads()
+
+    def map(self, compute: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """``[compute(item) for item in items]``, in order, without gradients; the first exception in that order is raised."""
+        items = list(items)
+        threads = min(self.threads, len(items))
+        with _one_thread_an_operation():
+            if threads <= 1:
+                return [_without_gradients(compute, item) for item in items]
+            # a thread takes torch's number of threads from the process when it starts: the pool must start inside
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return list(pool.map(lambda item: _without_gradients(compute, item), items))
+
+
+def _without_gradients(compute: Callable[[Item], Result], item: Item) -> Result:
+    with torch.inference_mode():  # is a property of the thread
+        return compute(item)
+
+
+@contextlib.contextmanager
+def _one_thread_an_operation() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_state(path: Path) -> dict[str, torch.Tensor]:

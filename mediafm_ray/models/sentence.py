@@ -20,16 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import Encoded
-from mediafm_ray.models.loading import load_checkpoint, open_device, quiet_transformers
+from mediafm_ray.models.loading import Workers, load_checkpoint, open_device, quiet_transformers
 from mediafm_ray.models.options import TextEncoderConfig
 
 MODULES = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that are understood here
-TEXTS_PER_CALL = {"cpu": 1, "cuda": 256}  # one at a time on a CPU: no padding, so no trace of a neighbour
+TEXTS_PER_CALL = {"cpu": 1, "cuda": 256}  # one at a time on a CPU: nothing is padded, and no text leaves a trace in another
 
 
 class SentenceEncoder:
@@ -37,14 +36,14 @@ class SentenceEncoder:
 
     def __init__(self, config: TextEncoderConfig) -> None:
         folder = weights.resolve(config.weights)
-        self.device = open_device(config.device, config.threads)
+        self.device = open_device(config.device)
+        self.workers = Workers(config.threads)
         self.model = load_checkpoint(AutoModel, folder, dtype=torch.float32).requires_grad_(False).to(self.device)
         self.tokenizer = _load_tokenizer(folder)
         self.pooling, self.unit_norm = _read_pooling(folder)
         self.longest = _read_longest(folder, self.tokenizer, self.model)
         self.dim = int(self.model.config.hidden_size)
 
-    @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Encoded:
         """See TextEncoder."""
         present_S = np.array([bool(text.strip()) for text in texts], bool)
@@ -52,20 +51,26 @@ class SentenceEncoder:
         # texts of like length share a call, so that little is padding
         order = sorted(np.flatnonzero(present_S).tolist(), key=lambda index: len(texts[index]))
         per_call = TEXTS_PER_CALL[self.device.type]
-        for start in range(0, len(order), per_call):
-            indices = order[start : start + per_call]
-            embeddings_SD[indices] = self._embed([texts[index] for index in indices]).cpu().numpy()
+        groups = [order[start : start + per_call] for start in range(0, len(order), per_call)]
+        batches = [self._tokenize([texts[index] for index in group]) for group in groups]
+        pooled = self.workers.map(self._embed, batches) if self.device.type == "cpu" else [self._embed(batch) for batch in batches]
+        for group, embedded_SD in zip(groups, pooled, strict=True):
+            embeddings_SD[group] = embedded_SD
         return Encoded(embeddings_SD, present_S)
 
-    def _embed(self, texts: list[str]) -> Tensor:
-        batch = self.tokenizer(texts, padding=len(texts) > 1, truncation=True, max_length=self.longest, return_tensors="pt").to(self.device)
+    def _tokenize(self, texts: list[str]) -> Any:
+        return self.tokenizer(texts, padding=len(texts) > 1, truncation=True, max_length=self.longest, return_tensors="pt")
+
+    @torch.inference_mode()
+    def _embed(self, batch: Any) -> np.ndarray:
+        batch = batch.to(self.device)
         hidden_SLD = self.model(**batch).last_hidden_state
         if self.pooling == "cls":
             pooled_SD = hidden_SLD[:, 0]
         else:
             mask_SL1 = batch["attention_mask"].unsqueeze(-1).to(hidden_SLD.dtype)
             pooled_SD = (hidden_SLD * mask_SL1).sum(1) / mask_SL1.sum(1)
-        return F.normalize(pooled_SD, dim=1) if self.unit_norm else pooled_SD
+        return (F.normalize(pooled_SD, dim=1) if self.unit_norm else pooled_SD).cpu().numpy()
 
 
 def _load_tokenizer(folder: Path) -> Any:
