@@ -1,0 +1,80 @@
+"""Embed a catalog: every title's shots as fused (and, with a checkpoint, contextual) embeddings.
+
+    python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri=videos/ output.uri=embeddings/
+
+What is committed already is skipped; a killed run is finished by running the same command again.
+Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or catalog.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+
+from mediafm_ray.config import EmbedCatalogConfig
+from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, run_job
+from mediafm_ray.pipeline.plan import Plan, make_plan
+from mediafm_ray.pipeline.report import Console, Tally, follow, summary, summary_table, write_summary
+from mediafm_ray.storage.store import Store
+
+
+def main(config: EmbedCatalogConfig) -> int:
+    """Plan, embed what is pending, report."""
+    console, start = Console(), time.monotonic()
+    plan = make_plan(config)
+    say_plan(plan, console)
+    tally, startup_s = embed(plan, config, console) if plan.pending.num_rows else (Tally(0), 0.0)
+    return report(plan, tally, time.monotonic() - start, startup_s, config, console)
+
+
+def embed(plan: Plan, config: EmbedCatalogConfig, console: Console) -> tuple[Tally, float]:
+    """The recipe, step by step, over the pending titles."""
+    from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
+    from mediafm_ray.pipeline.cluster import check_room, connected
+
+    start = time.monotonic()
+    with connected(config.resources):
+        check_room(config.resources, graph.pools(plan, config))
+        titles = graph.read_plan(plan, config)
+        titles = graph.detect_shots(titles, config)
+        titles = graph.encode_video(titles, config)
+        titles = graph.encode_audio(titles, config)
+        titles = graph.encode_text(titles, config)
+        titles = graph.fuse(titles, plan, config)
+        titles = graph.contextualise(titles, plan, config)
+        results = graph.write(titles, plan, config)
+        startup_s = time.monotonic() - start
+        tally = follow(graph.blocks(results), plan.pending.num_rows, console)
+    return tally, startup_s
+
+
+def say_plan(plan: Plan, console: Console) -> None:
+    """What the run is about to do."""
+    console.say(
+        f"dataset version {plan.model.dataset_version}: {plan.titles} titles in the catalog, {plan.done} committed before, "
+        f"{plan.pending.num_rows} to compute"
+    )
+    if plan.failed_before:
+        console.say(f"{plan.failed_before} titles failed before and are passed over (run.retry_failed=false)")
+    if not plan.checkpoint:
+        console.say("no contextualiser.checkpoint is set: writing fused (raw) embeddings only")
+
+
+def report(plan: Plan, tally: Tally, wall_s: float, startup_s: float, config: EmbedCatalogConfig, console: Console) -> int:
+    """Summary on the terminal and in the output; the exit code."""
+    content = summary(plan, tally, wall_s, startup_s, dataclasses.asdict(config))
+    console.say()
+    console.say(summary_table(content, config.output.uri))
+    store = Store(config.output.uri, config.storage)
+    write_summary(store, content)
+    console.write_log(store)
+    if tally.lost:
+        console.say(f"error: {tally.lost} titles were planned and never came back; run the same command again")
+        return EXIT_FAILED_TITLES
+    allowed = config.run.max_failed_fraction * tally.planned
+    return EXIT_FAILED_TITLES if tally.failed > allowed else EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__ or "", EmbedCatalogConfig, main))

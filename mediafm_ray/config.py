@@ -1,0 +1,186 @@
+"""The configuration of the jobs: dataclasses composed from those of the layers, filled by OmegaConf from YAML and the command line.
+
+``--config a.yaml [b.yaml ...] key=value ...`` are merged in that order; an unknown key, a wrong type or a missing file is a
+ConfigError that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
+from mediafm_ray.models.options import (
+    AudioEncoderConfig,
+    ContextualiserConfig,
+    DetectorConfig,
+    FusionConfig,
+    TextEncoderConfig,
+    VideoEncoderConfig,
+)
+from mediafm_ray.spec import resource
+from mediafm_ray.storage.store import StorageConfig
+
+HELP_WIDTH = 118  # columns
+Job = TypeVar("Job")
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; the message names the key or the file."""
+
+
+@dataclass(frozen=True)
+class CatalogConfig:
+    """What to embed."""
+
+    uri: str = resource("", "folder of videos, or a .parquet, .csv or .jsonl table of titles (required)")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where to write."""
+
+    uri: str = resource("", "folder or bucket prefix that receives the datasets (required)")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The actor pool of one stage."""
+
+    min_actors: int = resource(1, "actors kept, at least 1")
+    max_actors: int = resource(1, "actors at most; 0 = one for every two cores of this machine")
+    num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for an actor")
+    num_gpus: float = resource(0.0, "GPUs that Ray reserves for an actor; fractions share one")
+
+    def __post_init__(self) -> None:
+        if self.min_actors < 1 or (self.max_actors and self.max_actors < self.min_actors):
+            raise ValueError(f"a stage needs 1 <= min_actors <= max_actors, has {self.min_actors} and {self.max_actors}")
+        if self.num_cpus < 0 or self.num_gpus < 0:
+            raise ValueError("num_cpus and num_gpus of a stage cannot be negative")
+
+
+def _detect_stage() -> StageConfig:
+    return StageConfig(max_actors=0, num_cpus=0.5)
+
+
+@dataclass(frozen=True)
+class ResourcesConfig:
+    """What the stages run on. Nothing here changes a number in the output."""
+
+    detect_shots: StageConfig = field(default_factory=_detect_stage)
+    encode_video: StageConfig = field(default_factory=StageConfig)
+    encode_audio: StageConfig = field(default_factory=StageConfig)
+    encode_text: StageConfig = field(default_factory=StageConfig)
+    contextualise: StageConfig = field(default_factory=StageConfig)
+    write_num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for a writing task")
+    ray_address: str = resource("", "Ray cluster to join; empty = RAY_ADDRESS if it is set, else a Ray of its own on this machine")
+    object_store_gb: float = resource(0.0, "object store of a Ray of its own, in GB; 0 = Ray's default (30 % of the memory)")
+    no_progress_timeout_s: float = resource(1800.0, "seconds without any progress until the job stops with an error")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run ends and what it reports."""
+
+    max_failed_fraction: float = resource(0.0, "the job exits with 1 when a larger share of the planned titles failed")
+    retry_failed: bool = resource(True, "try again the titles that have a failure record")
+    max_titles: int = resource(0, "take at most so many pending titles; 0 = all")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise ValueError(f"run.max_failed_fraction must be between 0 and 1, is {self.max_failed_fraction}")
+        if self.max_titles < 0:
+            raise ValueError("run.max_titles cannot be negative")
+
+
+@dataclass(frozen=True)
+class EmbedCatalogConfig:
+    """Everything that ``jobs.embed_catalog`` takes."""
+
+    catalog: CatalogConfig = field(default_factory=CatalogConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    media: MediaConfig = field(default_factory=MediaConfig)
+    frames: FramesConfig = field(default_factory=FramesConfig)
+    timed_text: TimedTextConfig = field(default_factory=TimedTextConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    audio: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    contextualiser: ContextualiserConfig = field(default_factory=ContextualiserConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str]) -> Job:
+    """A job's configuration from YAML files and ``key=value`` overrides, later ones over earlier ones. Raises ConfigError."""
+    merged = OmegaConf.structured(kind)
+    for file in files:
+        if not os.path.isfile(file):
+            raise ConfigError(f"--config {file}: there is no such file")
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.load(file))
+        except (OmegaConfBaseException, OSError, ValueError) as error:
+            raise ConfigError(f"--config {file}: {_first_line(error)}") from error
+        except Exception as error:  # PyYAML's errors have no common base that OmegaConf exports
+            raise ConfigError(f"--config {file}: not readable as YAML: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{override!r}: expected key=value (try --help)")
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except Exception as error:
+            raise ConfigError(f"{override}: {_first_line(error)}") from error
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from error
+    except ValueError as error:  # a dataclass's own check
+        raise ConfigError(str(error)) from error
+
+
+def describe(kind: type[Any]) -> str:
+    """Every key of a job's configuration with its default and meaning, for --help."""
+    lines = []
+    for section in dataclasses.fields(kind):
+        default = section.default_factory() if section.default_factory is not dataclasses.MISSING else section.default
+        title = (type(default).__doc__ or "").split("\n")[0]
+        lines += ["", f"{section.name}: {title}"]
+        for key, value, help_ in _leaves(section.name, default):
+            lines.append(f"  {key}={value}")
+            lines += textwrap.wrap(help_, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _leaves(prefix: str, config: Any) -> Iterator[tuple[str, str, str]]:
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        key = f"{prefix}.{entry.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(key, value)
+        else:
+            yield key, _yaml(value), entry.metadata.get("help", "")
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(str, value)) + "]"
+    return '""' if value == "" else str(value)
+
+
+def _first_line(error: Exception) -> str:
+    """What OmegaConf says, in one line with the full key."""
+    message = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return f"{key}: {message}" if key else message

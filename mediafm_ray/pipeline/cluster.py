@@ -1,0 +1,57 @@
+"""Ray for a job: the cluster that it was submitted to, or one of its own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.data import DataContext
+
+from mediafm_ray.config import ConfigError, ResourcesConfig, StageConfig
+
+GB = 10**9
+LEAST_CPUS = 2  # logical CPUs of a Ray of our own: on one core the stages still have to take turns
+
+
+@contextmanager
+def connected(resources: ResourcesConfig) -> Iterator[None]:
+    """Join the configured cluster, or start and stop a Ray of our own, and prepare Ray Data for the graph."""
+    address = resources.ray_address or os.environ.get("RAY_ADDRESS", "")
+    for name in ("ray", "ray.data"):  # Ray's notes about itself; its errors still come through
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if address:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    else:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leave CUDA_VISIBLE_DEVICES alone where no GPU is asked for
+        ray.init(
+            address="local",
+            num_cpus=max(LEAST_CPUS, os.cpu_count() or 1),
+            object_store_memory=int(resources.object_store_gb * GB) or None,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    try:
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = resources.no_progress_timeout_s or -1
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> None:
+    """Raise ConfigError when the smallest pools leave no CPU for the tasks between them: the graph would starve silently."""
+    available = ray.cluster_resources()
+    cpus = sum(pool.min_actors * pool.num_cpus for pool in pools.values())
+    gpus = sum(pool.min_actors * pool.num_gpus for pool in pools.values())
+    if cpus + resources.write_num_cpus > available.get("CPU", 0) or gpus > available.get("GPU", 0):
+        wanted = ", ".join(f"{name} {pool.min_actors} x {pool.num_cpus:g} CPU {pool.num_gpus:g} GPU" for name, pool in pools.items())
+        raise ConfigError(
+            f"the stages want {cpus + resources.write_num_cpus:g} CPUs and {gpus:g} GPUs at least ({wanted}, writing "
+            f"{resources.write_num_cpus:g} CPU), and Ray has {available.get('CPU', 0):g} and {available.get('GPU', 0):g}: "
+            "lower resources.*.min_actors, num_cpus or num_gpus"
+        )

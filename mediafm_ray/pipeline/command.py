@@ -1,0 +1,54 @@
+"""The command line that the jobs share: ``--config a.yaml [b.yaml ...] key=value ...``, --help, and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from mediafm_ray.config import ConfigError, describe, read_config
+from mediafm_ray.models.weights import WeightsError
+from mediafm_ray.storage.catalog import CatalogError
+from mediafm_ray.storage.dataset import DatasetError
+from mediafm_ray.storage.store import StorageError
+
+EXIT_OK = 0
+EXIT_FAILED_TITLES = 1
+EXIT_BAD_INPUT = 2  # configuration, catalog, weights or output: nothing was started
+EXIT_INTERRUPTED = 130
+Job = TypeVar("Job")
+
+
+def run_job(description: str, kind: type[Job], job: Callable[[Job], int], arguments: Sequence[str] | None = None) -> int:
+    """Read the configuration from the command line, run the job, and turn what a person can mend into one message and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        return job(parse(description, kind, arguments))
+    except (ConfigError, CatalogError, StorageError, WeightsError, DatasetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted: every committed title stays; run the same command again to do the rest", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def parse(description: str, kind: type[Any], arguments: Sequence[str] | None) -> Any:
+    """The configuration that a command line asks for. Raises ConfigError."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--help] [--config FILE [FILE ...]] [key=value ...]",
+        epilog=f"keys, with their defaults:\n{describe(kind)}",
+    )
+    parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="FILE", help="YAML files, later ones over earlier ones")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="single values, over the files")
+    found = parser.parse_intermixed_args(arguments)
+    # argparse gives everything up to the next option to --config: what is no YAML file is an override
+    files = [value for value in found.config if value.endswith((".yaml", ".yml")) and "=" not in value]
+    rest = [value for value in found.config if value not in files]
+    wrong = [value for value in rest if "=" not in value]
+    if wrong:
+        raise ConfigError(f"--config {wrong[0]}: expected a .yaml file or key=value")
+    return read_config(kind, files, [*rest, *found.overrides])

@@ -1,0 +1,141 @@
+"""The steps as operators on Ray Data: each takes a dataset of titles and gives one with its stage's columns added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy, Dataset
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from mediafm_ray.config import EmbedCatalogConfig, StageConfig
+from mediafm_ray.pipeline import stages
+from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.stages import max_actors, with_threads
+
+TASKS_IN_FLIGHT_PER_ACTOR = 2  # one at work, the next one's row already on its way
+
+
+class PlanDatasource(Datasource):
+    """The pending titles, one block each. A repartition would do the same behind a barrier, and switch off Ray's no-progress guard."""
+
+    def __init__(self, pending: pa.Table):
+        super().__init__()
+        self.pending = pending
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Bytes of the plan."""
+        return self.pending.nbytes
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+        """One task a title."""
+        tasks = []
+        for row in self.pending.to_pylist():
+            table = pa.Table.from_pylist([row], schema=self.pending.schema)  # not a slice: it would carry the whole plan
+            metadata = BlockMetadata(num_rows=1, size_bytes=table.nbytes, input_files=None, exec_stats=None)
+            tasks.append(ReadTask(_Block(table), metadata, schema=table.schema))
+        return tasks
+
+
+class _Block:
+    """A read task that gives a block made before."""
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+
+    def __call__(self) -> Iterable[pa.Table]:
+        return [self.table]
+
+
+def read_plan(plan: Plan, config: EmbedCatalogConfig) -> Dataset:
+    """The pending titles as a dataset: one title, one row, one block."""
+    count = max(1, plan.pending.num_rows)
+    return ray.data.read_datasource(PlanDatasource(plan.pending), override_num_blocks=count, num_cpus=config.resources.write_num_cpus)
+
+
+def detect_shots(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:
+    """Find the shots of each title, and read the frames, audio and text of each shot, in one pass over the video."""
+    pool = config.resources.detect_shots
+    return _actors(titles, pool, stages.DetectShots, with_threads(config.detector, pool), config.frames, config.timed_text, config.media)
+
+
+def encode_video(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:
+    """Embed the frames of each shot."""
+    pool = config.resources.encode_video
+    return _actors(titles, pool, stages.EncodeVideo, with_threads(config.video, pool))
+
+
+def encode_audio(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:
+    """Embed the audio of each shot."""
+    pool = config.resources.encode_audio
+    return _actors(titles, pool, stages.EncodeAudio, with_threads(config.audio, pool))
+
+
+def encode_text(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:
+    """Embed the text of each shot, and the metadata of each title."""
+    pool = config.resources.encode_text
+    return _actors(titles, pool, stages.EncodeText, with_threads(config.text, pool))
+
+
+def fuse(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
+    """Concatenate the three embeddings of each shot and scale them to unit norm."""
+    return _tasks(titles, config, stages.Fuse(plan.model.dims["fused"], config.fusion))
+
+
+def contextualise(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
+    """Embed each title's sequence of shots in context; nothing where no checkpoint is configured."""
+    if not plan.checkpoint:
+        return titles
+    pool = config.resources.contextualise
+    return _actors(titles, pool, stages.Contextualise, with_threads(config.contextualiser, pool), plan.model.dims["fused"])
+
+
+def write(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
+    """Commit each title's objects; what is left is how each title ended."""
+    return _tasks(titles, config, stages.WriteTitle(config.output.uri, plan.model, plan.checkpoint, config.storage))
+
+
+def _actors(titles: Dataset, pool: StageConfig, stage: Callable[..., stages.Stage], *arguments: Any) -> Dataset:
+    """A stage in a pool of actors, each of which loads its model once."""
+    return titles.map_batches(
+        stage,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ActorPoolStrategy(
+            min_size=pool.min_actors, max_size=max_actors(pool), max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT_PER_ACTOR
+        ),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus or None,
+    )
+
+
+def _tasks(titles: Dataset, config: EmbedCatalogConfig, stage: stages.Stage) -> Dataset:
+    """A stage without a model to keep, in stateless tasks."""
+
+    def run(table: pa.Table) -> pa.Table:
+        return stage(table)
+
+    run.__name__ = stage.name  # what Ray shows
+    return titles.map_batches(run, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, num_cpus=config.resources.write_num_cpus)
+
+
+def pools(plan: Plan, config: EmbedCatalogConfig) -> dict[str, StageConfig]:
+    """The actor pools that the graph of a plan has."""
+    resources = config.resources
+    found = {
+        "detect_shots": resources.detect_shots,
+        "encode_video": resources.encode_video,
+        "encode_audio": resources.encode_audio,
+        "encode_text": resources.encode_text,
+    }
+    return found | ({"contextualise": resources.contextualise} if plan.checkpoint else {})
+
+
+def blocks(titles: Dataset) -> Iterator[pa.Table]:
+    """Run the graph; the blocks of its last stage as they come, none kept."""
+    return iter(titles.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))

@@ -1,0 +1,116 @@
+"""What a job has to do: the catalog minus the listing of the output. Runs on the driver, without ray and without torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from mediafm_ray.config import EmbedCatalogConfig
+from mediafm_ray.models import weights
+from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_digest
+from mediafm_ray.models.fusion import spans
+from mediafm_ray.pipeline.rows import plan_table
+from mediafm_ray.spec import digest_of, recipe_of
+from mediafm_ray.storage.catalog import Entry, read_catalog
+from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextual, encode_title
+
+ARITHMETIC = 1  # raise it with a change of the code that changes the numbers: it is part of the dataset version
+VERSION_DIGITS = 12  # hex digits of a dataset version
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The titles to do and where they go."""
+
+    model: Model
+    checkpoint: str  # name of the contextualiser's checkpoint; empty when none is configured
+    pending: pa.Table  # rows.PLAN_SCHEMA
+    titles: int  # in the catalog
+    done: int  # committed before: nothing to do
+    failed_before: int  # passed over because of a failure record (run.retry_failed=false)
+    left: int  # pending, but beyond run.max_titles
+
+
+def describe_model(config: EmbedCatalogConfig) -> Model:
+    """Everything that decides the numbers of a dataset version, and its digest. Raises WeightsError for weights that are missing."""
+    dims = {"video": video_dim(config.video), "audio": audio_dim(config.audio), "text": text_dim(config.text)}
+    recipe = {
+        "arithmetic": ARITHMETIC,
+        "detector": _recipe(config.detector, weights.digest(config.detector.weights)),
+        "frames": recipe_of(config.frames),
+        "media": recipe_of(config.media),
+        "timed_text": recipe_of(config.timed_text),
+        "video": _recipe(config.video, weights_digest(config.video)),
+        "audio": _recipe(config.audio, weights_digest(config.audio)),
+        "text": _recipe(config.text, weights_digest(config.text)),
+        "fusion": recipe_of(config.fusion),
+    }
+    return Model(digest_of(recipe)[:VERSION_DIGITS], recipe, {**dims, "fused": sum(dims.values())}, spans(dims))
+
+
+def make_plan(config: EmbedCatalogConfig) -> Plan:
+    """Read the catalog, list the output once, and keep what is not committed.
+
+    Raises CatalogError with every problem of the catalog, StorageError, WeightsError.
+    """
+    entries = read_catalog(config.catalog.uri, config.storage)
+    model = describe_model(config)
+    checkpoint = checkpoint_name(config)
+    output = Output(config.output.uri, model.dataset_version, config.storage)
+    output.store.check_writable()
+    output.write_model(model)
+    datasets = [SHOTS, *([contextual(checkpoint)] if checkpoint else [])]
+    committed = {dataset: output.list(dataset) for dataset in datasets}
+    failures = output.list(FAILURES)
+    rows, done, failed_before = [], 0, 0
+    objects_of_title = _names_by_title([*committed.values(), failures])
+    for entry in entries:
+        key = (encode_title(entry.title.title_id), entry.source)
+        if all(key in objects for objects in committed.values()):
+            done += 1
+        elif key in failures and not config.run.retry_failed:
+            failed_before += 1
+        else:
+            superseded = [name for source, name in objects_of_title[key[0]] if source != entry.source]
+            rows.append(_row(entry, superseded))
+    taken = rows[: config.run.max_titles] if config.run.max_titles else rows
+    return Plan(model, checkpoint, plan_table(taken), len(entries), done, failed_before, len(rows) - len(taken))
+
+
+def checkpoint_name(config: EmbedCatalogConfig) -> str:
+    """12 hex digits that name the configured contextualiser's checkpoint; empty when there is none."""
+    if not config.contextualiser.checkpoint:
+        return ""
+    return weights.digest(config.contextualiser.checkpoint)[:VERSION_DIGITS]
+
+
+def _recipe(config: Any, weights_sha256: str) -> dict[str, Any]:
+    """A model's part of the recipe: where its weights lie does not matter, what they are does."""
+    fields = recipe_of(config)
+    fields.pop("weights", None)
+    return {**fields, "weights_sha256": weights_sha256}
+
+
+def _names_by_title(listings: list[dict[tuple[str, str], list[Any]]]) -> Mapping[str, list[tuple[str, str]]]:
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for listing in listings:
+        for (title, source), infos in listing.items():
+            found[title] += [(source, info.name) for info in infos]
+    return found
+
+
+def _row(entry: Entry, superseded: list[str]) -> dict[str, Any]:
+    title = entry.title
+    return {
+        "title_id": title.title_id,
+        "source": entry.source,
+        "video": title.video,
+        "timed_text": [{"uri": text.uri, "language": text.language, "kind": text.kind} for text in title.timed_text],
+        "synopsis": title.synopsis,
+        "tags": list(title.tags),
+        "superseded": superseded,
+    }

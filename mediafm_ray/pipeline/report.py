@@ -1,0 +1,188 @@
+"""What a person sees of a run: a line a title while it goes, a table and ``run-summary.json`` at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, TextIO
+
+import pyarrow as pa
+
+from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.storage.store import Store
+
+SUMMARY = "run-summary.json"
+LOG = "run.log"
+MAX_FAILURES_SHOWN = 20
+VERSIONS_OF = ("mediafm_ray", "ray", "torch", "transformers", "pyarrow", "av", "numpy")
+
+
+class Console:
+    """Lines for a person: on the terminal at once, and kept for the run's log."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = stream or sys.stdout
+        self.lines: list[str] = []
+
+    def say(self, line: str = "") -> None:
+        """Print a line and keep it, with the time of day, for the log."""
+        print(line, file=self.stream, flush=True)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.lines += [f"{stamp} {part}" for part in line.splitlines() or [""]]
+
+    def write_log(self, store: Store) -> None:
+        """Put the log of this run into the output."""
+        store.write(LOG, ("\n".join(self.lines) + "\n").encode())
+
+
+@dataclass
+class Tally:
+    """What the finished titles add up to."""
+
+    planned: int
+    ok: int = 0
+    failed: int = 0
+    shots: int = 0
+    video_s: float = 0.0
+    bytes_written: int = 0
+    seconds_by_stage: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    failures: list[dict[str, str]] = field(default_factory=list)
+    warned: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def finished(self) -> int:
+        """Titles that ended, one way or the other."""
+        return self.ok + self.failed
+
+    @property
+    def lost(self) -> int:
+        """Titles that were planned and never came back: a defect of the job, not of a title."""
+        return self.planned - self.finished
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Count one title's result, a row that WriteTitle left."""
+        for spent in result["seconds"]:
+            self.seconds_by_stage[spent["stage"]] += spent["seconds"]
+        error = result["error"]
+        if error is not None:
+            self.failed += 1
+            self.failures.append({"title_id": result["title_id"], **error})
+            return
+        self.ok += 1
+        self.shots += result["shot_count"]
+        self.video_s += result["duration_s"]
+        self.bytes_written += result["bytes_written"]
+        if result["warnings"]:
+            self.warned.append({"title_id": result["title_id"], "warnings": result["warnings"]})
+
+
+def follow(results: Iterator[pa.Table], planned: int, console: Console) -> Tally:
+    """Count the results as they come, and say a line for each title."""
+    tally, start = Tally(planned), time.monotonic()
+    for table in results:
+        for result in table.to_pylist() if table.num_columns else []:
+            tally.add(result)
+            console.say(progress_line(result, tally, time.monotonic() - start))
+            for warning in result["warnings"] or []:
+                console.say(f"        warning: {result['title_id']}: {warning}")
+    return tally
+
+
+def progress_line(result: Mapping[str, Any], tally: Tally, elapsed_s: float) -> str:
+    """How one title ended, and how far the run is."""
+    width = len(str(tally.planned))
+    count = f"[{tally.finished:>{width}}/{tally.planned}]"
+    left_s = elapsed_s / tally.finished * (tally.planned - tally.finished)
+    pace = f"{tally.video_s / max(elapsed_s, 1e-9):.2f} video-h/h, {_clock(left_s)} left, {tally.failed} failed"
+    if result["error"] is not None:
+        return f"{count} FAILED {result['title_id']}: {result['error']['stage']}: {result['error']['message']} | {pace}"
+    return f"{count} ok     {result['title_id']}: {result['shot_count']} shots, {result['duration_s']:.1f} s of video | {pace}"
+
+
+def summary(plan: Plan, tally: Tally, wall_s: float, startup_s: float, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of run-summary.json."""
+    return {
+        "titles": {
+            "in_catalog": plan.titles,
+            "planned": tally.planned,
+            "ok": tally.ok,
+            "failed": tally.failed,
+            "lost": tally.lost,
+            "skipped": plan.done,
+            "skipped_failed_before": plan.failed_before,
+            "left_by_max_titles": plan.left,
+        },
+        "failures": tally.failures,
+        "warnings": tally.warned,
+        "shots": tally.shots,
+        "video_hours": tally.video_s / 3600,
+        "bytes_written": tally.bytes_written,
+        "wall_s": wall_s,
+        "startup_s": startup_s,
+        "video_hours_per_hour": tally.video_s / wall_s if wall_s else 0.0,
+        "seconds_by_stage": dict(tally.seconds_by_stage),
+        "dataset_version": plan.model.dataset_version,
+        "checkpoint": plan.checkpoint or None,
+        "dims": dict(plan.model.dims),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "config": config,
+    }
+
+
+def summary_table(content: Mapping[str, Any], output_uri: str) -> str:
+    """The end of a run for a person."""
+    titles = content["titles"]
+    rows = [
+        ("titles in the catalog", f"{titles['in_catalog']}"),
+        ("skipped, committed before", f"{titles['skipped']}"),
+        ("planned", f"{titles['planned']}"),
+        ("  ok", f"{titles['ok']}"),
+        ("  failed", f"{titles['failed']}"),
+    ]
+    rows += [("  LOST", f"{titles['lost']}")] if titles["lost"] else []
+    rows += [("skipped, failed before", f"{titles['skipped_failed_before']}")] if titles["skipped_failed_before"] else []
+    rows += [("left for later runs", f"{titles['left_by_max_titles']}")] if titles["left_by_max_titles"] else []
+    rows += [
+        ("shots", f"{content['shots']}"),
+        ("video", f"{content['video_hours']:.4f} h"),
+        ("wall time", f"{content['wall_s']:.1f} s, of which Ray's start {content['startup_s']:.1f} s"),
+    ]
+    rows += [(f"seconds in {stage}", f"{seconds:.1f}") for stage, seconds in content["seconds_by_stage"].items()]
+    rows += [("dataset", f"{output_uri.rstrip('/')}/{content['dataset_version']}")]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {value}" for name, value in rows]
+    failures = content["failures"]
+    if failures:
+        lines += ["", "failures:"]
+        lines += [f"  {one['title_id']}: {one['stage']}: {one['message']}" for one in failures[:MAX_FAILURES_SHOWN]]
+        if len(failures) > MAX_FAILURES_SHOWN:
+            lines.append(f"  ... and {len(failures) - MAX_FAILURES_SHOWN} more, see {SUMMARY} and the failure records")
+    if content["warnings"]:
+        lines += ["", f"{len(content['warnings'])} titles with warnings, see {SUMMARY}"]
+    return "\n".join(lines)
+
+
+def write_summary(store: Store, content: Mapping[str, Any]) -> None:
+    """Put run-summary.json into the output."""
+    store.write(SUMMARY, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS_OF:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # run from a checkout that is not installed
+            found[name] = metadata.version(name)
+    return found
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,190 @@
+"""A title as a row: the Arrow columns that stages hand on, and what a stage is. No ray here: a stage is a plain callable.
+
+One title is one row, in one block, from the catalog to the commit. A stage declares the columns that it takes, adds and
+drops; they are checked at run time. Whatever goes wrong with a title becomes the value of its column ``error``, and later
+stages pass such a row through.
+
+Shapes
+    S  shots of the title
+    D  dimension of an embedding
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from mediafm_ray.spec import TimedTextSource, Title, TitleError
+
+log = logging.getLogger(__name__)
+
+ERROR = pa.struct([("stage", pa.string()), ("type", pa.string()), ("message", pa.string())])
+SECONDS = pa.list_(pa.struct([("stage", pa.string()), ("seconds", pa.float64())]))
+TIMED_TEXT = pa.list_(pa.struct([("uri", pa.string()), ("language", pa.string()), ("kind", pa.string())]))
+SHOTS = pa.list_(
+    pa.struct(
+        [
+            ("start_s", pa.float64()),
+            ("end_s", pa.float64()),
+            ("start_frame", pa.int64()),
+            ("end_frame", pa.int64()),
+            ("boundary_kind", pa.string()),
+            ("boundary_probability", pa.float32()),
+            ("transition_start_frame", pa.int64()),
+            ("transition_end_frame", pa.int64()),
+            ("text", pa.string()),
+            ("language", pa.string()),
+            ("thumbnail", pa.binary()),
+        ]
+    )
+)
+FRAMES = pa.list_(pa.list_(pa.large_binary()))  # JPEG files of each shot
+AUDIO = pa.list_(pa.large_binary())  # 16 kHz mono int16 little-endian samples of each shot
+FLAGS = pa.list_(pa.bool_())
+NORMS = pa.list_(pa.float32())
+
+PLAN_SCHEMA = pa.schema(
+    [
+        ("title_id", pa.string()),
+        ("source", pa.string()),
+        ("video", pa.string()),
+        ("timed_text", TIMED_TEXT),
+        ("synopsis", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("superseded", pa.list_(pa.string())),  # objects of older sources, to remove once this one is committed
+        ("error", ERROR),
+        ("seconds", SECONDS),
+    ]
+)
+
+
+def vectors_type(dim: int) -> pa.DataType:
+    """The type of a column that holds the vectors of a title's shots."""
+    return pa.list_(pa.list_(pa.float32(), dim))
+
+
+def vectors_cell(vectors_SD: np.ndarray) -> pa.Array:
+    """(S, D) float32 vectors as the one value of a column of ``vectors_type(D)``."""
+    values = pa.array(np.ascontiguousarray(vectors_SD, dtype=np.float32).reshape(-1))
+    vectors = pa.FixedSizeListArray.from_arrays(values, vectors_SD.shape[1])
+    return pa.ListArray.from_arrays(pa.array([0, len(vectors_SD)], pa.int32()), vectors)
+
+
+class TitleRow:
+    """One title's row, read-only."""
+
+    def __init__(self, table: pa.Table):
+        if table.num_rows != 1:
+            raise ValueError(f"a title is one row, got {table.num_rows}")
+        self.table = table
+
+    @property
+    def title_id(self) -> str:
+        """The title's id."""
+        return self["title_id"]
+
+    def __getitem__(self, column: str) -> Any:
+        return self.table.column(column)[0].as_py()
+
+    def vectors(self, column: str) -> np.ndarray:
+        """The (S, D) float32 vectors of a column of ``vectors_type(D)``."""
+        vectors = self.table.column(column)[0].values
+        return vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), vectors.type.list_size)
+
+    def title(self) -> Title:
+        """The title as the catalog gave it."""
+        texts = tuple(TimedTextSource(text["uri"], text["language"], text["kind"]) for text in self["timed_text"])
+        return Title(self.title_id, self["video"], texts, self["synopsis"], tuple(self["tags"]))
+
+
+class Stage(ABC):
+    """One step of the pipeline over the titles of a block: ``stage(table) -> table``.
+
+    Build it where it runs (in an actor, in a task, or in a plain loop): it loads its models in its constructor.
+    """
+
+    name: ClassVar[str]
+    takes: ClassVar[tuple[str, ...]]  # columns that must be there
+    drops: ClassVar[tuple[str, ...]] = ()  # columns of ``takes`` that nobody needs afterwards
+
+    @property
+    @abstractmethod
+    def adds(self) -> Mapping[str, pa.DataType]:
+        """The columns that this stage adds, with their types."""
+
+    @abstractmethod
+    def process(self, row: TitleRow) -> Mapping[str, Any]:
+        """The added columns of one title: Python values, or Arrow arrays of length one. Whatever it raises is that title's error."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Process every title of the table that has no error yet."""
+        if table.num_columns == 0:  # Ray may hand on one empty block without columns
+            return table
+        missing = [column for column in (*self.takes, "error", "seconds") if column not in table.column_names]
+        if missing:
+            raise TypeError(f"stage {self.name}: the columns {', '.join(missing)} are missing; there are: {', '.join(table.column_names)}")
+        rows = [self._one(table.slice(index, 1)) for index in range(table.num_rows)]
+        return pa.concat_tables(rows) if rows else self._with(table, {}, None, 0.0)
+
+    def _one(self, table: pa.Table) -> pa.Table:
+        row = TitleRow(table)
+        if row["error"] is not None:
+            return self._with(table, {}, None, 0.0)
+        start = time.perf_counter()
+        try:
+            added = self.process(row)
+            if set(added) != set(self.adds):
+                raise TypeError(f"stage {self.name} declares {sorted(self.adds)} and gave {sorted(added)}")
+            cells = {name: _cell(value, self.adds[name]) for name, value in added.items()}
+            error = None
+        except Exception as failure:  # any: a title's failure is a value, the job goes on
+            if not isinstance(failure, TitleError):
+                log.exception("title %s: stage %s failed", row.title_id, self.name)
+            cells, error = {}, error_value(self.name, failure)
+        return self._with(table, cells, error, time.perf_counter() - start)
+
+    def _with(self, table: pa.Table, cells: Mapping[str, pa.Array], error: dict[str, str] | None, seconds: float) -> pa.Table:
+        """The table with this stage's columns added (null where there are no cells) and its drops dropped."""
+        for name, type_ in self.adds.items():
+            table = table.append_column(name, cells[name] if name in cells else pa.nulls(table.num_rows, type_))
+        if error is not None:
+            table = _replaced(table, "error", pa.array([error], ERROR))
+        if table.num_rows == 1 and seconds:
+            spent = [*TitleRow(table)["seconds"], {"stage": self.name, "seconds": seconds}]
+            table = _replaced(table, "seconds", pa.array([spent], SECONDS))
+        return table.drop_columns(list(self.drops))
+
+
+def error_value(stage: str, failure: BaseException) -> dict[str, str]:
+    """A failure as the value of the column ``error``: a person reads the message."""
+    message = str(failure) or repr(failure)
+    if not isinstance(failure, TitleError):
+        message = f"{type(failure).__name__}: {message}"
+    return {"stage": stage, "type": type(failure).__name__, "message": message}
+
+
+def plan_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Rows of the plan as a table of PLAN_SCHEMA: nothing has gone wrong and no time is spent yet."""
+    return pa.Table.from_pylist([{**row, "error": None, "seconds": []} for row in rows], schema=PLAN_SCHEMA)
+
+
+def to_json(value: Any) -> str:
+    """A value as JSON text for a string column; the same text for the same value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _cell(value: Any, type_: pa.DataType) -> pa.Array:
+    if isinstance(value, pa.Array):
+        return value.cast(type_) if value.type != type_ else value
+    return pa.array([value], type_)
+
+
+def _replaced(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)

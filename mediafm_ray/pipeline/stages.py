@@ -1,0 +1,339 @@
+"""The stages of the pipeline, in the order in which a title meets them. No ray here: ``graph`` puts them into actors and tasks.
+
+Each joins one piece of the layers below to the row of a title; torch is imported where a model is built, in the constructor.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from mediafm_ray.config import StageConfig
+from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
+from mediafm_ray.models.encoder import build_audio_encoder, build_text_encoder, build_video_encoder
+from mediafm_ray.models.fusion import fuse
+from mediafm_ray.models.options import (
+    AudioEncoderConfig,
+    ContextualiserConfig,
+    DetectorConfig,
+    FusionConfig,
+    TextEncoderConfig,
+    VideoEncoderConfig,
+)
+from mediafm_ray.pipeline.rows import AUDIO, FLAGS, FRAMES, NORMS, SHOTS, Stage, TitleRow, error_value, to_json, vectors_cell, vectors_type
+from mediafm_ray.spec import MODALITIES
+from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name
+from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
+from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
+from mediafm_ray.storage.store import StorageConfig
+
+OK = "ok"
+FAILED = "failed"
+Threaded = DetectorConfig | VideoEncoderConfig | AudioEncoderConfig | TextEncoderConfig | ContextualiserConfig
+
+
+def with_threads(config: Any, stage: StageConfig) -> Any:
+    """A model's configuration with its number of CPU threads decided: what is configured, else its share of the machine."""
+    if config.threads:
+        return config
+    cores = os.cpu_count() or 1
+    threads = int(stage.num_cpus) if stage.num_cpus >= 1 else cores // max_actors(stage)
+    return dataclasses.replace(config, threads=max(1, threads))
+
+
+def max_actors(stage: StageConfig) -> int:
+    """The largest size of a stage's actor pool."""
+    return max(stage.min_actors, stage.max_actors or (os.cpu_count() or 1) // 2)
+
+
+class DetectShots(Stage):
+    """Step 1: one pass over the container gives the shots, and of each its frames, audio and text."""
+
+    name = "detect_shots"
+    takes = ("title_id", "video", "timed_text")
+
+    def __init__(self, detector: DetectorConfig, frames: FramesConfig, timed_text: TimedTextConfig, media: MediaConfig):
+        from mediafm_ray.media.isolation import IsolatedReader
+        from mediafm_ray.models.transnet import ShotDetector
+
+        self.detector = ShotDetector(detector)
+        self.reader = IsolatedReader(frames, timed_text, media)
+
+    @property
+    def adds(self) -> Mapping[str, pa.DataType]:
+        return {"shots": SHOTS, "frames": FRAMES, "audio": AUDIO, "media": pa.string()}
+
+    def process(self, row: TitleRow) -> Mapping[str, Any]:
+        media = self.reader.read(row.title(), self.detector.stream())
+        shots = [
+            {
+                **dataclasses.asdict(shot.span),
+                "start_s": shot.start_s,
+                "end_s": shot.end_s,
+                "text": shot.text,
+                "language": shot.language,
+                "thumbnail": shot.thumbnail,
+            }
+            for shot in media.shots
+        ]
+        facts = {
+            "duration_s": media.duration_s,
+            "frame_count": media.frame_count,
+            "warnings": media.warnings,
+            "facts": dict(media.facts),
+        }
+        return {
+            "shots": shots,
+            "frames": [list(shot.frames) for shot in media.shots],
+            "audio": [shot.audio for shot in media.shots],
+            "media": to_json(facts),
+        }
+
+
+class EncodeVideo(Stage):
+    """Step 2: the frames of each shot become its video embedding."""
+
+    name = "encode_video"
+    takes = ("frames",)
+    drops = ("frames",)
+
+    def __init__(self, config: VideoEncoderConfig):
+        self.encoder = build_video_encoder(config)
+
+    @property
+    def adds(self) -> Mapping[str, pa.DataType]:
+        return {"video_embeddings": vectors_type(self.encoder.dim), "has_video": FLAGS}
+
+    def process(self, row: TitleRow) -> Mapping[str, Any]:
+        encoded = self.encoder.encode(row["frames"])
+        return {"video_embeddings": vectors_cell(encoded.embeddings_SD), "has_video": encoded.present_S.tolist()}
+
+
+class EncodeAudio(Stage):
+    """Step 3: the samples of each shot become its audio embedding."""
+
+    name = "encode_audio"
+    takes = ("audio",)
+    drops = ("audio",)
+
+    def __init__(self, config: AudioEncoderConfig):
+        self.encoder = build_audio_encoder(config)
+
+    @property
+    def adds(self) -> Mapping[str, pa.DataType]:
+        return {"audio_embeddings": vectors_type(self.encoder.dim), "has_audio": FLAGS}
+
+    def process(self, row: TitleRow) -> Mapping[str, Any]:
+        encoded = self.encoder.encode(row["audio"])
+        return {"audio_embeddings": vectors_cell(encoded.embeddings_SD), "has_audio": encoded.present_S.tolist()}
+
+
+class EncodeText(Stage):
+    """Step 4: the text of each shot, and the title's synopsis and tags, become embeddings."""
+
+    name = "encode_text"
+    takes = ("shots", "synopsis", "tags")
+
+    def __init__(self, config: TextEncoderConfig):
+        self.encoder = build_text_encoder(config)
+
+    @property
+    def adds(self) -> Mapping[str, pa.DataType]:
+        return {
+            "text_embeddings": vectors_type(self.encoder.dim),
+            "has_text": FLAGS,
+            "metadata_embedding": pa.list_(pa.float32()),  # null where the title has neither synopsis nor tags
+        }
+
+    def process(self, row: TitleRow) -> Mapping[str, Any]:
+        texts = self.encoder.encode([shot["text"] for shot in row["shots"]])
+        metadata = self.encoder.encode([metadata_text(row["synopsis"], row["tags"])])
+        return {
+            "text_embeddings": vectors_cell(texts.embeddings_SD),
+            "has_text": texts.present_S.tolist(),
+            "metadata_embedding": metadata.embeddings_SD[0].tolist() if metadata.present_S[0] else None,
+        }
+
+
+def metadata_text(synopsis: str, tags: list[str]) -> str:
+    """What is embedded for [GLOBAL]: the synopsis, then the tags; empty where a title has neither."""
+    return "\n".join(part for part in (synopsis.strip(), ", ".join(tag.strip() for tag in tags)) if part)
+
+
+class Fuse(Stage):
+    """Step 5: the three embeddings of a shot become one unit vector."""
+
+    name = "fuse"
+    takes = tuple(f"{modality}_embeddings" for modality in MODALITIES)
+    drops = takes
+
+    def __init__(self, fused_dim: int, config: FusionConfig):
+        self.fused_dim, self.config = fused_dim, config
+
+    @property
+    def adds(self) -> Mapping[str, pa.DataType]:
+        return {"fused_embeddings": vectors_type(self.fused_dim), "fused_norms": NORMS}
+
+    def process(self, row: TitleRow) -> Mapping[str, Any]:
+        fused_SD, norms_S = fuse({modality: row.vectors(f"{modality}_embeddings") for modality in MODALITIES}, self.config)
+        return {"fused_embeddings": vectors_cell(fused_SD), "fused_norms": norms_S.tolist()}
+
+
+class Contextualise(Stage):
+    """Step 6: the sequence of fused embeddings becomes contextual embeddings, and [CLS] one vector for the title."""
+
+    name = "contextualise"
+    takes = ("fused_embeddings", "metadata_embedding")
+
+    def __init__(self, config: ContextualiserConfig, contextual_dim: int):
+        from mediafm_ray.models.contextualiser import TitleContextualiser
+
+        self.contextualiser = TitleContextualiser(config)
+        self.contextual_dim = contextual_dim
+
+    @property
+    def adds(self) -> Mapping[str, pa.DataType]:
+        return {"contextual_embeddings": vectors_type(self.contextual_dim), "cls_embedding": pa.list_(pa.float32())}
+
+    def process(self, row: TitleRow) -> Mapping[str, Any]:
+        metadata = row["metadata_embedding"]
+        contextual_SD, cls_D = self.contextualiser.contextualise(
+            row.vectors("fused_embeddings"), None if metadata is None else np.asarray(metadata, np.float32)
+        )
+        return {"contextual_embeddings": vectors_cell(contextual_SD), "cls_embedding": cls_D.tolist()}
+
+
+class WriteTitle(Stage):
+    """Step 7: the finished title becomes one object a dataset, the failed one a failure record; afterwards only its result is left.
+
+    The shots are put last of a title's datasets and superseded objects are removed after that, so that a title is never without a
+    committed object once it had one.
+    """
+
+    name = "write"
+    takes = ("title_id", "source", "video", "superseded", "shots", "media", "has_video", "has_audio", "has_text", "fused_embeddings")
+    adds: ClassVar[Mapping[str, pa.DataType]] = {
+        "shot_count": pa.int64(),
+        "duration_s": pa.float64(),
+        "warnings": pa.list_(pa.string()),
+        "bytes_written": pa.int64(),
+    }
+
+    def __init__(self, output_uri: str, model: Model, checkpoint: str, storage: StorageConfig):
+        self.output = Output(output_uri, model.dataset_version, storage)
+        self.model, self.checkpoint = model, checkpoint
+
+    def process(self, row: TitleRow) -> Mapping[str, Any]:
+        media, shots, title_id, source = json.loads(row["media"]), row["shots"], row.title_id, row["source"]
+        files = {}
+        if self.checkpoint:
+            files[contextual(self.checkpoint)] = self._contextual_file(row, shots)
+        files[SHOTS_DATASET] = self._shots_file(row, shots, media)
+        for dataset, content in files.items():
+            self.output.write(dataset, title_id, source, content)
+        for name in [*row["superseded"], object_name(FAILURES, title_id, source)]:
+            self.output.store.delete(name)
+        return {
+            "shot_count": len(shots),
+            "duration_s": media["duration_s"],
+            "warnings": media["warnings"],
+            "bytes_written": sum(map(len, files.values())),
+        }
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Commit or record every title; the rows that are left say how each ended."""
+        table = super().__call__(table)
+        if table.num_columns == 0:
+            return table
+        errors = table.column("error").to_pylist()
+        for index, error in enumerate(errors):
+            if error is not None:
+                row = TitleRow(table.slice(index, 1))
+                try:
+                    self._record_failure(row, error)
+                except Exception as failure:  # the store is gone too: the driver still hears of both
+                    unrecorded = error_value(self.name, failure)["message"]
+                    errors[index] = {**error, "message": f"{error['message']} (and its failure record could not be written: {unrecorded})"}
+        kept = ["title_id", "source", "seconds", *self.adds]
+        return table.select(kept).append_column("error", pa.array(errors, table.schema.field("error").type))
+
+    def _record_failure(self, row: TitleRow, error: Mapping[str, str]) -> None:
+        name = object_name(FAILURES, row.title_id, row["source"])
+        try:
+            attempts = json.loads(self.output.store.read(name))["attempts"]
+        except FileNotFoundError:
+            attempts = 0
+        record = {
+            "title_id": row.title_id,
+            "source": row["source"],
+            "video": row["video"],
+            **error,
+            "attempts": attempts + 1,
+            "dataset_version": self.model.dataset_version,
+        }
+        self.output.store.write(name, (json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        for older in row["superseded"]:
+            if older.startswith(f"{FAILURES}/"):
+                self.output.store.delete(older)
+
+    def _shots_file(self, row: TitleRow, shots: list[dict[str, Any]], media: Mapping[str, Any]) -> bytes:
+        metadata = row["metadata_embedding"]
+        facts = {
+            **self._facts(row),
+            "media": media,
+            "metadata_embedding": None if metadata is None else _base64(metadata),
+        }
+        columns: dict[str, Any] = {name: [shot[name] for shot in shots] for name in SHOTS.value_type.names}
+        columns |= {
+            "title_id": [row.title_id] * len(shots),
+            "shot_index": range(len(shots)),
+            "has_video": row["has_video"],
+            "has_audio": row["has_audio"],
+            "has_text": row["has_text"],
+            "fused_embedding": embedding_array(row.vectors("fused_embeddings")),
+            "fused_norm": row["fused_norms"],
+        }
+        return encode_parquet(_table(columns, shots_schema(self.model.dims["fused"])), facts)
+
+    def _contextual_file(self, row: TitleRow, shots: list[dict[str, Any]]) -> bytes:
+        facts = {**self._facts(row), "checkpoint": self.checkpoint, "cls_embedding": _base64(row["cls_embedding"])}
+        vectors = embedding_array(row.vectors("contextual_embeddings"))
+        columns = {
+            "title_id": [row.title_id] * len(shots),
+            "shot_index": range(len(shots)),
+            "start_s": [shot["start_s"] for shot in shots],
+            "end_s": [shot["end_s"] for shot in shots],
+            "contextual_embedding": vectors,
+        }
+        return encode_parquet(_table(columns, contextual_schema(vectors.type.list_size)), facts)
+
+    def _facts(self, row: TitleRow) -> dict[str, Any]:
+        return {
+            "title_id": row.title_id,
+            "source": row["source"],
+            "video": row["video"],
+            "dataset_version": self.model.dataset_version,
+            "dims": dict(self.model.dims),
+            "spans": {name: list(span) for name, span in self.model.spans.items()},
+        }
+
+
+def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    """Columns in the order and with the types of a schema."""
+    arrays = [
+        columns[field.name] if isinstance(columns[field.name], pa.Array) else pa.array(list(columns[field.name]), field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _base64(vector: list[float]) -> str:
+    """A vector as base64 of its float32 little-endian bytes: exact, and small in a file's metadata."""
+    return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()

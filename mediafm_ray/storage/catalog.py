@@ -1,0 +1,363 @@
+"""Catalogs: which titles there are, from a folder of videos or from a table, with every problem reported at once.
+
+A folder
+    Every video file below it is a title; its id is the relative path without the ending. Beside ``<stem>.mp4`` may stand
+    timed text ``<stem>[.<language>][.<kind>].srt|.vtt|...`` and ``<stem>.json`` with ``synopsis`` and ``tags``.
+    Hidden files and folders (a leading dot) are passed over.
+A table
+    Parquet, CSV or JSON lines with ``title_id``, ``video`` and optionally ``timed_text`` (a list of URIs; in CSV separated by
+    ';'), ``synopsis``, ``tags`` (a list; in CSV separated by ';'). Other columns are left alone. Relative URIs are relative to the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mediafm_ray.spec import TimedTextSource, Title, digest_of
+from mediafm_ray.storage.store import (
+    ALLOWED_SCHEMES,
+    ObjectInfo,
+    StorageConfig,
+    StorageError,
+    Store,
+    absolute,
+    join,
+    open_filesystem,
+    scheme_of,
+)
+
+VIDEO_ENDINGS = frozenset(
+    (
+        *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+        *(".mts", ".mxf", ".nut", ".ogm", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
+    )
+)
+TIMED_TEXT_ENDINGS = frozenset([".srt", ".vtt", ".ttml", ".dfxp", ".imsc", ".xml", ".scc", ".ass", ".ssa"])
+TIMED_TEXT_KINDS = frozenset(["captions", "cc", "sdh", "subtitles", "subtitle", "forced", "descriptions", "ad", "chapters"])
+TABLE_ENDINGS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
+CSV_LIST_SEPARATOR = ";"
+MAX_TITLE_ID_BYTES = 1024  # of UTF-8
+MAX_PROBLEMS_SHOWN = 50
+STAT_THREADS = 16
+SOURCE_DIGITS = 16  # hex digits of a source digest
+
+
+class CatalogError(Exception):
+    """A catalog that cannot be used. ``problems`` has one line for each, naming its row."""
+
+    def __init__(self, uri: str, problems: list[str]):
+        self.problems = problems
+        shown = problems[:MAX_PROBLEMS_SHOWN]
+        more = f"\n  ... and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+        count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
+        super().__init__(f"catalog {uri}: {count}; nothing was started\n  " + "\n  ".join(shown) + more)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A title and the digest of its source objects' identity."""
+
+    title: Title
+    source: str  # 16 hex digits over URI, size and ETag or modification time of the video and the timed text
+
+
+def read_catalog(uri: str, config: StorageConfig | None = None) -> list[Entry]:
+    """The titles of a catalog in the order of their ids, each with its source digest.
+
+    A video or timed text that is not there is no problem of the catalog: that title fails when its turn comes.
+    Raises CatalogError with every problem found, and StorageError when the catalog cannot be opened.
+    """
+    config = config or StorageConfig()
+    if not uri:
+        raise CatalogError("(not set)", ["catalog.uri is empty: give a folder of videos or a .parquet, .csv or .jsonl table"])
+    uri = absolute(uri)
+    ending = PurePosixPath(uri.rstrip("/")).suffix.lower()
+    filesystem, path = open_filesystem(uri, config)
+    try:
+        is_folder = filesystem.isdir(path)
+        exists = is_folder or filesystem.exists(path)
+    except Exception as error:  # fsspec implementations raise many kinds; each means the same to the person
+        raise StorageError(f"cannot read the catalog {uri}: {type(error).__name__}: {error}") from error
+    if not exists:
+        raise CatalogError(uri, ["there is nothing at this location"])
+    if is_folder:
+        entries = _read_folder(uri, config)
+    elif ending in TABLE_ENDINGS:
+        entries = _read_table(uri, TABLE_ENDINGS[ending], config)
+    else:
+        raise CatalogError(uri, [f"not a folder, and the ending {ending or '(none)'} is not one of {', '.join(sorted(TABLE_ENDINGS))}"])
+    return sorted(entries, key=lambda entry: entry.title.title_id)
+
+
+def source_digest(title: Title, objects: Mapping[str, ObjectInfo | None]) -> str:
+    """The identity of a title's source objects: changes when one of them is replaced."""
+    identity = []
+    for uri in [title.video, *(text.uri for text in title.timed_text)]:
+        info = objects.get(uri)
+        identity.append([uri, info.size, info.version] if info else [uri, None, None])
+    return digest_of(identity)[:SOURCE_DIGITS]
+
+
+# ----------------------------------------------------------------------------------------------------------- folders
+
+
+def _read_folder(uri: str, config: StorageConfig) -> list[Entry]:
+    store = Store(uri, config)
+    objects = {info.name: info for info in store.list() if not any(part.startswith(".") for part in info.name.split("/"))}
+    problems: list[str] = []
+    by_stem: dict[str, str] = {}
+    for name in sorted(objects):
+        path = PurePosixPath(name)
+        if path.suffix.lower() not in VIDEO_ENDINGS:
+            continue
+        stem = str(path.with_suffix(""))
+        if stem in by_stem:
+            problems.append(f"{name}: the title id {stem!r} is already that of {by_stem[stem]}; rename one of them")
+        else:
+            by_stem[stem] = name
+    if not by_stem:
+        raise CatalogError(uri, [f"no video file below this folder (endings known: {' '.join(sorted(VIDEO_ENDINGS))})"])
+    sidecars = _sidecars_of(by_stem, objects)
+    entries = []
+    for stem, name in by_stem.items():
+        metadata = _read_metadata(store, f"{stem}.json", problems) if f"{stem}.json" in objects else {}
+        texts = sidecars.get(stem, [])
+        title = Title(
+            title_id=stem,
+            video=join(uri, name),
+            timed_text=tuple(TimedTextSource(join(uri, text), language, kind) for text, language, kind in texts),
+            synopsis=metadata.get("synopsis", ""),
+            tags=metadata.get("tags", ()),
+        )
+        problems.extend(f"{name}: {problem}" for problem in _problems_of_id(stem))
+        found = {title.video: objects[name]} | {join(uri, text): objects[text] for text, _, _ in texts}
+        entries.append(Entry(title, source_digest(title, found)))
+    if problems:
+        raise CatalogError(uri, problems)
+    return entries
+
+
+def _sidecars_of(by_stem: Mapping[str, str], objects: Iterable[str]) -> dict[str, list[tuple[str, str, str]]]:
+    """For each title the names, languages and kinds of its timed text, in the order of the names.
+
+    ``film.en.captions.srt`` belongs to ``film.en`` if that is a title, else to ``film`` in language ``en``: the longest stem wins.
+    """
+    found = defaultdict(list)
+    for name in sorted(objects):
+        path = PurePosixPath(name)
+        if path.suffix.lower() not in TIMED_TEXT_ENDINGS:
+            continue
+        stem = str(path.with_suffix(""))
+        marks: list[str] = []
+        while stem not in by_stem and len(marks) < 2:
+            base = PurePosixPath(stem)
+            if not base.suffix:
+                break
+            marks.insert(0, base.suffix[1:])
+            stem = str(base.with_suffix(""))
+        if stem not in by_stem:
+            continue
+        kind = marks.pop() if marks and marks[-1].lower() in TIMED_TEXT_KINDS else ""
+        if len(marks) <= 1:
+            found[stem].append((name, marks[0] if marks else "", kind.lower()))
+    return found
+
+
+def _read_metadata(store: Store, name: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(store.read(name))
+    except ValueError as error:
+        problems.append(f"{name}: not valid JSON: {error}")
+        return {}
+    if not isinstance(content, dict):
+        problems.append(f"{name}: must be a JSON object with synopsis and tags, is {type(content).__name__}")
+        return {}
+    synopsis, tags = content.get("synopsis"), content.get("tags")
+    problems.extend(f"{name}: {problem}" for problem in _problems_of_metadata(synopsis, tags))
+    return {"synopsis": synopsis or "", "tags": tuple(tags or ())}
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def _read_table(uri: str, kind: str, config: StorageConfig) -> list[Entry]:
+    filesystem, path = open_filesystem(uri, config)
+    content = filesystem.cat_file(path)
+    problems: list[str] = []
+    rows = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}[kind](content, problems)
+    base = uri.rsplit("/", 1)[0] if "/" in uri else "."
+    titles: list[Title] = []
+    seen: dict[str, str] = {}
+    for where, row in rows:
+        title = _title_of(where, row, base, problems)
+        if title is None:
+            continue
+        if title.title_id in seen:
+            problems.append(f"{where}: title_id {title.title_id!r} is already that of {seen[title.title_id]}")
+        seen.setdefault(title.title_id, where)
+        titles.append(title)
+    if not titles and not problems:
+        problems.append("the table has no rows")
+    if problems:
+        raise CatalogError(uri, problems)
+    objects = _stat([uri for title in titles for uri in [title.video, *(text.uri for text in title.timed_text)]], config)
+    return [Entry(title, source_digest(title, objects)) for title in titles]
+
+
+def _title_of(where: str, row: Mapping[str, Any], base: str, problems: list[str]) -> Title | None:
+    """The title of one row of a table; None, and lines in ``problems``, when there is something wrong with it."""
+    wrong: list[str] = []
+    title_id, video = row.get("title_id"), row.get("video")
+    for name, value in (("title_id", title_id), ("video", video)):
+        if name not in row:
+            wrong.append(f"the column {name} is missing")
+        elif value is None or value == "":
+            wrong.append(f"{name} is empty")
+        elif not isinstance(value, str):
+            wrong.append(f"{name} must be a string, is {type(value).__name__} ({value!r})")
+    if isinstance(title_id, str):
+        wrong.extend(_problems_of_id(title_id))
+    timed_text, synopsis, tags = row.get("timed_text"), row.get("synopsis"), row.get("tags")
+    wrong.extend(_problems_of_list("timed_text", timed_text))
+    wrong.extend(_problems_of_metadata(synopsis, tags))
+    uris = [video] if isinstance(video, str) else []
+    uris += [uri for uri in timed_text if isinstance(uri, str)] if isinstance(timed_text, (list, tuple)) else []
+    wrong.extend(
+        f"{uri}: the scheme {scheme_of(uri)}:// is not allowed; use a path or one of {', '.join(ALLOWED_SCHEMES)}"
+        for uri in uris
+        if scheme_of(uri) not in ALLOWED_SCHEMES
+    )
+    if wrong:
+        name = f" ({title_id})" if isinstance(title_id, str) and title_id else ""
+        problems.extend(f"{where}{name}: {problem}" for problem in wrong)
+        return None
+    assert isinstance(title_id, str)
+    assert isinstance(video, str)
+    texts = tuple(TimedTextSource(join(base, text), *_marks_of(text)) for text in timed_text or ())
+    return Title(title_id, join(base, video), texts, synopsis or "", tuple(tags or ()))
+
+
+def _marks_of(uri: str) -> tuple[str, str]:
+    """Language and kind as the name of a timed-text object gives them: ``film.en.captions.srt`` -> ('en', 'captions')."""
+    marks = PurePosixPath(uri).name.split(".")[1:-1]
+    kind = marks.pop().lower() if marks and marks[-1].lower() in TIMED_TEXT_KINDS else ""
+    language = marks[-1] if marks and 2 <= len(marks[-1].split("-")[0]) <= 3 and marks[-1].replace("-", "").isalnum() else ""
+    return language, kind
+
+
+def _problems_of_id(title_id: str) -> list[str]:
+    try:
+        size = len(title_id.encode())
+    except UnicodeEncodeError:
+        return ["title_id is not valid Unicode"]
+    if size > MAX_TITLE_ID_BYTES:
+        return [f"title_id has {size} bytes; the limit is {MAX_TITLE_ID_BYTES}"]
+    if any(ord(character) < 32 for character in title_id):
+        return ["title_id has control characters"]
+    return []
+
+
+def _problems_of_list(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)):
+        return [f"{name} must be a list of strings, is {type(value).__name__} ({value!r})"]
+    wrong = [item for item in value if not isinstance(item, str)]
+    if wrong:
+        return [f"{name} must be a list of strings, has {type(wrong[0]).__name__} ({wrong[0]!r})"]
+    return [f"{name} has an empty entry"] if any(not item.strip() for item in value) else []
+
+
+def _problems_of_metadata(synopsis: Any, tags: Any) -> list[str]:
+    wrong = _problems_of_list("tags", tags)
+    if synopsis is not None and not isinstance(synopsis, str):
+        wrong.append(f"synopsis must be a string, is {type(synopsis).__name__}")
+    return wrong
+
+
+def _parquet_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+    except pa.ArrowException as error:
+        problems.append(f"not a readable Parquet file: {error}")
+        return []
+    columns = [name for name in ("title_id", "video", "timed_text", "synopsis", "tags") if name in table.column_names]
+    missing = [name for name in ("title_id", "video") if name not in columns]
+    if missing:
+        problems.extend(f"the column {name} is missing (there are: {', '.join(table.column_names)})" for name in missing)
+        return []
+    return [(f"row {number}", row) for number, row in enumerate(table.select(columns).to_pylist(), start=1)]
+
+
+def _csv_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problems.append(f"not UTF-8: {error}")
+        return []
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    try:
+        header = reader.fieldnames or []
+        missing = [name for name in ("title_id", "video") if name not in header]
+        if missing:
+            problems.extend(f"the column {name} is missing (there are: {', '.join(header)})" for name in missing)
+            return []
+        for row in reader:
+            where = f"line {reader.line_num}"
+            if None in row:
+                problems.append(f"{where}: more fields than the header has ({len(header)})")
+                continue
+            for name in ("timed_text", "tags"):
+                if name in row:
+                    row[name] = [item.strip() for item in (row[name] or "").split(CSV_LIST_SEPARATOR) if item.strip()]
+            rows.append((where, dict(row)))
+    except csv.Error as error:
+        problems.append(f"line {reader.line_num}: {error}")
+    return rows
+
+
+def _jsonl_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            problems.append(f"line {number}: not valid JSON: {error}")
+            continue
+        if isinstance(row, dict):
+            rows.append((f"line {number}", row))
+        else:
+            problems.append(f"line {number}: must be a JSON object, is {type(row).__name__}")
+    return rows
+
+
+def _stat(uris: list[str], config: StorageConfig) -> dict[str, ObjectInfo | None]:
+    """What is known of each object, without opening any: one listing a folder on object storage, a stat each locally."""
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for uri in uris:
+        by_folder[uri.rsplit("/", 1)[0] if "/" in uri else "."].append(uri)
+
+    def look(folder: str) -> dict[str, ObjectInfo | None]:
+        store = Store(folder, config)
+        names = {uri: uri.rsplit("/", 1)[-1] for uri in by_folder[folder]}
+        if store.is_local or len(names) == 1:
+            return {uri: store.info(name) for uri, name in names.items()}
+        listed = store.children()
+        return {uri: listed.get(name) for uri, name in names.items()}
+
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        return {uri: info for found in pool.map(look, sorted(by_folder)) for uri, info in found.items()}

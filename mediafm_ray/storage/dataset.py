@@ -1,0 +1,225 @@
+"""Where the objects of an output stand, what of them is there, and how they are read back.
+
+    <output>/<dataset version>/model.json
+    <output>/<dataset version>/shots/shard=<00..ff>/<title>@<source>.parquet
+    <output>/<dataset version>/contextual-<checkpoint>/shard=<00..ff>/<title>@<source>.parquet
+    <output>/<dataset version>/failures/shard=<00..ff>/<title>@<source>.json
+
+The listing is the ledger: an object that exists is committed, resume is the catalog minus the listing. There is no journal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from mediafm_ray.spec import MODALITIES
+from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, shots_schema
+from mediafm_ray.storage.store import ObjectInfo, StorageConfig, Store, percent_encode
+
+SHOTS = "shots"
+FAILURES = "failures"
+MODEL = "model.json"
+MAX_NAME_BYTES = 160  # of an encoded title in an object's name; file systems allow 255 in all
+VERSION_PATTERN = re.compile(r"[0-9a-f]{12}")
+OBJECT_PATTERN = re.compile(r"shard=[0-9a-f]{2}/(?P<title>[^/@]+)@(?P<source>[^/@.]+)\.(?:parquet|json)")
+
+
+class DatasetError(Exception):
+    """A dataset that is not there or not what was asked for; the message says what is there instead."""
+
+
+def contextual(checkpoint: str) -> str:
+    """The name of the dataset that a contextualiser's checkpoint writes."""
+    return f"contextual-{checkpoint}"
+
+
+def encode_title(title_id: str) -> str:
+    """A title id as part of an object's name. Long ids keep their beginning and end in a digest after '~'."""
+    encoded = percent_encode(title_id)
+    if len(encoded) <= MAX_NAME_BYTES:
+        return encoded
+    beginning = re.sub(r"%[0-9A-F]?$", "", encoded[: MAX_NAME_BYTES - 33])
+    return f"{beginning}~{hashlib.sha256(title_id.encode()).hexdigest()[:32]}"
+
+
+def object_name(dataset: str, title_id: str, source: str) -> str:
+    """The name of a title's object below the dataset version."""
+    shard = hashlib.sha256(title_id.encode()).digest()[0]
+    ending = "json" if dataset == FAILURES else "parquet"
+    return f"{dataset}/shard={shard:02x}/{encode_title(title_id)}@{source}.{ending}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What ``model.json`` says: everything that decides the numbers of a dataset version."""
+
+    dataset_version: str  # 12 hex digits
+    recipe: Mapping[str, Any]  # what was digested: configuration that changes the numbers, weight digests
+    dims: Mapping[str, int]  # video, audio, text, fused
+    spans: Mapping[str, tuple[int, int]]  # modality -> [start, end) in a fused embedding
+
+    def to_json(self) -> bytes:
+        """The bytes of model.json."""
+        content = {
+            "dataset_version": self.dataset_version,
+            "recipe": self.recipe,
+            "dims": dict(self.dims),
+            "spans": {name: list(span) for name, span in self.spans.items()},
+        }
+        return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Model:
+        """The inverse of ``to_json``."""
+        fields = json.loads(content)
+        spans = {name: (span[0], span[1]) for name, span in fields["spans"].items()}
+        return cls(fields["dataset_version"], fields["recipe"], fields["dims"], spans)
+
+
+class Output:
+    """One dataset version below an output URI, for the jobs that write it."""
+
+    def __init__(self, uri: str, dataset_version: str, config: StorageConfig | None = None):
+        self.store = Store(f"{uri.rstrip('/')}/{dataset_version}", config)
+        self.dataset_version = dataset_version
+
+    def list(self, dataset: str, shard: str = "") -> dict[tuple[str, str], list[ObjectInfo]]:
+        """The committed objects of a dataset, or of one shard of it, by encoded title and source, from one (paged) listing."""
+        found: dict[tuple[str, str], list[ObjectInfo]] = {}
+        for info in self.store.list(f"{dataset}/{shard}"):
+            match = OBJECT_PATTERN.fullmatch(info.name.removeprefix(f"{dataset}/"))
+            if match:
+                found.setdefault((match["title"], match["source"]), []).append(info)
+        return found
+
+    def write_model(self, model: Model) -> None:
+        """Put model.json; the same version always has the same bytes."""
+        self.store.write(MODEL, model.to_json())
+
+    def write(self, dataset: str, title_id: str, source: str, content: bytes) -> str:
+        """Put a title's object; return its name."""
+        name = object_name(dataset, title_id, source)
+        self.store.write(name, content)
+        return name
+
+
+# ------------------------------------------------------------------------------------------------------- reading back
+
+
+def dataset_versions(uri: str, config: StorageConfig | None = None) -> list[str]:
+    """The dataset versions below an output URI."""
+    store = Store(uri, config)
+    if not store.filesystem.isdir(store.root):
+        return []
+    store.filesystem.invalidate_cache()
+    names = (path.rstrip("/").rsplit("/", 1)[-1] for path in store.filesystem.ls(store.root, detail=False))
+    return sorted(name for name in names if VERSION_PATTERN.fullmatch(name))
+
+
+class EmbeddingDataset:
+    """The committed datasets of one dataset version: the newest object of every title.
+
+    ``version`` may be left out where the output has only one. Raises DatasetError when there is none, or several.
+    """
+
+    def __init__(self, uri: str, version: str | None = None, config: StorageConfig | None = None):
+        versions = dataset_versions(uri, config)
+        if version is None and len(versions) > 1:
+            raise DatasetError(
+                f"{uri} has {len(versions)} dataset versions, whose numbers differ: pass version= one of {', '.join(versions)}"
+            )
+        if not versions or (version is not None and version not in versions):
+            there = f"there are: {', '.join(versions)}" if versions else "there is none; has a job written here?"
+            raise DatasetError(f"{uri} has no dataset version {version or ''}: {there}")
+        self.output = Output(uri, version or versions[0], config)
+        self.model = Model.from_json(self.output.store.read(MODEL))
+
+    @property
+    def version(self) -> str:
+        """The dataset version: 12 hex digits."""
+        return self.output.dataset_version
+
+    def dataset(self, name: str = SHOTS) -> pads.Dataset:
+        """A pyarrow dataset over the newest object of every title, with the Hive partition ``shard``.
+
+        Raises DatasetError when nothing of that name is committed.
+        """
+        newest = _newest(self.output.list(name))
+        if not newest:
+            raise DatasetError(f"{self.output.store.uri} has no committed object of {name}; there are: {', '.join(self.names()) or 'none'}")
+        store = self.output.store
+        return pads.dataset(
+            [store.path(info.name) for info in newest],
+            schema=self._schema(name),
+            format="parquet",
+            filesystem=store.filesystem,
+            partitioning=pads.partitioning(pa.schema([("shard", pa.string())]), flavor="hive"),
+        )
+
+    def names(self) -> list[str]:
+        """The datasets that are there: shots, contextual-<checkpoint>, ..."""
+        found = (path.rstrip("/").rsplit("/", 1)[-1] for path in self.output.store.filesystem.ls(self.output.store.root, detail=False))
+        return sorted(name for name in found if name == SHOTS or name.startswith("contextual-"))
+
+    def title(self, title_id: str, name: str = SHOTS) -> pa.Table:
+        """The shots of one title in order. Raises DatasetError when the title is not committed."""
+        encoded = encode_title(title_id)
+        shard = object_name(name, title_id, "").split("/")[1]
+        found = _newest({key: infos for key, infos in self.output.list(name, shard).items() if key[0] == encoded})
+        if not found:
+            raise DatasetError(f"{self.output.store.uri} has no title {title_id!r} in {name}")
+        return pq.read_table(pa.BufferReader(self.output.store.read(found[0].name)))
+
+    def _schema(self, name: str) -> pa.Schema:
+        fused_dim = self.model.dims["fused"]
+        schema = shots_schema(fused_dim) if name == SHOTS else contextual_schema(fused_dim)
+        return schema.append(pa.field("shard", pa.string()))
+
+    def embeddings(self, shots: pa.Table, part: str = "fused") -> np.ndarray:
+        """Embeddings of rows of ``shots`` as float32 (S, D).
+
+        ``part``: ``fused`` (unit norm; a view where the table is one chunk), or a modality: its encoder's own vectors,
+        recovered as ``fused[a:b] * norm``.
+        """
+        fused_SD = embedding_values(shots["fused_embedding"])
+        if part == "fused":
+            return fused_SD
+        if part not in self.model.spans:
+            raise DatasetError(f"no part {part!r} in a fused embedding; there are: fused, {', '.join(MODALITIES)}")
+        start, end = self.model.spans[part]
+        return fused_SD[:, start:end] * shots["fused_norm"].to_numpy()[:, None]
+
+
+def title_facts(table: pa.Table) -> dict[str, Any]:
+    """The facts of a title (source, media, versions) that its file carries."""
+    return read_facts(table.schema)
+
+
+def read_failures(output: Output) -> Iterator[dict[str, Any]]:
+    """The failure records of a dataset version, in the order of their names."""
+    for infos in _sorted_objects(output.list(FAILURES)):
+        yield json.loads(output.store.read(infos.name))
+
+
+def _newest(objects: Mapping[tuple[str, str], list[ObjectInfo]]) -> list[ObjectInfo]:
+    """One object for each title: the last modified; between equals the last name."""
+    newest: dict[str, ObjectInfo] = {}
+    for info in _sorted_objects(objects):
+        title = info.name.rsplit("/", 1)[-1].split("@")[0]
+        if title not in newest or info.modified >= newest[title].modified:
+            newest[title] = info
+    return list(newest.values())
+
+
+def _sorted_objects(objects: Mapping[tuple[str, str], Iterable[ObjectInfo]]) -> list[ObjectInfo]:
+    return sorted((info for infos in objects.values() for info in infos), key=lambda info: info.name)

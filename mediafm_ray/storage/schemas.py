@@ -1,0 +1,107 @@
+"""The columns of the datasets, and the Parquet file of one title. pyarrow and numpy only.
+
+The files are plain Parquet: zstd, byte-stream-split for floats, no dictionary on them; the facts of the title and of the
+model stand as JSON in the file's key-value metadata under ``mediafm_ray``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+METADATA_KEY = b"mediafm_ray"
+COMPRESSION = "zstd"
+COMPRESSION_LEVEL = 3
+ROW_GROUP_ROWS = 1024  # shots
+
+
+def shots_schema(fused_dim: int) -> pa.Schema:
+    """Columns of the dataset ``shots``: one row a shot. ``fused_dim``: numbers in a fused embedding."""
+    return pa.schema(
+        [
+            pa.field("title_id", pa.string(), nullable=False),
+            pa.field("shot_index", pa.int32(), nullable=False),
+            pa.field("start_s", pa.float64(), nullable=False),
+            pa.field("end_s", pa.float64(), nullable=False),
+            pa.field("start_frame", pa.int64(), nullable=False),
+            pa.field("end_frame", pa.int64(), nullable=False),
+            pa.field("boundary_kind", pa.string(), nullable=False),
+            pa.field("boundary_probability", pa.float32(), nullable=False),
+            pa.field("transition_start_frame", pa.int64(), nullable=False),
+            pa.field("transition_end_frame", pa.int64(), nullable=False),
+            pa.field("text", pa.string(), nullable=False),
+            pa.field("language", pa.string(), nullable=False),
+            pa.field("has_video", pa.bool_(), nullable=False),
+            pa.field("has_audio", pa.bool_(), nullable=False),
+            pa.field("has_text", pa.bool_(), nullable=False),
+            pa.field("thumbnail", pa.binary(), nullable=False),
+            pa.field("fused_embedding", embedding_type(fused_dim), nullable=False),
+            pa.field("fused_norm", pa.float32(), nullable=False),
+        ]
+    )
+
+
+def contextual_schema(contextual_dim: int) -> pa.Schema:
+    """Columns of a dataset ``contextual-<checkpoint>``: one row a shot."""
+    return pa.schema(
+        [
+            pa.field("title_id", pa.string(), nullable=False),
+            pa.field("shot_index", pa.int32(), nullable=False),
+            pa.field("start_s", pa.float64(), nullable=False),
+            pa.field("end_s", pa.float64(), nullable=False),
+            pa.field("contextual_embedding", embedding_type(contextual_dim), nullable=False),
+        ]
+    )
+
+
+def embedding_type(dim: int) -> pa.DataType:
+    """The type of a column of vectors. Its elements are not null."""
+    return pa.list_(pa.field("element", pa.float32(), nullable=False), dim)
+
+
+def embedding_array(vectors_SD: np.ndarray) -> pa.FixedSizeListArray:
+    """(S, D) float32 vectors as an Arrow array of S fixed-size lists."""
+    values = pa.array(np.ascontiguousarray(vectors_SD, dtype=np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(values, type=embedding_type(vectors_SD.shape[1]))
+
+
+def embedding_values(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """The (S, D) float32 vectors of a column of fixed-size lists; a view of Arrow's memory where the column is one chunk."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+
+
+def encode_parquet(table: pa.Table, facts: Mapping[str, Any]) -> bytes:
+    """The Parquet file of one title: the same bytes for the same rows and facts."""
+    floats = [field.name for field in table.schema if _is_float(field.type)]
+    paths = [f"{name}.list.element" if pa.types.is_fixed_size_list(table.schema.field(name).type) else name for name in floats]
+    plain = [*paths, "thumbnail"]
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()})
+    sink = io.BytesIO()
+    pq.write_table(
+        table,
+        sink,
+        compression=COMPRESSION,
+        compression_level=COMPRESSION_LEVEL,
+        use_dictionary=[name for name in table.column_names if name not in floats and name not in plain],
+        use_byte_stream_split=paths,
+        row_group_size=ROW_GROUP_ROWS,
+        write_statistics=[name for name in table.column_names if name not in floats and name not in plain],
+    )
+    return sink.getvalue()
+
+
+def read_facts(schema: pa.Schema) -> dict[str, Any]:
+    """The facts of the title and the model that stand in a file's metadata; empty where there are none."""
+    return json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+
+
+def _is_float(type_: pa.DataType) -> bool:
+    return pa.types.is_floating(type_.value_type if pa.types.is_fixed_size_list(type_) else type_)
