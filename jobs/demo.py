@@ -29,7 +29,7 @@ METADATA = {
     "carphone_pristine": {"synopsis": "A man talks on the phone in a moving car.", "tags": ["test sequence"]},
 }
 SUBTITLES = {
-    "bikes.en.descriptions.srt": "1\n00:00:00,000 --> 00:00:03,000\nPeople ride their bikes through the town.\n\n"
+    "bikes.en.srt": "1\n00:00:00,000 --> 00:00:03,000\nPeople ride their bikes through the town.\n\n"
     "2\n00:00:05,500 --> 00:00:07,400\nA cyclist waits for the cars to pass.\n",
     "bigbuckbunny.en.srt": "1\n00:00:01,000 --> 00:00:04,000\n[birds singing]\n",
 }

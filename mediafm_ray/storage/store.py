@@ -238,6 +238,8 @@ class Store:
                 finally:
                     with contextlib.suppress(FileNotFoundError):  # renamed
                         os.unlink(partial)
+                    with contextlib.suppress(OSError):  # not empty: another writer is at work in it
+                        os.rmdir(os.path.dirname(partial))
 
 
 def _create_partial(folder: str) -> tuple[int, str]:

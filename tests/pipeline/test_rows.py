@@ -1,0 +1,102 @@
+"""What every stage keeps: declared columns, failure as a value, one row a title."""
+
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mediafm_ray.pipeline.rows import Stage, TitleRow, plan_table, vectors_cell, vectors_type
+from mediafm_ray.spec import TitleError
+
+
+def titles(*ids):
+    row = {"source": "s", "video": "v", "timed_text": [], "synopsis": "", "tags": [], "superseded": []}
+    return plan_table([{"title_id": title_id, **row} for title_id in ids])
+
+
+class Vectors(Stage):
+    """A stage that gives as many vectors as the id says, and fails where it says so."""
+
+    name = "vectors"
+    takes = ("title_id", "video")
+    drops = ("video",)
+    adds: ClassVar = {"vectors": vectors_type(3), "count": pa.int64()}
+
+    def process(self, row):
+        if row.title_id == "bad":
+            raise TitleError("the title is bad")
+        if row.title_id == "broken":
+            raise KeyError("a defect")
+        count = int(row.title_id)
+        return {"vectors": vectors_cell(np.arange(count * 3, dtype=np.float32).reshape(count, 3)), "count": count}
+
+
+class Sums(Stage):
+    name = "sums"
+    takes = ("vectors", "count")
+    adds: ClassVar = {"sum": pa.float64()}
+
+    def process(self, row):
+        return {"sum": float(row.vectors("vectors").sum())}
+
+
+def test_failures_are_values_and_later_stages_pass_them_through():
+    table = Sums()(Vectors()(titles("2", "bad", "0", "broken", "1")))
+    assert table["title_id"].to_pylist() == ["2", "bad", "0", "broken", "1"]
+    assert table["sum"].to_pylist() == [15.0, None, 0.0, None, 3.0]
+    errors = table["error"].to_pylist()
+    assert errors[0] is errors[2] is errors[4] is None
+    assert errors[1] == {"stage": "vectors", "type": "TitleError", "message": "the title is bad"}
+    assert errors[3]["type"] == "KeyError"
+    assert "a defect" in errors[3]["message"]
+    assert "video" not in table.column_names
+    assert [[spent["stage"] for spent in seconds] for seconds in table["seconds"].to_pylist()] == [
+        ["vectors", "sums"],
+        ["vectors"],
+        ["vectors", "sums"],
+        ["vectors"],
+        ["vectors", "sums"],
+    ]
+
+
+def test_blocks_of_failed_and_finished_titles_have_one_schema():
+    stages = [Vectors(), Sums()]
+    tables = []
+    for title_id in ("0", "5", "bad"):
+        table = titles(title_id)
+        for stage in stages:
+            table = stage(table)
+        tables.append(table)
+    assert tables[0].schema == tables[1].schema == tables[2].schema
+    assert pa.concat_tables(tables).num_rows == 3
+
+
+def test_empty_blocks_pass():
+    assert Vectors()(titles()).schema == Vectors()(titles("1")).schema
+    assert Vectors()(pa.table({})).num_rows == 0
+
+
+def test_a_missing_column_is_a_defect_of_the_graph_not_of_a_title():
+    with pytest.raises(TypeError, match="stage sums: the columns vectors, count are missing"):
+        Sums()(titles("1"))
+
+
+def test_a_stage_that_breaks_its_declaration_is_caught():
+    class Wrong(Vectors):
+        def process(self, row):
+            return {"vectors": None}
+
+    error = Wrong()(titles("1"))["error"][0].as_py()
+    assert "declares" in error["message"]
+
+
+def test_vectors_survive_ipc_and_slicing():
+    vectors_SD = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    table = pa.table({"v": pa.concat_arrays([vectors_cell(vectors_SD[:2]), vectors_cell(vectors_SD), vectors_cell(vectors_SD[:0])])})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    back = pa.ipc.open_stream(sink.getvalue()).read_all()
+    for index, expected in enumerate((vectors_SD[:2], vectors_SD, vectors_SD[:0])):
+        np.testing.assert_array_equal(TitleRow(back.slice(index, 1)).vectors("v"), expected)

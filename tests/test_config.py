@@ -1,0 +1,78 @@
+"""Configuration: merged in order, and every mistake named before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from mediafm_ray.config import ConfigError, EmbedCatalogConfig, describe, read_config
+from mediafm_ray.pipeline.command import parse
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def read(*overrides, files=()):
+    return read_config(EmbedCatalogConfig, [str(file) for file in files], overrides)
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("frames: {per_shot: 3, size: 100}\nrun: {max_titles: 7}\n")
+    second.write_text("frames: {per_shot: 4}\n")
+    config = read("run.max_titles=9", files=[first, second])
+    assert (config.frames.per_shot, config.frames.size, config.run.max_titles) == (4, 100, 9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["frames.per_shots=3"], "frames.per_shots"),
+        (["frame.per_shot=3"], "frame"),
+        (["frames.per_shot=many"], "frames.per_shot"),
+        (["run.max_failed_fraction=2"], "run.max_failed_fraction"),
+        (["resources.encode_video.min_actors=3"], "min_actors"),
+        (["catalog.uri"], "key=value"),
+        (["frames=3"], "frames"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(overrides, named):
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        read(*overrides)
+
+
+def test_a_mistake_in_a_file_names_file_and_key(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("detector: {treshold: 0.4}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml.*detector\.treshold"):
+        read(files=[file])
+    file.write_text("detector: [\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        read(files=[file])
+    with pytest.raises(ConfigError, match=r"no such file"):
+        read(files=[tmp_path / "absent.yaml"])
+
+
+@pytest.mark.parametrize("profile", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_profiles_parse(profile):
+    assert isinstance(read("catalog.uri=a", "output.uri=b", files=[profile]), EmbedCatalogConfig)
+
+
+def test_the_command_line_takes_files_and_overrides_in_any_order():
+    profile = str(CONF / "offline.yaml")
+    for arguments in (
+        ["--config", profile, "catalog.uri=v", "output.uri=o"],
+        ["catalog.uri=v", "output.uri=o", "--config", profile],
+        ["catalog.uri=v", "--config", profile, "output.uri=o"],
+    ):
+        config = parse("", EmbedCatalogConfig, arguments)
+        assert (config.catalog.uri, config.output.uri) == ("v", "o")
+    with pytest.raises(ConfigError, match="output_uri"):
+        parse("", EmbedCatalogConfig, ["--config", profile, "output_uri"])
+
+
+def test_help_lists_every_key_with_a_meaning():
+    lines = describe(EmbedCatalogConfig).splitlines()
+    keys = [index for index, line in enumerate(lines) if line.startswith("  ") and not line.startswith("   ")]
+    assert len(keys) > 40
+    for index in keys:
+        assert "=" in lines[index]
+        assert lines[index + 1].startswith("      "), f"{lines[index]} has no meaning"
