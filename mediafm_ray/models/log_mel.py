@@ -63,7 +63,7 @@ class LogMelEncoder:
     def encode(self, shots: Sequence[bytes]) -> Encoded:
         """See AudioEncoder. Raises ValueError for an odd number of bytes.
 
-        Samples fewer than one window are followed by zeros up to its length; a last part of less than 10 ms is left out. All-zero
+        Samples fewer than one window (25 ms) stand in its middle, between zeros; a last part of less than 10 ms is left out. All-zero
         audio is present, at the floor in every band (-1/8), with no variation.
         """
         embeddings_SD = np.zeros((len(shots), self.dim), np.float32)
@@ -84,7 +84,8 @@ class LogMelEncoder:
     def levels(self, samples_N: np.ndarray) -> np.ndarray:
         """(N,) int16 samples to (T, 64) float64 decibels below full scale, not floored but finite."""
         if len(samples_N) < WINDOW:
-            samples_N = np.pad(samples_N, (0, WINDOW - len(samples_N)))
+            before = (WINDOW - len(samples_N)) // 2
+            samples_N = np.pad(samples_N, (before, WINDOW - len(samples_N) - before))
         windows_TN = np.lib.stride_tricks.sliding_window_view(samples_N, WINDOW)[::HOP]
         full_scale = 32768 * self._window.sum() / 2  # magnitude of the bin of a sine that just does not clip
         parts = []
