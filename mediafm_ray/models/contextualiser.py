@@ -215,8 +215,9 @@ class TitleContextualiser:
 
     @torch.inference_mode()
     def _read_window(self, fused_SD: np.ndarray, metadata_M: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        fused_BSD = torch.tensor(fused_SD, dtype=torch.float32, device=self.device)[None]
-        metadata_BM = None if metadata_M is None else torch.tensor(metadata_M, dtype=torch.float32, device=self.device)[None]
+        # copies: arrays may come reversed or read-only out of an Arrow table
+        fused_BSD = torch.from_numpy(np.array(fused_SD, np.float32)[None]).to(self.device)
+        metadata_BM = None if metadata_M is None else torch.from_numpy(np.array(metadata_M, np.float32)[None]).to(self.device)
         output = self.model(fused_BSD, metadata_BM)
         return output.contextual_BSD[0].cpu().numpy(), output.cls_BD[0].cpu().numpy()
 
