@@ -1,7 +1,13 @@
 """A decoded frame to pixels: the detector's small pictures, the frames that are kept, thumbnails for people.
 
-Pixel contract: RGB, 8 bits a channel, rows top to bottom, as a player shows the frame: turned by the display matrix,
-square pixels (kept frames and thumbnails), deinterlaced not at all.
+Pixel contract: RGB, 8 bits a channel, rows top to bottom, as a player shows the frame: turned by the display matrix, square
+pixels (kept frames and thumbnails), HDR mapped to the range of ordinary screens (see ``tone.py``), fields of interlaced
+video woven together as they are stored.
+
+Every frame is scaled once, to a working picture of about the size that is kept, by averaging areas; the detector's
+48 x 27 are made from that by bicubic interpolation. Against bicubic interpolation from the full frame, which is what the
+detector was trained on, this differs by a rounding error (0.2 of 255 levels on average, 5 at most, on film), at half the
+cost; pictures that are not larger than the working picture are scaled directly.
 
     T frames, H rows, W columns, C channels (RGB)
 """
@@ -20,9 +26,12 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
+from mediafm_ray.media import tone
 from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH
 
 MAX_ASPECT = 4  # longer side of a kept frame, at most this many times the configured shorter side
+MIN_WORKING_SIZE = 192  # shorter side from which the detector's pictures may be made without a visible difference
+WORKING_FORMAT = "yuv420p"  # the cheapest: what nearly all video is stored in
 
 
 @dataclass(frozen=True)
@@ -60,64 +69,90 @@ def turn_of(frame: av.VideoFrame) -> Turn:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A small picture that waits for its choice: scaled, as stored (not turned), YUV."""
+class Small:
+    """A working picture that waits for its choice: as stored (not turned), planar YUV 4:2:0, 8 bits."""
 
-    frame: av.VideoFrame
+    planes: np.ndarray  # (width * height * 3 / 2,) uint8: Y, U, V
+    width: int
+    height: int
+    colorspace: int
+    color_range: int
+    transfer: int
     turn: Turn
 
 
 class Painter:
-    """Turns the frames of one title into pixels. Copes with frames that change size or format in mid-stream."""
+    """Turns the frames of one title into pixels. Copes with frames that change size or format in mid-stream.
+
+    Working pictures lie in reused memory: hand them back with ``discard``. (Fresh memory for each, between the decoder's
+    large frames, would fragment the heap to many times what they need.)
+    """
 
     def __init__(self, size: int, pixel_aspect: Fraction):
         self.size = size
         self.pixel_aspect = pixel_aspect  # width / height of a stored pixel
+        self.to_working = VideoReformatter()
         self.to_detector = VideoReformatter()
-        self.to_kept = VideoReformatter()
         self.to_rgb = VideoReformatter()
+        self.free: list[np.ndarray] = []
+        self.turn = Turn()
+        self.rotation: int | None = None  # of the frame that ``turn`` was read from
 
-    def detector_HWC(self, frame: av.VideoFrame) -> np.ndarray:
-        """(27, 48, 3) uint8 RGB: the whole picture squeezed by bicubic interpolation, as TransNet V2 was trained on."""
-        turn = turn_of(frame)
-        width, height = (DETECTOR_WIDTH, DETECTOR_HEIGHT) if turn.quarters % 2 == 0 else (DETECTOR_HEIGHT, DETECTOR_WIDTH)
-        small = self.to_detector.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
-        return turn.apply(small.to_ndarray())
-
-    def kept(self, frame: av.VideoFrame) -> Kept:
-        """The frame scaled for keeping, not yet turned or converted to RGB (most candidates are never needed)."""
+    def pictures(self, frame: av.VideoFrame) -> tuple[np.ndarray, Small]:
+        """The detector's picture, (27, 48, 3) uint8 RGB, and the working picture of a frame."""
+        if frame.rotation != self.rotation:  # looking at a frame's side data keeps it alive for long: only where something changed
+            self.rotation, self.turn = frame.rotation, turn_of(frame)
+        turn = self.turn
         width, height = kept_size(frame.width, frame.height, self.pixel_aspect, self.size)
-        small = self.to_kept.reformat(frame, width, height, "yuv420p", interpolation=Interpolation.AREA, threads=1)
-        return Kept(small, turn_of(frame))
+        working = self.to_working.reformat(frame, width, height, WORKING_FORMAT, interpolation=Interpolation.AREA, threads=1)
+        reduced = width < frame.width and height < frame.height and min(width, height) >= MIN_WORKING_SIZE
+        columns, rows = (DETECTOR_WIDTH, DETECTOR_HEIGHT) if turn.quarters % 2 == 0 else (DETECTOR_HEIGHT, DETECTOR_WIDTH)
+        tiny = self.to_detector.reformat(
+            working if reduced else frame, columns, rows, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
+        )
+        detector_HWC = turn.apply(tone.to_ordinary_range(tiny.to_ndarray(), int(frame.color_trc)))
+        return detector_HWC, self._put_aside(working, int(frame.color_trc), turn)
 
-    def rgb_HWC(self, kept: Kept) -> np.ndarray:
-        """(H, W, 3) uint8 RGB of a kept frame, turned as a player shows it."""
-        picture = self.to_rgb.reformat(kept.frame, format="rgb24", interpolation=Interpolation.BICUBIC, threads=1)
-        return kept.turn.apply(picture.to_ndarray())
+    def rgb_HWC(self, small: Small) -> np.ndarray:
+        """(H, W, 3) uint8 RGB of a working picture, as a player shows it."""
+        frame = av.VideoFrame.from_ndarray(small.planes.reshape(small.height * 3 // 2, small.width), format=WORKING_FORMAT)
+        frame.colorspace, frame.color_range = small.colorspace, small.color_range
+        picture = self.to_rgb.reformat(frame, format="rgb24", interpolation=Interpolation.BICUBIC, threads=1)
+        return small.turn.apply(tone.to_ordinary_range(picture.to_ndarray(), small.transfer))
+
+    def discard(self, small: Small) -> None:
+        """The picture is not needed any more; its memory is used for the next one of the same size."""
+        if not self.free or self.free[-1].size == small.planes.size:
+            self.free.append(small.planes)
+
+    def _put_aside(self, working: av.VideoFrame, transfer: int, turn: Turn) -> Small:
+        size = working.width * working.height * 3 // 2
+        if self.free and self.free[-1].size != size:
+            self.free.clear()
+        planes = self.free.pop() if self.free else np.empty(size, np.uint8)
+        start = 0
+        for plane in working.planes:
+            rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+            planes[start : start + rows.size].reshape(rows.shape)[:] = rows
+            start += rows.size
+        return Small(planes, working.width, working.height, int(working.colorspace), int(working.color_range), transfer, turn)
 
 
 def kept_size(width: int, height: int, pixel_aspect: Fraction, size: int) -> tuple[int, int]:
     """Width and height of a kept frame: square pixels, shorter side ``size`` at most, never enlarged, sides even."""
     shown_width, shown_height = float(width * pixel_aspect), float(height)
-    if pixel_aspect < 1:  # square pixels without enlarging the width
+    if pixel_aspect < 1:  # square pixels by enlarging the height, so that nothing is lost
         shown_width, shown_height = float(width), float(height / pixel_aspect)
     shorter, longer = sorted((shown_width, shown_height))
     scale = min(1.0, size / shorter, MAX_ASPECT * size / longer)
     return max(2 * round(shown_width * scale / 2), 2), max(2 * round(shown_height * scale / 2), 2)
 
 
-def jpeg(picture_HWC: np.ndarray, quality: int) -> bytes:
-    """The picture as a baseline JPEG."""
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture_HWC)).save(file, "JPEG", quality=quality)
-    return file.getvalue()
-
-
-def thumbnail(picture_HWC: np.ndarray, width: int, quality: int) -> bytes:
-    """The picture as a JPEG of the given width (never enlarged)."""
+def jpeg(picture_HWC: np.ndarray, quality: int, width: int = 0) -> bytes:
+    """The picture as a baseline JPEG, reduced to ``width`` columns where that is given and it has more."""
     image = Image.fromarray(np.ascontiguousarray(picture_HWC))
-    if image.width > width:
-        image = image.resize((width, max(round(image.height * width / image.width), 1)), Image.Resampling.BOX, reducing_gap=2.0)
+    if 0 < width < image.width:
+        image = image.resize((width, max(round(image.height * width / image.width), 1)), Image.Resampling.BOX)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return file.getvalue()

@@ -85,7 +85,7 @@ class _Pass:
         self.tick = Fraction(self.video.time_base or Fraction(1, 1000))
         self.period = max(round(1 / (self.video.guessed_rate or Fraction(25)) / self.tick), 1)  # ticks of a usual frame
         self.painter = picture.Painter(frames.size, Fraction(self.video.sample_aspect_ratio or 1) or Fraction(1))
-        self.candidates: sampling.CandidateBuffer[picture.Kept] = sampling.CandidateBuffer()
+        self.candidates = sampling.CandidateBuffer(discard=self.painter.discard)
         self.block: list[np.ndarray] = []
         self.frame_count = 0
         self.zero_ticks: int | None = None
@@ -159,8 +159,9 @@ class _Pass:
             ticks = self.last_ticks + 1
         self.last_ticks = ticks
         self.last_duration = frame.duration or self.period
-        self.candidates.add(self.frame_count, ticks, self.painter.kept(frame))
-        self.block.append(self.painter.detector_HWC(frame))
+        detector_HWC, small = self.painter.pictures(frame)
+        self.candidates.add(self.frame_count, ticks, small)
+        self.block.append(detector_HWC)
         self.frame_count += 1
         if len(self.block) == BLOCK_FRAMES:
             self._settle(self.exchange.pictures(self._take_block()), last=False)
@@ -193,9 +194,7 @@ class _Pass:
             thumbnail = b""
             if self.frames.thumbnail_width:
                 middle = self.candidates.choose(span.end_frame, end_ticks, 1)[0]
-                thumbnail = picture.thumbnail(
-                    self.painter.rgb_HWC(middle.picture), self.frames.thumbnail_width, self.frames.thumbnail_quality
-                )
+                thumbnail = picture.jpeg(self.painter.rgb_HWC(middle.picture), self.frames.thumbnail_quality, self.frames.thumbnail_width)
             self.shot_times.extend((start_s, self._seconds(end_ticks)))
             self.exchange.shot(span, start_s, self._seconds(end_ticks), kept, thumbnail)
             if not ends_title:

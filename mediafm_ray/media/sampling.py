@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -29,26 +31,34 @@ class Candidate(Generic[Picture]):
 class CandidateBuffer(Generic[Picture]):
     """The frames since the last settled boundary: dense at the end, thinned before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, discard: Callable[[Picture], None] = lambda picture: None) -> None:
+        self.discard = discard  # told of every picture that is let go
         self.first_index = 0  # of the open shot
         self.ticks = array("q")  # of every frame since then; 8 bytes a frame
         self.sparse: list[Candidate[Picture]] = []
-        self.dense: list[Candidate[Picture]] = []
+        self.dense: deque[Candidate[Picture]] = deque()
         self.stride = 1
 
     def add(self, index: int, ticks: int, picture: Picture) -> None:
         """Take the next frame. ``ticks`` grow from frame to frame."""
         self.ticks.append(ticks)
         self.dense.append(Candidate(index, ticks, picture))
-        if len(self.dense) <= DENSE_FRAMES:
-            return
-        oldest = self.dense.pop(0)
-        if (oldest.index - self.first_index) % self.stride:
-            return
-        self.sparse.append(oldest)
+        if len(self.dense) > DENSE_FRAMES:
+            self.sparse.append(self.dense.popleft())
+            self._thin()
+
+    def _thin(self) -> None:
+        """Keep every ``stride``-th of the older frames; double the stride where there are too many."""
+        if (self.sparse[-1].index - self.first_index) % self.stride:
+            self.discard(self.sparse.pop().picture)
         if len(self.sparse) > SPARSE_FRAMES:
             self.stride *= 2
-            self.sparse = [one for one in self.sparse if (one.index - self.first_index) % self.stride == 0]
+            old, self.sparse = self.sparse, []
+            for one in old:
+                if (one.index - self.first_index) % self.stride == 0:
+                    self.sparse.append(one)
+                else:
+                    self.discard(one.picture)
 
     def start_ticks(self, index: int) -> int:
         """When frame ``index`` is first shown."""
@@ -60,12 +70,10 @@ class CandidateBuffer(Generic[Picture]):
         The shot is divided into equal parts of time, as many as frames are wanted; the frame on screen at the centre of
         each is taken. Where candidates were thinned it is the last kept one before that centre.
         """
-        within = [one for one in (*self.sparse, *self.dense) if self.first_index <= one.index < end_index]
-        if not within:
-            return []
+        within = [one for one in (*self.sparse, *self.dense) if one.index < end_index]
+        times = [one.ticks for one in within]
         start_ticks = self.ticks[0]
         parts = min(count, end_index - self.first_index)
-        times = [one.ticks for one in within]
         chosen: dict[int, Candidate[Picture]] = {}
         for part in range(parts):
             centre = start_ticks + (2 * part + 1) * (end_ticks - start_ticks) / (2 * parts)
@@ -76,6 +84,15 @@ class CandidateBuffer(Generic[Picture]):
     def drop_before(self, index: int) -> None:
         """The open shot now starts at frame ``index``."""
         del self.ticks[: index - self.first_index]
-        left = [one for one in (*self.sparse, *self.dense) if one.index >= index]
-        self.first_index, self.stride, self.sparse, self.dense = index, 1, [], []
-        self.sparse, self.dense = left[:-DENSE_FRAMES], left[-DENSE_FRAMES:]
+        self.first_index, self.stride = index, 1
+        candidates = [*self.sparse, *self.dense]
+        self.sparse = []
+        self.dense.clear()
+        for one in candidates:
+            if one.index < index:
+                self.discard(one.picture)
+            else:
+                self.dense.append(one)
+        while len(self.dense) > DENSE_FRAMES:
+            self.sparse.append(self.dense.popleft())
+            self._thin()
