@@ -10,7 +10,6 @@ Shapes
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -91,14 +90,21 @@ def _log_mel_dim(config: AudioEncoderConfig) -> int:
     return log_mel.DIM
 
 
-def _hidden_size(config: TextEncoderConfig) -> int:
-    path = weights.resolve(config.weights) / "config.json"
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["hidden_size"])
-    except FileNotFoundError:
-        raise weights.WeightsError(f"no config.json in {config.weights}: is it the folder of a transformers checkpoint?") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise weights.WeightsError(f"{path} does not give a hidden_size ({error!r}): is it the config of a transformers model?") from error
+def _number_in_config(address: str, *paths: tuple[str, ...]) -> int:
+    """The first of the given paths through the checkpoint's config.json that leads to a number."""
+    config = weights.read_config(address)
+    for path in paths:
+        found: Any = config
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, int):
+            return found
+    wanted = " or ".join(".".join(path) for path in paths)
+    raise weights.WeightsError(f"the config.json of {address} gives no {wanted}: is it a checkpoint for this encoder?")
+
+
+def _hidden_size(config: TextEncoderConfig | AudioEncoderConfig) -> int:
+    return _number_in_config(config.weights, ("hidden_size",))
 
 
 VIDEO_ENCODERS: Mapping[str, _Implementation] = {

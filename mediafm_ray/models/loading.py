@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,6 +63,58 @@ def _without_gradients(compute: Callable[[Item], Result], item: Item) -> Result:
         return compute(item)
 
 
+class MicroBatches:
+    """How many items a CUDA device computes at once: as many as fit, found by trying.
+
+    The first micro-batch is small; what it took of the device's memory decides the next. When memory runs out all the same (other
+    processes share the device), the size halves, for good, and the items are tried again.
+    """
+
+    FIRST = 8  # items of the measuring micro-batch
+    SHARE = 0.6  # of the memory free after it, which later ones may take
+
+    def __init__(self, device: torch.device, size: int, most: int = 512) -> None:
+        """``size`` is fixed, or 0 to measure. Raises ValueError where it is negative."""
+        if size < 0:
+            raise ValueError(f"micro_batch must be 0 (as many as fit) or more, not {size}")
+        self.device = device
+        self.measured = size > 0
+        self.size = size or self.FIRST
+        self.most = most
+
+    def compute(self, function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
+        """``function`` over all items, at most ``size`` at once. Raises torch.OutOfMemoryError where even one item does not fit."""
+        results: list[Result] = []
+        while len(results) < len(items):
+            batch = items[len(results) : len(results) + self.size]
+            try:
+                results.extend(self._measured(function, batch))
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self.size, self.measured = max(1, len(batch) // 2), True
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return results
+
+    def _measured(self, function: Callable[[Sequence[Item]], Sequence[Result]], batch: Sequence[Item]) -> Sequence[Result]:
+        if self.measured or self.device.type != "cuda" or len(batch) < self.FIRST:
+            return function(batch)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        results = function(batch)
+        taken = torch.cuda.max_memory_allocated(self.device) - before
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        self.size, self.measured = fitting_size(taken, len(batch), free, self.SHARE, self.most), True
+        return results
+
+
+def fitting_size(taken: int, items: int, free: int, share: float, most: int) -> int:
+    """Items at once when ``items`` of them took ``taken`` bytes and ``share`` of ``free`` bytes may be taken: a power of two, 1 to ``most``."""
+    fits = share * free / max(1, taken / items)
+    return int(min(most, 2 ** max(0, math.floor(math.log2(max(1, fits))))))
+
+
 @contextlib.contextmanager
 def _one_thread_an_operation() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -80,11 +133,12 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
         raise WeightsError(f"{path} is not a readable torch weights file ({type(error).__name__}: {error}); fetch it again") from error
 
 
-def load_checkpoint(model_class: Any, path: Path, **options: Any) -> Any:
+def load_checkpoint(model_class: Any, path: Path, optional: tuple[str, ...] = ("pooler.",), **options: Any) -> Any:
     """A transformers model from a local folder, in evaluation mode. Nothing is fetched.
 
     transformers fills weights that the checkpoint lacks with random numbers and only warns; here that is an error.
-    Raises WeightsError for a missing, damaged or partial checkpoint. Weights of a BERT's unused pooler may be missing.
+    ``optional`` are beginnings of names of weights that are not used and may be missing: by default those of a BERT's pooler.
+    Raises WeightsError for a missing, damaged or partial checkpoint.
     """
     if not path.is_dir():
         raise WeightsError(f"no checkpoint at {path}: it must be a folder with config.json and model.safetensors")
@@ -95,7 +149,7 @@ def load_checkpoint(model_class: Any, path: Path, **options: Any) -> Any:
             model, report = model_class.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # safetensors, torch, transformers and the OS each raise their own
         raise WeightsError(f"the checkpoint {path} cannot be loaded ({type(error).__name__}: {error}); copy it again") from error
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(optional))
     mismatched = sorted(str(entry) for entry in report["mismatched_keys"])
     if missing or mismatched:
         gaps = ", ".join((missing + mismatched)[:5])
