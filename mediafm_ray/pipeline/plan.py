@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mediafm_ray.config import EmbedCatalogConfig
+from mediafm_ray.config import ConfigError, EmbedCatalogConfig
 from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_digest
 from mediafm_ray.models.fusion import spans
@@ -36,8 +37,14 @@ class Plan:
 
 
 def describe_model(config: EmbedCatalogConfig) -> Model:
-    """Everything that decides the numbers of a dataset version, and its digest. Raises WeightsError for weights that are missing."""
-    dims = {"video": video_dim(config.video), "audio": audio_dim(config.audio), "text": text_dim(config.text)}
+    """Everything that decides the numbers of a dataset version, and its digest.
+
+    Raises WeightsError for weights that are missing, ConfigError for encoders that do not exist.
+    """
+    try:
+        dims = {"video": video_dim(config.video), "audio": audio_dim(config.audio), "text": text_dim(config.text)}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     recipe = {
         "arithmetic": ARITHMETIC,
         "detector": _recipe(config.detector, weights.digest(config.detector.weights)),
@@ -59,7 +66,7 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
     """
     entries = read_catalog(config.catalog.uri, config.storage)
     model = describe_model(config)
-    checkpoint = checkpoint_name(config)
+    checkpoint = checkpoint_name(config, model)
     output = Output(config.output.uri, model.dataset_version, config.storage)
     output.store.check_writable()
     output.write_model(model)
@@ -81,11 +88,26 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
     return Plan(model, checkpoint, plan_table(taken), len(entries), done, failed_before, len(rows) - len(taken))
 
 
-def checkpoint_name(config: EmbedCatalogConfig) -> str:
-    """12 hex digits that name the configured contextualiser's checkpoint; empty when there is none."""
-    if not config.contextualiser.checkpoint:
+def checkpoint_name(config: EmbedCatalogConfig, model: Model) -> str:
+    """12 hex digits that name the configured contextualiser's checkpoint; empty when there is none.
+
+    Raises WeightsError for a checkpoint that is missing, ConfigError for one that was trained on other dimensions.
+    """
+    address = config.contextualiser.checkpoint
+    if not address:
         return ""
-    return weights.digest(config.contextualiser.checkpoint)[:VERSION_DIGITS]
+    path = weights.resolve(address) / "config.json"
+    try:
+        shape = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise weights.WeightsError(f"contextualiser.checkpoint={address}: cannot read its config.json: {error}") from error
+    for key, dim, made_by in (("fused_dim", model.dims["fused"], "the encoders"), ("metadata_dim", model.dims["text"], "the text encoder")):
+        if shape.get(key) != dim:
+            raise ConfigError(
+                f"contextualiser.checkpoint={address}: its {key} is {shape.get(key)}, and {made_by} of this configuration give {dim}: "
+                "use the encoders that it was trained with, or another checkpoint"
+            )
+    return weights.digest(address)[:VERSION_DIGITS]
 
 
 def _recipe(config: Any, weights_sha256: str) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""The plan against a listing, and the writing of titles, over real stores and without Ray."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mediafm_ray.config import ConfigError, EmbedCatalogConfig, read_config
+from mediafm_ray.pipeline.plan import describe_model, make_plan
+from mediafm_ray.pipeline.rows import AUDIO, FLAGS, NORMS, SHOTS, vectors_cell, vectors_type
+from mediafm_ray.pipeline.stages import Fuse, WriteTitle, metadata_text
+from mediafm_ray.spec import MODALITIES
+from mediafm_ray.storage.dataset import EmbeddingDataset, read_failures, title_facts
+
+SHOT = {
+    "start_frame": 0,
+    "end_frame": 25,
+    "start_s": 0.0,
+    "end_s": 1.0,
+    "boundary_kind": "start",
+    "boundary_probability": 1.0,
+    "transition_start_frame": 0,
+    "transition_end_frame": 0,
+    "text": "",
+    "language": "",
+    "thumbnail": b"",
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / "videos").mkdir(exist_ok=True)
+        (tmp_path / "videos" / f"{name}.mp4").write_bytes(name.encode())
+    return read_config(EmbedCatalogConfig, [], [f"catalog.uri={tmp_path}/videos", f"output.uri={tmp_path}/out"])
+
+
+def encoded(row, model, failing=()):
+    """A plan's row as it comes out of the encoders: two shots with vectors that the title's id decides."""
+    title_id = row["title_id"][0].as_py()
+    random = np.random.default_rng(sum(title_id.encode()))
+    shots = [SHOT, {**SHOT, "start_frame": 25, "end_frame": 50, "start_s": 1.0, "end_s": 2.0, "boundary_kind": "cut"}]
+    row = row.append_column("shots", pa.array([shots], SHOTS))
+    row = row.append_column("media", pa.array([json.dumps({"duration_s": 2.0, "frame_count": 50, "warnings": ["odd"], "facts": {}})]))
+    for modality in MODALITIES:
+        dim = model.dims[modality]
+        vectors = vectors_cell(random.normal(size=(2, dim)).astype(np.float32)).cast(vectors_type(dim))
+        row = row.append_column(f"{modality}_embeddings", vectors)
+        row = row.append_column(f"has_{modality}", pa.array([[True, True]], FLAGS))
+    row = row.append_column("metadata_embedding", pa.array([None], pa.list_(pa.float32())))
+    if title_id in failing:
+        error = {"stage": "detect_shots", "type": "TitleError", "message": f"{title_id} is bad"}
+        row = row.set_column(row.column_names.index("error"), "error", pa.array([error], row.schema.field("error").type))
+    return row
+
+
+def compute(config, failing=()):
+    """Plan and write what is pending; the titles computed and how they ended."""
+    plan = make_plan(config)
+    stages = [Fuse(plan.model.dims["fused"], config.fusion), WriteTitle(config.output.uri, plan.model, "", config.storage)]
+    ended = {}
+    for index in range(plan.pending.num_rows):
+        row = encoded(plan.pending.slice(index, 1), plan.model, failing)
+        for stage in stages:
+            row = stage(row)
+        ended[row["title_id"][0].as_py()] = row["error"][0].as_py()
+    return plan, ended
+
+
+def test_resume_is_the_catalog_minus_the_listing(config, tmp_path):
+    plan, ended = compute(config)
+    assert ended == {"a": None, "b": None, "c": None}
+    assert compute(config)[1] == {}
+    dataset = EmbeddingDataset(config.output.uri)
+    assert dataset.version == plan.model.dataset_version
+    os.unlink(next((tmp_path / "out").rglob("b@*.parquet")))
+    assert set(compute(config)[1]) == {"b"}
+    (tmp_path / "videos" / "d.mp4").write_bytes(b"new")
+    assert set(compute(config)[1]) == {"d"}
+
+
+def test_a_changed_source_is_computed_anew_and_its_predecessor_removed(config, tmp_path):
+    compute(config)
+    (before,) = (tmp_path / "out").rglob("a@*.parquet")
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"another film")
+    assert set(compute(config)[1]) == {"a"}
+    (after,) = (tmp_path / "out").rglob("a@*.parquet")
+    assert before.name != after.name
+
+
+def test_a_changed_source_that_fails_leaves_the_committed_object(config, tmp_path):
+    compute(config)
+    before = sorted((tmp_path / "out").rglob("*.parquet"))
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"broken")
+    assert compute(config, failing=["a"])[1]["a"]["message"] == "a is bad"
+    assert sorted((tmp_path / "out").rglob("*.parquet")) == before
+
+
+def test_failures_are_recorded_counted_and_forgotten_after_success(config):
+    output = lambda: EmbeddingDataset(config.output.uri).output  # noqa: E731
+    compute(config, failing=["b"])
+    compute(config, failing=["b"])
+    (record,) = read_failures(output())
+    assert (record["title_id"], record["attempts"], record["message"]) == ("b", 2, "b is bad")
+    passed_over = dataclasses.replace(config, run=dataclasses.replace(config.run, retry_failed=False))
+    plan, ended = compute(passed_over)
+    assert (ended, plan.failed_before) == ({}, 1)
+    assert compute(config)[1] == {"b": None}
+    assert list(read_failures(output())) == []
+
+
+def test_a_full_store_is_the_titles_error(config, tmp_path, monkeypatch):
+    plan = make_plan(config)
+    stage = WriteTitle(config.output.uri, plan.model, "", config.storage)
+    row = Fuse(plan.model.dims["fused"], config.fusion)(encoded(plan.pending.slice(0, 1), plan.model))
+
+    def full(name, content):
+        raise OSError(28, "No space left on device")
+
+    stage.output.store.write = full
+    error = stage(row)["error"][0].as_py()
+    assert error["stage"] == "write"
+    assert "No space left on device" in error["message"]
+    assert "failure record could not be written" in error["message"]
+
+
+def test_max_titles_takes_some_and_says_how_many_are_left(config):
+    plan = make_plan(dataclasses.replace(config, run=dataclasses.replace(config.run, max_titles=2)))
+    assert (plan.pending.num_rows, plan.left) == (2, 1)
+
+
+def test_what_is_written_carries_the_facts(config):
+    plan, _ = compute(config)
+    dataset = EmbeddingDataset(config.output.uri)
+    facts = title_facts(dataset.title("a"))
+    assert facts["media"]["warnings"] == ["odd"]
+    assert facts["spans"] == {name: list(span) for name, span in plan.model.spans.items()}
+    assert facts["dims"]["fused"] == sum(plan.model.dims[name] for name in MODALITIES)
+
+
+@pytest.mark.parametrize("change", ["detector.threshold=0.4", "frames.per_shot=4", "fusion.modality_norm=l2", "timed_text.languages=[en]"])
+def test_what_changes_the_numbers_changes_the_version(config, change):
+    other = read_config(EmbedCatalogConfig, [], [change])
+    assert describe_model(other).dataset_version != describe_model(config).dataset_version
+
+
+@pytest.mark.parametrize(
+    "change", ["detector.threads=3", "resources.encode_video.max_actors=4", "media.memory_limit_gb=2", "run.max_titles=1"]
+)
+def test_what_does_not_change_the_numbers_does_not(config, change):
+    other = read_config(EmbedCatalogConfig, [], [change])
+    assert describe_model(other).dataset_version == describe_model(config).dataset_version
+
+
+def test_weights_count_by_content_not_by_place(config, tmp_path):
+    from mediafm_ray.models import weights
+
+    copy = tmp_path / weights.resolve(config.detector.weights).name
+    copy.write_bytes(weights.resolve(config.detector.weights).read_bytes())
+    moved = read_config(EmbedCatalogConfig, [], [f"detector.weights={copy}"])
+    assert describe_model(moved).dataset_version == describe_model(config).dataset_version
+    with copy.open("ab") as stream:
+        stream.write(b"x")
+    assert describe_model(moved).dataset_version != describe_model(config).dataset_version
+
+
+def test_a_checkpoint_of_other_dimensions_is_refused_before_anything_starts(config, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text('{"fused_dim": 2304, "metadata_dim": 768}')
+    wrong = dataclasses.replace(config, contextualiser=dataclasses.replace(config.contextualiser, checkpoint=str(tmp_path / "checkpoint")))
+    with pytest.raises(ConfigError, match="fused_dim is 2304"):
+        make_plan(wrong)
+
+
+@pytest.mark.parametrize(
+    ("synopsis", "tags", "text"),
+    [("", [], ""), (" A film. ", [], "A film."), ("", ["x", " y"], "x, y"), ("A film.", ["x"], "A film.\nx")],
+)
+def test_metadata_text(synopsis, tags, text):
+    assert metadata_text(synopsis, tags) == text
+
+
+def test_declared_types_are_those_of_the_design():
+    assert AUDIO.value_type == pa.large_binary()
+    assert NORMS.value_type == pa.float32()
