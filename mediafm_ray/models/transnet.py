@@ -14,7 +14,8 @@ Weights are named _OIHW as torch has them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from mediafm_ray.models import weights
+from mediafm_ray.models.loading import Workers, load_state, open_device
 from mediafm_ray.models.options import DetectorConfig
 from mediafm_ray.spec import (
     BOUNDARY_CUT,
     BOUNDARY_GRADUAL,
+    BOUNDARY_SPLIT,
     DETECTOR_HEIGHT,
     DETECTOR_WIDTH,
     ShotSpan,
@@ -45,14 +48,14 @@ PIXEL_MAX = 255.0
 class DilatedLayer:
     """Four branches of (1 x 3 x 3 spatial, 3 x 1 x 1 temporal) convolution, their batch norm folded in."""
 
-    def __init__(self, published: dict[str, Tensor], prefix: str, input_scale: float = 1.0) -> None:
+    def __init__(self, published: dict[str, Tensor], prefix: str, dtype: torch.dtype, input_scale: float = 1.0) -> None:
         spatial = [published[f"{prefix}.Conv3D_{dilation}.layers.0.weight"][:, :, 0] for dilation in DILATIONS]
         temporal = torch.stack([published[f"{prefix}.Conv3D_{dilation}.layers.1.weight"][..., 0] for dilation in DILATIONS])
         scale = published[f"{prefix}.bn.weight"] / torch.sqrt(published[f"{prefix}.bn.running_var"] + BATCH_NORM_EPS)
         bias = published[f"{prefix}.bn.bias"] - published[f"{prefix}.bn.running_mean"] * scale
-        self.spatial_OIHW = (torch.cat(spatial) * input_scale).contiguous(memory_format=torch.channels_last)
-        self.temporal_4OIHW = temporal * scale.view(len(DILATIONS), -1, 1, 1, 1)
-        self.bias_4O = bias.view(len(DILATIONS), -1)
+        self.spatial_OIHW = (torch.cat(spatial) * input_scale).to(dtype).contiguous(memory_format=torch.channels_last)
+        self.temporal_4OIHW = (temporal * scale.view(len(DILATIONS), -1, 1, 1, 1)).to(dtype)
+        self.bias_4O = bias.view(len(DILATIONS), -1).to(dtype)
 
     def __call__(self, x_BTHWC: Tensor) -> Tensor:
         B, T, H, W, _ = x_BTHWC.shape
@@ -69,14 +72,14 @@ class DilatedLayer:
 
 
 class Dense:
-    """A fully connected layer: (..., I) -> (..., O)."""
+    """A fully connected layer: (..., I) -> (..., O), in the layer's own precision."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor) -> None:
         self.weight_OI = weight_OI
         self.bias_O = bias_O
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight_OI, self.bias_O)
+        return functional.linear(x.to(self.weight_OI.dtype), self.weight_OI, self.bias_O)
 
 
 class TransNetV2:
@@ -84,35 +87,41 @@ class TransNetV2:
 
     one_hot: the frame is the middle of a transition (for a cut, the outgoing shot's last frame).
     many_hot: the frame belongs to a transition.
-    Takes the published state dict; raises KeyError or RuntimeError when it is another network's.
+    Takes the published state dict; raises KeyError or RuntimeError when it is another network's. dtype is that of the convolutions and
+    the large matrix product, which are nearly all of the work; what compares frames with one another stays in float32.
     """
 
-    def __init__(self, published: dict[str, Tensor], device: str) -> None:
+    def __init__(self, published: dict[str, Tensor], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         published = {name: tensor.to(device) for name, tensor in published.items()}
 
-        def dense(*names: str) -> Dense:
-            return Dense(*(torch.cat([published[f"{name}.{part}"] for name in names]) for part in ("weight", "bias")))
+        def dense(*names: str, dtype: torch.dtype = torch.float32) -> Dense:
+            return Dense(*(torch.cat([published[f"{name}.{part}"] for name in names]).to(dtype) for part in ("weight", "bias")))
 
         self.device = device
+        self.dtype = dtype
+        # Pixels stay 0 ... 255, which bfloat16 holds exactly; the first layer's weights bring them to 0 ... 1.
         self.blocks = [
-            [DilatedLayer(published, f"SDDCNN.{block}.DDCNN.{layer}", 1 / PIXEL_MAX if block == layer == 0 else 1.0) for layer in (0, 1)]
+            [
+                DilatedLayer(published, f"SDDCNN.{block}.DDCNN.{layer}", dtype, 1 / PIXEL_MAX if block == layer == 0 else 1.0)
+                for layer in (0, 1)
+            ]
             for block in range(BLOCKS)
         ]
         self.likeness_projection = dense("frame_sim_layer.projection")
         self.likeness = dense("frame_sim_layer.fc")
         self.colour = dense("color_hist_layer.fc")
-        self.hidden = dense("fc1")
+        self.hidden = dense("fc1", dtype=dtype)
         self.heads = dense("cls_layer1", "cls_layer2")
 
     @torch.inference_mode()
     def __call__(self, frames_BTHWC: Tensor) -> tuple[Tensor, Tensor]:
         frames_BTHWC = frames_BTHWC.to(self.device)
-        x_BTHWC = frames_BTHWC.float()
+        x_BTHWC = frames_BTHWC.to(self.dtype)
         means = []
         for first, second in self.blocks:
-            shortcut_BTHWC = torch.relu(first(x_BTHWC))
-            x_BTHWC = _half_size(torch.relu(second(shortcut_BTHWC)) + shortcut_BTHWC)
-            means.append(x_BTHWC.mean(dim=(2, 3)))
+            shortcut_BTHWC = first(x_BTHWC).relu_()
+            x_BTHWC = _half_size(second(shortcut_BTHWC).relu_().add_(shortcut_BTHWC))
+            means.append(x_BTHWC.mean(dim=(2, 3), dtype=torch.float32))
         unit_BTC = functional.normalize(self.likeness_projection(torch.cat(means, dim=2)), dim=2)
         likeness_BTC = torch.relu(self.likeness(_neighbour_similarity(unit_BTC)))
         colour_BTC = torch.relu(self.colour(_neighbour_similarity(_colour_histograms(frames_BTHWC))))
@@ -150,114 +159,323 @@ def _colour_histograms(frames_BTHWC: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------- windows: any length of video, bit by bit
 
-WINDOW = 100  # frames: what the network was trained on
-MARGIN = 25  # frames at both ends of a window whose predictions are thrown away
-STEP = WINDOW - 2 * MARGIN  # frames
+
+@dataclass(frozen=True)
+class Windowing:
+    """How a title is cut into overlapping windows, in frames; the predictions of both margins of a window are thrown away."""
+
+    window: int
+    margin: int
+    whole: bool  # the title's last window is as long as the others (the last frame repeated); else it ends a margin behind the title
+
+    @property
+    def step(self) -> int:
+        return self.window - 2 * self.margin
+
+
+REFERENCE_WINDOWS = Windowing(window=100, margin=25, whole=True)  # as in the published predict_frames: every frame is computed twice
+WIDE_WINDOWS = Windowing(window=250, margin=25, whole=False)  # the same margin; a frame is computed 1.25 times
 
 
 class _Windows:
     """Cuts a stream of frames into overlapping windows as the reference's predict_frames does.
 
-    The first frame is repeated MARGIN times before the title, the last one behind it until the last window is full.
+    The first frame is repeated over a margin before the title, the last one behind it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, windowing: Windowing) -> None:
+        self._windowing = windowing
         self._pending = np.empty((0, DETECTOR_HEIGHT, DETECTOR_WIDTH, 3), np.uint8)
         self._frames_seen = 0
-        self._frames_predicted = 0
+        self._frames_cut = 0
 
-    def push(self, frames_THWC: np.ndarray) -> Iterator[np.ndarray]:
-        """Take frames; yield the (WINDOW, 27, 48, 3) windows that they complete."""
+    def push(self, frames_THWC: np.ndarray) -> list[np.ndarray]:
+        """Take frames; return the (T, 27, 48, 3) windows that they complete."""
         if frames_THWC.dtype != np.uint8 or frames_THWC.shape[1:] != self._pending.shape[1:]:
             raise ValueError(
                 f"the detector takes (T, {DETECTOR_HEIGHT}, {DETECTOR_WIDTH}, 3) uint8 RGB frames, "
                 f"not {frames_THWC.shape} {frames_THWC.dtype}"
             )
         if len(frames_THWC) == 0:
-            return
+            return []
         if self._frames_seen == 0:
-            self._pending = np.repeat(frames_THWC[:1], MARGIN, axis=0)
+            self._pending = np.repeat(frames_THWC[:1], self._windowing.margin, axis=0)
         self._frames_seen += len(frames_THWC)
-        yield from self._cut(frames_THWC)
+        return self._cut(frames_THWC)
 
-    def finish(self) -> Iterator[np.ndarray]:
-        """Yield the last windows, padded; predictions beyond the title's frames are to be dropped."""
-        missing = self._frames_seen - self._frames_predicted
-        if missing > 0:
-            windows = -(-missing // STEP)
-            padding = windows * STEP + 2 * MARGIN - len(self._pending)
-            yield from self._cut(np.repeat(self._pending[-1:], padding, axis=0))
+    def finish(self) -> list[np.ndarray]:
+        """Return the last windows, padded; predictions beyond the title's frames are to be dropped."""
+        missing = self._frames_seen - self._frames_cut
+        if missing == 0:
+            return []
+        step = self._windowing.step
+        wanted = (-(-missing // step) * step if self._windowing.whole else missing) + 2 * self._windowing.margin
+        windows = self._cut(np.repeat(self._pending[-1:], wanted - len(self._pending), axis=0))
+        if self._frames_cut < self._frames_seen:
+            windows.append(self._pending)
+        return windows
 
-    def _cut(self, frames_THWC: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(frames_THWC), STEP):  # in pieces, so that a long push is not copied once a window
-            self._pending = np.concatenate([self._pending, frames_THWC[start : start + STEP]])
-            while len(self._pending) >= WINDOW:
-                yield self._pending[:WINDOW]
-                self._pending = self._pending[STEP:]
-                self._frames_predicted += STEP
-
-
-# --------------------------------------------------------------------------------------------- shots from the probabilities
-
-LONGEST_TRANSITION = 100  # frames: the network's window; a longer run of transition frames is closed, so that shots settle
-
-
-@dataclass
-class _Run:
-    """Consecutive frames above the threshold: [first, last], all transition frames by the one-hot head."""
-
-    first: int
-    last: int
-    probability: float
+    def _cut(self, frames_THWC: np.ndarray) -> list[np.ndarray]:
+        windows = []
+        for start in range(0, len(frames_THWC), self._windowing.step):  # in pieces: a long push is not copied once a window
+            self._pending = np.concatenate([self._pending, frames_THWC[start : start + self._windowing.step]])
+            while len(self._pending) >= self._windowing.window:
+                windows.append(self._pending[: self._windowing.window])
+                self._pending = self._pending[self._windowing.step :]
+                self._frames_cut += self._windowing.step
+        return windows
 
 
-class _Boundaries:
-    """Probabilities in, settled shots out; the state is a few numbers whatever the length of the title."""
+# ------------------------------------------------------------------------- transitions from the probabilities and the pictures
+#
+# What the heads mean decides the rules (section 3 of the paper: one-hot marks a transition's middle, many-hot all of its frames):
+#   cut      one frame above the threshold by one-hot; or below it but a spike, far above the frames on both sides. The network saw few
+#            shots of less than half a second in training and is unsure there, but its answer stays as narrow as for any cut; camera
+#            motion and effects of the same height give broad humps.
+#   gradual  a run of frames that many-hot takes for a transition, which holds at least one middle: one-hot passes the threshold there or
+#            its sum, the expected number of middles, is at least one (long transitions: no frame is surely the middle).
+# The pictures decide what the heads cannot:
+#   fade     two transitions with an empty picture in between (a fade out and a fade in) are one.
+#   flash    a picture that comes back after a few frames was not left.
+
+GRADUAL_FRAMES = 3  # frames: a shorter run is a cut (2 frames where fields or frame-rate conversion blend its two sides)
+LONGEST_TRANSITION = 100  # frames, the network's window: a longer run is closed there, so that shots settle
+EMPTY_CONTRAST = 2.0  # levels of 255, standard deviation over a frame's pixels: less is a picture of one colour, but for coding noise
+RETURNED = 0.5  # a picture came back when it differs from the one before by less than this share of the change itself
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Between two shots: the last frame that is only the outgoing one, the first that is only the incoming one."""
+
+    last_before: int
+    first_after: int
+    kind: str
+    probability: float  # the highest of the one-hot head
+
+    @property
+    def middle(self) -> int:
+        """The frame at which the new shot starts: the first after a cut, the middle one of a gradual transition."""
+        return (self.last_before + self.first_after + 1) // 2
+
+
+class _Transitions:
+    """Probabilities and frames in, settled transitions out; a frame is judged by its neighbourhood only, which bounds the memory."""
 
     def __init__(self, config: DetectorConfig) -> None:
-        self._threshold = config.threshold
-        self._frame = 0
-        self._shot = ShotSpan(0, 0)
-        self._run: _Run | None = None
+        self._config = config
+        self._ahead = config.flash_frames + 2  # frames that must be known behind the one that is judged
+        self._behind = LONGEST_TRANSITION + config.flash_frames + 2  # frames that are kept before it
+        self._oldest = 0  # index of the first frame that is kept
+        self._one_hot: list[float] = []
+        self._many_hot: list[float] = []
+        self._empty: list[bool] = []
+        self._frames: list[np.ndarray] = []
+        self._cursor = 0  # the next frame to judge
+        self._run_first = -1  # where the open run of transition frames began; -1: none is open
+        self._run_is_told = False  # the run was too long: its transition is out, the rest of it is no other one
+        self._pending: Transition | None = None  # may still merge with the next one
 
-    def push(self, one_hot_T: np.ndarray, many_hot_T: np.ndarray) -> list[ShotSpan]:
+    def push(self, one_hot_T: np.ndarray, many_hot_T: np.ndarray, frames_THWC: np.ndarray) -> list[Transition]:
+        self._one_hot.extend(one_hot_T.tolist())
+        self._many_hot.extend(many_hot_T.tolist())
+        self._empty.extend((frames_THWC.mean(axis=3, dtype=np.float32).std(axis=(1, 2)) < EMPTY_CONTRAST).tolist())
+        self._frames.extend(frames_THWC.copy())
+        settled: list[Transition] = []
+        while self._cursor + self._ahead < self._end:
+            self._judge(self._cursor, settled)
+        return settled
+
+    def finish(self) -> list[Transition]:
+        """A run that reaches the title's last frame (a fade-out) separates nothing and is no transition."""
+        settled: list[Transition] = []
+        while self._cursor < self._end:
+            self._judge(self._cursor, settled)
+        return settled + ([self._pending] if self._pending else [])
+
+    @property
+    def settled_until(self) -> int:
+        """No transition that is still to come has its middle before this frame."""
+        if self._pending:
+            return self._pending.last_before + 1
+        return self._run_first if self._run_first >= 0 and not self._run_is_told else self._cursor
+
+    @property
+    def _end(self) -> int:
+        return self._oldest + len(self._one_hot)
+
+    def _judge(self, frame: int, settled: list[Transition]) -> None:
+        inside = self._one_hot[frame - self._oldest] > self._config.threshold
+        inside = inside or self._many_hot[frame - self._oldest] > self._config.threshold or self._is_spike(frame)
+        too_long = frame - self._run_first >= LONGEST_TRANSITION
+        if self._run_first >= 0 and not self._run_is_told and (too_long or not inside):
+            self._add(self._transition_of(self._run_first, frame - 1), settled)
+            self._run_is_told = True
+        if not inside:
+            self._run_first = -1
+        elif self._run_first < 0:
+            self._run_first = frame
+            self._run_is_told = False
+        if self._pending and frame - self._pending.first_after > LONGEST_TRANSITION:
+            settled.append(self._pending)
+            self._pending = None
+        self._cursor += 1
+        useless = max(self._cursor - self._behind - self._oldest, 0)
+        if useless >= self._behind:  # now and then, not for every frame
+            for kept in (self._one_hot, self._many_hot, self._empty, self._frames):
+                del kept[:useless]
+            self._oldest += useless
+
+    def _is_spike(self, frame: int) -> bool:
+        at = frame - self._oldest
+        sides = self._one_hot[max(at - 1, 0) : at] + self._one_hot[at + 1 : at + 2]
+        return self._one_hot[at] - max(sides, default=0.0) >= self._config.spike
+
+    def _transition_of(self, first: int, last: int) -> Transition | None:
+        """The transition that the frames first ... last make, if any."""
+        if first == 0 and last > 0:  # a fade-in at the title's beginning separates nothing
+            return None
+        one_hot = self._one_hot[first - self._oldest : last + 1 - self._oldest]
+        probability = max(one_hot)
+        if len(one_hot) < GRADUAL_FRAMES:
+            peak = first + one_hot.index(probability)
+            if probability <= self._config.threshold and not self._is_spike(peak):
+                return None
+            found = Transition(peak, peak + 1, BOUNDARY_CUT, probability)
+        else:
+            if probability <= self._config.threshold and sum(one_hot) < 1:
+                return None
+            found = Transition(first - 1, last + 1, BOUNDARY_GRADUAL, probability)
+        return None if self._is_flash(found) else found
+
+    def _is_flash(self, found: Transition) -> bool:
+        """Whether a picture from before the transition is back after it, within the length of a flash."""
+        reach = self._config.flash_frames
+        if found.first_after - found.last_before > reach + 1:
+            return False
+        change = self._difference(found.last_before, found.first_after)
+        return any(
+            self._difference(before, after) < RETURNED * change
+            for before in range(max(found.last_before - reach, 0), found.last_before + 1)
+            for after in range(found.first_after, min(before + reach + 1, self._end - 1) + 1)
+        )
+
+    def _difference(self, frame: int, other: int) -> float:
+        """Mean absolute difference of two frames, levels of 255."""
+        a_HWC, b_HWC = self._frames[frame - self._oldest], self._frames[other - self._oldest]
+        return float(np.abs(a_HWC.astype(np.int16) - b_HWC).mean())
+
+    def _add(self, found: Transition | None, settled: list[Transition]) -> None:
+        if found is None:
+            return
+        before = self._pending
+        self._pending = found
+        if before is None:
+            return
+        if self._is_empty_between(before, found):
+            self._pending = Transition(before.last_before, found.first_after, BOUNDARY_GRADUAL, max(before.probability, found.probability))
+        else:
+            settled.append(before)
+
+    def _is_empty_between(self, before: Transition, found: Transition) -> bool:
+        """Whether no shot lies between two transitions: at least half of the frames are empty (a slow fade-in is told late)."""
+        if found.first_after - before.last_before > LONGEST_TRANSITION:
+            return False
+        between = self._empty[before.first_after - self._oldest : found.last_before + 1 - self._oldest]
+        return sum(between) >= 0.5 * len(between) > 0
+
+
+# ------------------------------------------------------------------------------------------------- shots from the transitions
+
+WHOLE_PARTS = 4  # parts of a long shot that are weighed together; beyond, parts of full length are given away, so that they settle
+
+
+class _Shots:
+    """Transitions in, settled shots out, in order and without gaps; keeps one boundary back, which a stronger neighbour may replace."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        self._shortest = config.shortest_shot
+        self._longest = config.longest_shot
+        self._boundary = 0  # the last one that is not a split
+        self._shot = ShotSpan(0, 0)  # the shot, or its part, that is being filled; its end is not known yet
+        self._next: ShotSpan | None = None  # the shot behind it, when a boundary was found that may still be replaced
+
+    def push(self, transitions: list[Transition], settled_until: int) -> list[ShotSpan]:
+        """Take transitions; no later one will lie before the frame settled_until."""
         shots = []
-        for probability in one_hot_T.tolist():
-            if self._run is not None and (probability <= self._threshold or self._frame - self._run.first >= LONGEST_TRANSITION):
-                shots.extend(self._close(self._run))
-                self._run = None
-            if probability > self._threshold:
-                if self._run is None:
-                    self._run = _Run(self._frame, self._frame, probability)
-                self._run.last = self._frame
-                self._run.probability = max(self._run.probability, probability)
-            self._frame += 1
+        for found in transitions:
+            start = ShotSpan(found.middle, found.middle, found.kind, found.probability, found.last_before, found.first_after)
+            if self._next is not None and start.start_frame - self._next.start_frame >= max(self._shortest, 1):
+                shots.extend(self._end_shot(self._next))
+            if self._next is not None:  # two boundaries too close: the more probable one stays
+                if start.boundary_probability > self._next.boundary_probability:
+                    self._next = start
+            elif start.start_frame - self._boundary >= max(self._shortest, 1):
+                self._next = start
+        if self._next is not None and settled_until - self._next.start_frame >= self._shortest:
+            shots.extend(self._end_shot(self._next))
+        if self._next is None:
+            shots.extend(self._give_away(settled_until))
         return shots
 
+    def finish(self, frame_count: int) -> list[ShotSpan]:
+        shots = []
+        if self._next is not None and frame_count - self._next.start_frame >= self._shortest:
+            shots.extend(self._end_shot(self._next))
+        self._next = None
+        return shots + (self._end_shot(ShotSpan(frame_count, frame_count)) if frame_count else [])
+
+    def _end_shot(self, following: ShotSpan) -> list[ShotSpan]:
+        shots = self._give_away(following.start_frame)
+        length = following.start_frame - self._shot.start_frame
+        parts = -(-length // self._longest) if self._longest else 1
+        ends = [self._shot.start_frame + length * part // parts for part in range(1, parts + 1)]
+        shots.extend(self._take(end) for end in ends)
+        self._boundary = following.start_frame
+        self._shot = following
+        self._next = None
+        return shots
+
+    def _give_away(self, known_until: int) -> list[ShotSpan]:
+        """The first parts of a shot that is too long to be weighed as a whole."""
+        shots = []
+        while self._longest and known_until - self._shot.start_frame > WHOLE_PARTS * self._longest:
+            shots.append(self._take(self._shot.start_frame + self._longest))
+        return shots
+
+    def _take(self, end: int) -> ShotSpan:
+        done = dataclasses.replace(self._shot, end_frame=end)
+        self._shot = ShotSpan(end, end, BOUNDARY_SPLIT, 1.0, end - 1, end)
+        return done
+
+
+class _ShotsFromProbabilities:
+    """The rules above, joined: probabilities and their frames in, settled shots out."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        self._transitions = _Transitions(config)
+        self._shots = _Shots(config)
+        self._frame_count = 0
+
+    def push(self, one_hot_T: np.ndarray, many_hot_T: np.ndarray, frames_THWC: np.ndarray) -> list[ShotSpan]:
+        self._frame_count += len(frames_THWC)
+        found = self._transitions.push(one_hot_T, many_hot_T, frames_THWC)
+        return self._shots.push(found, self._transitions.settled_until)
+
     def finish(self) -> list[ShotSpan]:
-        """The last shot. A run that reaches the title's last frame (a fade-out) separates nothing and is no boundary."""
-        return [_ended(self._shot, self._frame)] if self._frame else []
-
-    def _close(self, run: _Run) -> list[ShotSpan]:
-        if run.first == 0:  # a fade-in at the title's beginning separates nothing
-            return []
-        start = (run.first + run.last) // 2 + 1  # the middle; right behind the frame of a cut
-        done = _ended(self._shot, start)
-        kind = BOUNDARY_CUT if run.first == run.last else BOUNDARY_GRADUAL
-        self._shot = ShotSpan(start, start, kind, run.probability, run.first, run.last + 1)
-        return [done]
+        return self._shots.push(self._transitions.finish(), self._frame_count) + self._shots.finish(self._frame_count)
 
 
-def _ended(shot: ShotSpan, end_frame: int) -> ShotSpan:
-    return ShotSpan(
-        shot.start_frame, end_frame, shot.boundary_kind, shot.boundary_probability, shot.transition_start_frame, shot.transition_end_frame
-    )
-
-
-def shots_from_probabilities(one_hot_T: np.ndarray, many_hot_T: np.ndarray, config: DetectorConfig) -> list[ShotSpan]:
-    """Shots that tile [0, T) from the two heads' (T,) probabilities; none for T = 0."""
-    boundaries = _Boundaries(config)
-    return boundaries.push(one_hot_T, many_hot_T) + boundaries.finish()
+def shots_from_probabilities(
+    one_hot_T: np.ndarray, many_hot_T: np.ndarray, frames_THWC: np.ndarray, config: DetectorConfig
+) -> list[ShotSpan]:
+    """Shots that tile [0, T) from the two heads' (T,) probabilities and the (T, 27, 48, 3) uint8 frames; none for T = 0."""
+    joined = _ShotsFromProbabilities(config)
+    shots = []
+    for start in range(0, len(frames_THWC), 1000):  # in pieces, to bound what is kept
+        piece = slice(start, start + 1000)
+        shots.extend(joined.push(one_hot_T[piece], many_hot_T[piece], frames_THWC[piece]))
+    return shots + joined.finish()
 
 
 # ----------------------------------------------------------------------------------------------------------- the detector
@@ -266,20 +484,27 @@ def shots_from_probabilities(one_hot_T: np.ndarray, many_hot_T: np.ndarray, conf
 class ShotDetector:
     """TransNet V2 with its published weights on one device; detects the shots of any number of titles.
 
-    Raises weights.WeightsError when the weights are not there or are not TransNet V2's. The number of torch's threads is
-    set when config.threads > 0; no other global state of torch is touched.
+    config.exact: windows and float32 as in the published predict_frames. Otherwise windows are wider and the convolutions are done in
+    bfloat16 where the processor has instructions for it (in float32 where not); probabilities differ by up to a few hundredths.
+    On a CPU every window is computed alone, by one thread: probabilities depend neither on other titles nor on the number of threads.
+
+    Raises weights.WeightsError when the weights are not there or are not TransNet V2's, ValueError for a device that is not there.
     """
 
     def __init__(self, config: DetectorConfig) -> None:
-        if config.threads > 0:
-            torch.set_num_threads(config.threads)
         self.config = config
+        self.windowing = REFERENCE_WINDOWS if config.exact else WIDE_WINDOWS
+        device = open_device(config.device)
         path = weights.resolve(config.weights)
-        published = torch.load(path, map_location="cpu", weights_only=True)
+        published = load_state(path)
         try:
-            self._network = TransNetV2(published, config.device)
+            self._network = TransNetV2(published, device, torch.float32 if config.exact else fast_dtype(device))
         except (KeyError, RuntimeError) as problem:
             raise weights.WeightsError(f"{path} does not hold the weights of TransNet V2 (PyTorch): {problem}") from problem
+        self._workers = Workers(config.threads)
+        on_cpu = device.type == "cpu"
+        self._together = 1 if on_cpu else config.batch  # windows in one forward pass
+        self.wanted_windows = self._workers.threads if on_cpu else config.batch  # what keeps the device busy
 
     def stream(self) -> DetectorStream:
         """A detector at work on one title (spec.ShotStream)."""
@@ -287,45 +512,91 @@ class ShotDetector:
 
     def predict_frames(self, frames_THWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(T, 27, 48, 3) uint8 RGB -> one_hot (T,), many_hot (T,) float32 probabilities of a whole title."""
-        cutter = _Windows()
-        parts = [self.predict_window(window) for window in cutter.push(frames_THWC)]
-        parts += [self.predict_window(window) for window in cutter.finish()]
-        predicted = np.concatenate(parts, axis=1)[:, : len(frames_THWC)] if parts else np.empty((2, 0), np.float32)
-        return predicted[0], predicted[1]
+        cutter = _Windows(self.windowing)
+        parts = self.predict_windows(cutter.push(frames_THWC) + cutter.finish())
+        predicted_2T = np.concatenate([np.empty((2, 0), np.float32), *parts], axis=1)[:, : len(frames_THWC)]
+        return predicted_2T[0], predicted_2T[1]
 
     def detect(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
         """All shots of a title whose frames are in memory; equal to what stream() gives."""
-        return shots_from_probabilities(*self.predict_frames(frames_THWC), self.config)
+        return shots_from_probabilities(*self.predict_frames(frames_THWC), frames_THWC, self.config)
 
-    def predict_window(self, window_THWC: np.ndarray) -> np.ndarray:
-        """One (WINDOW, 27, 48, 3) window -> (2, STEP) float32: one-hot and many-hot of the frames between its margins."""
-        one_hot_BT, many_hot_BT = self._network(torch.from_numpy(window_THWC).unsqueeze(0))
-        return torch.cat([one_hot_BT, many_hot_BT])[:, MARGIN:-MARGIN].cpu().numpy()
+    def predict_windows(self, windows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Windows (T, 27, 48, 3) of any titles -> for each (2, T - 2 * margin) float32: one-hot and many-hot between the margins."""
+        batches: list[list[np.ndarray]] = []
+        for window_THWC in windows:
+            if batches and len(batches[-1]) < self._together and len(batches[-1][0]) == len(window_THWC):
+                batches[-1].append(window_THWC)
+            else:
+                batches.append([window_THWC])
+        return [predicted_2T for batch in self._workers.map(self._predict_batch, batches) for predicted_2T in batch]
+
+    def _predict_batch(self, windows: list[np.ndarray]) -> list[np.ndarray]:
+        one_hot_BT, many_hot_BT = self._network(torch.from_numpy(np.stack(windows)))
+        predicted_B2T = torch.stack([one_hot_BT, many_hot_BT], dim=1).cpu().numpy()
+        return list(predicted_B2T[:, :, self.windowing.margin : -self.windowing.margin])
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")) else torch.float32
 
 
 class DetectorStream:
-    """Frames of one title in, settled shots out. Memory is bounded by a window, whatever the title's or a shot's length."""
+    """Frames of one title in, settled shots out. Memory is bounded by a few windows, whatever the title's or a shot's length."""
 
     def __init__(self, detector: ShotDetector) -> None:
-        self._detector = detector
-        self._windows = _Windows()
-        self._boundaries = _Boundaries(detector.config)
+        self.detector = detector
+        self._windows = _Windows(detector.windowing)
+        self._waiting: list[np.ndarray] = []  # windows that are full and not predicted yet
         self._frames_pushed = 0
         self._frames_predicted = 0
+        self._shots = _ShotsFromProbabilities(detector.config)
 
     def push(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
-        """Take the next (T, 27, 48, 3) uint8 RGB frames; return the shots that no later frame can change."""
-        self._frames_pushed += len(frames_THWC)
-        return self._settle(self._windows.push(frames_THWC))
+        """Take the next (T, 27, 48, 3) uint8 RGB frames; return the shots that no later frame can change.
+
+        Raises ValueError for frames of another shape or type.
+        """
+        return push_all([self], [frames_THWC])[0]
 
     def finish(self) -> list[ShotSpan]:
         """The title has no more frames; return the remaining shots (none for a title without frames)."""
-        return self._settle(self._windows.finish()) + self._boundaries.finish()
+        return finish_all([self])[0]
 
-    def _settle(self, windows: Iterator[np.ndarray]) -> list[ShotSpan]:
-        shots = []
-        for window_THWC in windows:
-            one_hot_T, many_hot_T = self._detector.predict_window(window_THWC)[:, : self._frames_pushed - self._frames_predicted]
-            self._frames_predicted += len(one_hot_T)
-            shots.extend(self._boundaries.push(one_hot_T, many_hot_T))
-        return shots
+
+def push_all(streams: Sequence[DetectorStream], frames: Sequence[np.ndarray]) -> list[list[ShotSpan]]:
+    """DetectorStream.push for several titles at once, whose windows share the device; the streams are of one detector."""
+    for stream, frames_THWC in zip(streams, frames, strict=True):
+        stream._waiting.extend(stream._windows.push(frames_THWC))
+        stream._frames_pushed += len(frames_THWC)
+    if sum(len(stream._waiting) for stream in streams) < max((stream.detector.wanted_windows for stream in streams), default=0):
+        return [[] for _ in streams]
+    return _predict_waiting(streams)
+
+
+def finish_all(streams: Sequence[DetectorStream]) -> list[list[ShotSpan]]:
+    """DetectorStream.finish for several titles at once, whose windows share the device; the streams are of one detector."""
+    for stream in streams:
+        stream._waiting.extend(stream._windows.finish())
+    return [shots + stream._shots.finish() for stream, shots in zip(streams, _predict_waiting(streams), strict=True)]
+
+
+def _predict_waiting(streams: Sequence[DetectorStream]) -> list[list[ShotSpan]]:
+    waiting = [window_THWC for stream in streams for window_THWC in stream._waiting]
+    predictions = iter(streams[0].detector.predict_windows(waiting) if waiting else [])
+    settled = []
+    for stream in streams:
+        shots: list[ShotSpan] = []
+        for window_THWC, predicted_2T in zip(stream._waiting, predictions, strict=False):  # predictions go on with the next stream
+            count = min(predicted_2T.shape[1], stream._frames_pushed - stream._frames_predicted)
+            margin = stream.detector.windowing.margin
+            one_hot_T, many_hot_T = predicted_2T[:, :count]
+            shots.extend(stream._shots.push(one_hot_T, many_hot_T, window_THWC[margin : margin + count]))
+            stream._frames_predicted += count
+        stream._waiting = []
+        settled.append(shots)
+    return settled
