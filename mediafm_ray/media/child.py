@@ -20,15 +20,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import av
+import av.logging
 import numpy as np
 
 from mediafm_ray.media import reader
+from mediafm_ray.media.damage import DecoderLog
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.wire import Channel, WireError
 from mediafm_ray.spec import ShotSpan, TimedTextSource, Title, TitleError
 
 OUTSTANDING_BLOCKS = 2  # blocks the detector may lag behind the decoder: replies are awaited at fixed places, whatever the timing
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STDERR = 2  # where FFmpeg writes; the parent opened it as a file for appending
 
 
 class _ToParent:
@@ -96,6 +100,7 @@ def _read(header: dict[str, Any], channel: Channel) -> dict[str, Any]:
         TimedTextConfig(**header["timed_text"]),
         MediaConfig(**header["media"]),
         _ToParent(channel),
+        DecoderLog(STDERR),
     )
 
 
@@ -112,6 +117,8 @@ def confine(parent: int, memory_limit_gb: float) -> None:
 def main() -> None:
     descriptor, parent, memory_limit_gb = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     confine(parent, memory_limit_gb)
+    av.logging.restore_default_callback()  # in C: see DecoderLog
+    av.logging.set_libav_level(av.logging.INFO)
     serve(Channel(socket.socket(fileno=descriptor)))
 
 

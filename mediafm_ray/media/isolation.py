@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -34,6 +35,7 @@ class IsolatedReader:
         self.process: subprocess.Popen[bytes] | None = None
         self.channel: Channel | None = None
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the reader)
+        fcntl.fcntl(self.log, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)  # the child cuts it off now and then
 
     def read(self, title: Title, detector: ShotStream) -> TitleMedia:
         """All that the encoders need of one title.

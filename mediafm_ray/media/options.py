@@ -31,6 +31,7 @@ class TimedTextConfig:
     )
     embedded: bool = recipe(True, "use subtitle streams inside the video when no sidecar fits")
     sound_cues: bool = recipe(True, "keep descriptions of sounds such as [door slams] or (music)")
+    speakers: bool = recipe(False, "keep who speaks, as 'Name: ', where the timed text says it")
 
 
 @dataclass(frozen=True)

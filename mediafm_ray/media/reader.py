@@ -4,29 +4,36 @@
                          -> audio frames -> 16 kHz mono samples
                          -> cues         -> text of shots
 
-The zero of a title's time line is its first picture; where the sound starts more than ``MAX_SOUND_LEAD_S`` before the
-first picture, it is the start of the sound. Containers start anywhere (transport streams at any time, Matroska and MP4 a
-few milliseconds late when the audio codec needs a lead-in), while sidecars and annotations count from the first picture.
-The first shot starts at zero. The last shot ends when its last frame has been shown for its duration.
+Time. The zero of a title's time line is its first picture; where the sound starts more than ``MAX_SOUND_LEAD_S`` before
+it, the start of the sound. Containers start anywhere (transport streams at any time, Matroska and MP4 some milliseconds
+late when the audio codec needs a lead-in), while sidecars and annotations count from the first picture. Cues of subtitle
+streams are on the container's clock and are moved along with it. The first shot starts at zero, each other one when its
+first frame is shown, the last ends when its last frame has been shown for its duration. Inside this module time is an
+integer count of the video stream's ticks since its first time stamp.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
 import av
 import numpy as np
 
-from mediafm_ray.media import picture, sampling, sound, source, timed_text
+from mediafm_ray.media import picture, sampling, sound, source, streams, timed_text
+from mediafm_ray.media.damage import LATE_PICTURE_S, LONG_HOLE_S, Damage, DecoderLog
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import Cue, ShotSpan, Title, TitleError
+from mediafm_ray.spec import SAMPLE_RATE, Cue, ShotSpan, Title, TitleError
 
 BLOCK_FRAMES = 64  # pictures handed to the detector at once
 MAX_SOUND_LEAD_S = 0.5  # sound that starts earlier than this before the first picture is programme, not a codec's lead-in
-MAX_PACKETS_BEFORE_PICTURE = 20_000  # sound packets that wait for the first picture, to know where the time line starts
+MAX_SOUND_WAITING = 2_000  # frames of sound that wait until the first picture tells where the time line starts
+JUMP_BACK_S = 1.0  # a time stamp this far before its predecessor starts a new count: the recording was joined there
+MAX_LAST_FRAME_S = 60.0  # how long the last frame is shown, at most, whatever it says
+MISSING_END_S = 0.25  # a declared end this much after the last picture is rounding, or the tail of the sound
+MAX_CUES = 100_000  # of a subtitle stream
 
 
 class Exchange(Protocol):
@@ -50,17 +57,23 @@ class Exchange(Protocol):
 
 
 def read_title(
-    title: Title, frames: FramesConfig, timed_text_config: TimedTextConfig, media: MediaConfig, exchange: Exchange
+    title: Title,
+    frames: FramesConfig,
+    timed_text_config: TimedTextConfig,
+    media: MediaConfig,
+    exchange: Exchange,
+    log: DecoderLog | None = None,
 ) -> dict[str, Any]:
-    """Read one title; return what is known at its end: texts, languages, duration_s, frame_count, warnings, facts.
+    """Read one title; return what is known at its end: texts, languages, duration_s, frame_count, has_sound, warnings, facts.
 
-    Raises TitleError with a reason for people.
+    ``log`` is what FFmpeg writes; without it, concealed errors go unnoticed. Raises TitleError with a reason for people.
     """
     name = source.file_name(title.video)
     with source.open_bytes(title.video, media) as stream:
+        cut_off = source.matroska_is_cut_off(stream)
         container = source.open_container(stream, name, media)
         try:
-            return _Pass(container, name, title, frames, timed_text_config, media, exchange).run()
+            return _Pass(container, name, cut_off, title, frames, timed_text_config, media, exchange, log).run()
         finally:
             container.close()
 
@@ -70,74 +83,106 @@ class _Pass:
         self,
         container: av.container.InputContainer,
         name: str,
+        cut_off: bool | None,
         title: Title,
         frames: FramesConfig,
         timed_text_config: TimedTextConfig,
         media: MediaConfig,
         exchange: Exchange,
+        log: DecoderLog | None,
     ):
-        self.container, self.name, self.title = container, name, title
-        self.frames, self.timed_text_config, self.media, self.exchange = frames, timed_text_config, media, exchange
+        self.container, self.name, self.cut_off, self.title = container, name, cut_off, title
+        self.frames, self.timed_text_config, self.media, self.exchange, self.log = frames, timed_text_config, media, exchange, log
         self.warnings: list[str] = []
-        self.counts: dict[str, int] = {}
-        self.video = choose_video(container, name)
-        self.audio = choose_audio(container)
+        self.damage = Damage()
+
+        self.video = streams.choose_video(container, name)
+        self.audio = streams.choose_audio(container)
+        self.text: Any = None
         self.tick = Fraction(self.video.time_base or Fraction(1, 1000))
-        self.period = max(round(1 / (self.video.guessed_rate or Fraction(25)) / self.tick), 1)  # ticks of a usual frame
-        self.painter = picture.Painter(frames.size, Fraction(self.video.sample_aspect_ratio or 1) or Fraction(1))
+        rate = self.video.guessed_rate or self.video.average_rate or Fraction(25)
+        self.period = max(round(1 / rate / self.tick), 1)  # ticks of a usual frame
+        self.pixel_aspect = Fraction(self.video.sample_aspect_ratio or 1) or Fraction(1)
+        self.painter = picture.Painter(frames.size, self.pixel_aspect)
         self.candidates = sampling.CandidateBuffer(discard=self.painter.discard)
+
         self.block: list[np.ndarray] = []
         self.frame_count = 0
-        self.zero_ticks: int | None = None
+        self.packet_count = 0  # of video
+        self.first_pts: int | None = None  # the pts that stands at 0 of our ticks, or would
+        self.zero = 0  # the title's zero, in our ticks
         self.last_ticks = 0
         self.last_duration = self.period
+        self.sizes: list[str] = []  # of the pictures, as they come
         self.track: sound.SoundTrack | None = None
         self.waiting_sound: list[av.AudioFrame] = []
+        self.cues: list[Cue] = []
+        self.embedded: list[tuple[Fraction, Fraction, str]] = []  # start and end on the container's clock, text
         self.shot_times = array("d")  # start_s, end_s of each shot
 
     def run(self) -> dict[str, Any]:
-        cues = self._sidecar_cues()
-        streams = [stream for stream in (self.video, self.audio) if stream is not None]
+        self._read_sidecars()
+        if self.timed_text_config.embedded and not self.cues:
+            self.text = streams.choose_text(self.container, self.timed_text_config)
         self.video.thread_type = "AUTO"
         self.video.codec_context.thread_count = self.media.threads or 2
         if self.audio is not None:
             self.audio.codec_context.thread_count = 1
-        for packet in self._packets(streams):
+        wanted = [stream for stream in (self.video, self.audio, self.text) if stream is not None]
+        for stream in self.container.streams:
+            if stream not in wanted:
+                stream.discard = av.stream.Discard.all
+        for packet in self._packets(wanted):
             if packet.stream is self.video:
-                for frame in self._decoded(packet, "video"):
+                self.packet_count += bool(packet.size)
+                for frame in self._decoded(packet):
                     self._picture(frame)
-            else:
-                for sounding in self._decoded(packet, "audio"):
+            elif packet.stream is self.audio:
+                for sounding in self._decoded(packet):
                     self._sound(sounding)
-        return self._finish(cues)
+            else:
+                self._cue(packet)
+        return self._finish()
 
-    def _packets(self, streams: Sequence[Any]) -> Any:
-        packets = self.container.demux(streams)
+    # -- packets and frames
+
+    def _packets(self, wanted: Sequence[Any]) -> Iterator[Any]:
+        packets = self.container.demux(wanted)
         while True:
             try:
                 packet = next(packets)
             except StopIteration:
                 return
+            except av.error.MemoryError:
+                raise
             except av.error.FFmpegError as error:
-                self._count("container errors")
-                self.warnings.append(f"the container breaks off: {error.strerror}")
-                for stream in streams:  # frames that the decoders still hold
-                    flush = av.Packet()
-                    flush.stream = stream
-                    yield flush
-                return
+                self.damage.note(f"the container breaks off ({error.strerror})")
+                break
             if packet.is_corrupt:
-                self._count("corrupt packets")
+                (self.damage.see if packet.stream is self.video else self.damage.remark)(f"corrupt {packet.stream.type} packets")
             yield packet
+        for stream in wanted:  # what the decoders still hold
+            if stream is not self.text:
+                flush = av.Packet()
+                flush.stream = stream
+                yield flush
 
-    def _decoded(self, packet: Any, kind: str) -> list[Any]:
+    def _decoded(self, packet: Any) -> list[Any]:
         try:
-            return packet.decode() if packet.dts is not None or packet.size else packet.stream.decode(None)
-        except (av.error.InvalidDataError, av.error.EOFError, av.error.PatchWelcomeError):
-            self._count(f"{kind} packets that could not be decoded")
-            return []
+            return packet.stream.decode(packet if packet.size else None)
+        except av.error.MemoryError:
+            raise
         except av.error.DecoderNotFoundError:
-            raise TitleError(f"{self.name}: there is no decoder for its {kind}") from None
+            raise TitleError(f"{self.name}: there is no decoder for its {packet.stream.type}") from None
+        except av.error.FFmpegError:
+            if packet.stream is self.video:
+                if packet.has_sidedata("encryption_info"):
+                    raise TitleError(f"{self.name} is encrypted; there is no key") from None
+                self.damage.see("video packets that could not be decoded")
+                self.damage.lost_frames += bool(packet.size)
+            else:
+                self.damage.remark("audio packets that could not be decoded")
+        return []
 
     # -- pictures
 
@@ -146,119 +191,191 @@ class _Pass:
             raise TitleError(
                 f"{self.name} has pictures of {frame.width}x{frame.height} pixels; media.max_pixels allows {self.media.max_pixels}"
             )
-        if frame.is_corrupt:
-            self._count("corrupt frames")
-        ticks = frame.pts
-        if ticks is None:
-            self._count("frames without a time stamp")
-            ticks = self.last_ticks + self.period if self.frame_count else 0
-        if self.zero_ticks is None:
-            self._start(ticks)
-        elif ticks <= self.last_ticks:
-            self._count("frames whose time does not grow")
-            ticks = self.last_ticks + 1
-        self.last_ticks = ticks
-        self.last_duration = frame.duration or self.period
+        self._note_oddities(frame)
+        ticks = self._ticks_of(frame)
         detector_HWC, small = self.painter.pictures(frame)
         self.candidates.add(self.frame_count, ticks, small)
         self.block.append(detector_HWC)
         self.frame_count += 1
         if len(self.block) == BLOCK_FRAMES:
-            self._settle(self.exchange.pictures(self._take_block()), last=False)
+            self._hand_over_block()
 
-    def _start(self, first_ticks: int) -> None:
-        self.zero_ticks = first_ticks
-        waiting = self.waiting_sound
-        if waiting and waiting[0].pts is not None and waiting[0].time_base is not None:
-            sound_s = Fraction(waiting[0].pts * waiting[0].time_base)
-            if first_ticks * self.tick - sound_s > MAX_SOUND_LEAD_S:
-                self.zero_ticks = round(sound_s / self.tick)
-        if self.audio is not None:
-            self.track = sound.SoundTrack(self.zero_ticks * self.tick)
-        self.waiting_sound = []
+    def _note_oddities(self, frame: av.VideoFrame) -> None:
+        if frame.is_corrupt:
+            self.damage.see("pictures that the decoder marks as corrupt")
+            self.damage.corrupt_frames += 1
+        size = f"{frame.width}x{frame.height}"
+        if self.sizes[-1:] != [size] and len(self.sizes) < 10:
+            self.sizes.append(size)
+
+    def _ticks_of(self, frame: av.VideoFrame) -> int:
+        """When the frame is shown, in ticks that grow from frame to frame; 0 for the first."""
+        usual = self.last_ticks + self.last_duration if self.frame_count else 0
+        if frame.pts is None:
+            self.damage.remark("pictures without a time stamp, placed after their predecessor")
+            ticks = usual
+        elif self.first_pts is None:  # of frames before this one without a time stamp we know how many there were
+            self.first_pts = frame.pts - usual
+            self._start()
+            ticks = usual
+        else:
+            ticks = frame.pts - self.first_pts
+            if self.last_ticks - ticks > JUMP_BACK_S / self.tick:
+                self.damage.remark("time the time stamps jump back; counted on")
+                self.first_pts -= usual - ticks
+                ticks = usual
+        if self.frame_count and ticks <= self.last_ticks:
+            self.damage.remark("pictures not later than their predecessor, shown after it")
+            ticks = self.last_ticks + 1
+        if ticks * self.tick > self.media.max_hours * 3600:
+            raise TitleError(f"{self.name} claims to be longer than {self.media.max_hours:g} hours (media.max_hours)")
+        if self.frame_count:
+            interval = ticks - self.last_ticks
+            expected = max(self.last_duration, self.period)
+            if interval > 1.5 * expected:
+                self.damage.hole_ticks += interval - expected
+            if interval * self.tick > LONG_HOLE_S and interval > 10 * expected:
+                self.warnings.append(
+                    f"no new picture for {float(interval * self.tick):.1f} s from {self._seconds(self.last_ticks):.1f} s on"
+                )
+        self.last_ticks, self.last_duration = ticks, min(frame.duration or self.period, int(MAX_LAST_FRAME_S / self.tick))
+        return ticks
+
+    def _start(self) -> None:
+        """The first time stamp is known: place the zero, let the sound that came before go on."""
+        assert self.first_pts is not None
+        waiting, self.waiting_sound = self.waiting_sound, []
+        first_s = self.first_pts * self.tick
+        start_s = _start_of(waiting)
+        if start_s is not None and first_s - start_s > MAX_SOUND_LEAD_S:
+            self.zero = round(start_s / self.tick) - self.first_pts
+        declared = self.video.start_time
+        if declared is not None and (self.first_pts - declared) * self.tick > LATE_PICTURE_S:
+            late_s = float((self.first_pts - declared) * self.tick)
+            self.warnings.append(
+                f"the first {late_s:.2f} s of the video cannot be decoded (it starts in the middle of a group of pictures)"
+            )
+        if self.audio is not None and self.track is None:
+            self.track = sound.SoundTrack(first_s + self.zero * self.tick, self.media.max_hours)
         for frame in waiting:
             self._sound(frame)
 
-    def _take_block(self) -> np.ndarray:
+    def _hand_over_block(self) -> None:
         block_THWC = np.stack(self.block)
         self.block = []
-        return block_THWC
+        self._settle(self.exchange.pictures(block_THWC))
+        if self.log is not None:
+            self._read_log(self.log)
 
-    def _settle(self, spans: list[ShotSpan], last: bool) -> None:
+    def _read_log(self, log: DecoderLog) -> None:
+        concealed, errors = log.news()
+        self.damage.concealed_frames += concealed
+        self.damage.trouble += errors
+
+    def _settle(self, spans: list[ShotSpan], last: bool = False) -> None:
         for span in spans:
             ends_title = last and span.end_frame == self.frame_count
             end_ticks = self.last_ticks + self.last_duration if ends_title else self.candidates.start_ticks(span.end_frame)
             start_s = self._seconds(self.candidates.start_ticks(span.start_frame)) if span.start_frame else 0.0
+            end_s = self._seconds(end_ticks)
             chosen = self.candidates.choose(span.end_frame, end_ticks, self.frames.per_shot)
             kept = [picture.jpeg(self.painter.rgb_HWC(one.picture), self.frames.jpeg_quality) for one in chosen]
             thumbnail = b""
             if self.frames.thumbnail_width:
-                middle = self.candidates.choose(span.end_frame, end_ticks, 1)[0]
+                (middle,) = self.candidates.choose(span.end_frame, end_ticks, 1)
                 thumbnail = picture.jpeg(self.painter.rgb_HWC(middle.picture), self.frames.thumbnail_quality, self.frames.thumbnail_width)
-            self.shot_times.extend((start_s, self._seconds(end_ticks)))
-            self.exchange.shot(span, start_s, self._seconds(end_ticks), kept, thumbnail)
+            self.shot_times.extend((start_s, end_s))
+            self.exchange.shot(span, start_s, end_s, kept, thumbnail)
             if not ends_title:
                 self.candidates.drop_before(span.end_frame)
 
     def _seconds(self, ticks: int) -> float:
-        assert self.zero_ticks is not None
-        return float((ticks - self.zero_ticks) * self.tick)
+        """Seconds on the title's time line."""
+        return max(float((ticks - self.zero) * self.tick), 0.0)
 
-    # -- sound
+    # -- sound and cues
 
     def _sound(self, frame: av.AudioFrame) -> None:
         if self.track is None:
             self.waiting_sound.append(frame)
-            if len(self.waiting_sound) > MAX_PACKETS_BEFORE_PICTURE:
-                raise TitleError(f"{self.name}: no picture could be decoded after {len(self.waiting_sound)} frames of sound")
+            if len(self.waiting_sound) < MAX_SOUND_WAITING:
+                return
+            start_s = _start_of(self.waiting_sound) or Fraction(0)  # far apart: where the picture starts no longer matters
+            declared = self.video.start_time
+            zero_s = declared * self.tick if declared is not None and declared * self.tick - start_s < MAX_SOUND_LEAD_S else start_s
+            self.track = sound.SoundTrack(zero_s, self.media.max_hours)
+            waiting, self.waiting_sound = self.waiting_sound, []
+            for one in waiting:
+                self._sound(one)
             return
         for samples_N in self.track.add(frame):
             self.exchange.sound(samples_N)
 
+    def _cue(self, packet: Any) -> None:
+        if not packet.size or packet.pts is None or len(self.embedded) >= MAX_CUES:
+            return
+        start_s = packet.pts * packet.time_base
+        end_s = start_s + (packet.duration or 0) * packet.time_base
+        try:
+            lines = [line.dialogue.decode(errors="replace") for line in packet.stream.decode(packet)]
+        except av.error.FFmpegError:
+            self.damage.remark("cues that could not be decoded")
+            return
+        self.embedded.append((start_s, end_s, "\n".join(lines)))
+
+    def _embedded_cues(self) -> list[Cue]:
+        """The cues of the subtitle stream on the title's time line; one without an end lasts until the next."""
+        zero_s = ((self.first_pts or 0) + self.zero) * self.tick
+        language, kind = streams.language_of(self.text), streams.kind_of(self.text)
+        cues = []
+        for position, (start_s, end_s, text) in enumerate(self.embedded):
+            if end_s <= start_s:
+                end_s = start_s + Fraction(timed_text.OPEN_END_S)
+                if position + 1 < len(self.embedded):
+                    end_s = min(end_s, self.embedded[position + 1][0])
+            words = timed_text.plain(text.replace("\\N", "\n").replace("\\h", " "), self.timed_text_config)
+            if words and end_s > zero_s:
+                cues.append(Cue(max(float(start_s - zero_s), 0.0), float(end_s - zero_s), words, language, kind))
+        return sorted(cues, key=lambda cue: (cue.start_s, cue.end_s))
+
+    def _read_sidecars(self) -> None:
+        """The cues of the sidecar that fits best; where it cannot be read, of the next."""
+        for one in timed_text.by_fit(self.title.timed_text, self.timed_text_config):
+            name = source.file_name(one.uri)
+            try:
+                data = source.read_whole(one.uri, self.media, timed_text.MAX_BYTES)
+                self.cues, warnings = timed_text.parse(data, name, self.timed_text_config, one.language, one.kind)
+            except TitleError as error:
+                self.warnings.append(f"no text from {name}: {error}")
+                continue
+            self.warnings += warnings
+            if self.cues:
+                return
+
     # -- the end
 
-    def _finish(self, cues: list[Cue]) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         if not self.frame_count:
-            raise TitleError(f"{self.name}: no picture could be decoded ({self._summary()})")
+            raise TitleError(f"{self.name}: no picture could be decoded ({self.damage.summary()})")
+        if self.first_pts is None:  # no picture has a time stamp
+            self.first_pts = 0
+            self._start()
         if self.block:
-            self._settle(self.exchange.pictures(self._take_block()), last=False)
+            self._hand_over_block()
+        if self.log is not None:
+            self._read_log(self.log)
         self._settle(self.exchange.no_more_pictures(), last=True)
         if self.track is not None:
             for samples_N in self.track.finish():
                 self.exchange.sound(samples_N)
+            if self.track.jumps:
+                self.warnings.append(f"{self.track.jumps} time stamps of the sound that jump back or beyond the limit; counted on")
         duration_s = self.shot_times[-1]
-        declared_s = self.container.duration / av.time_base if self.container.duration else 0.0
-        bad = self.counts.get("video packets that could not be decoded", 0) + self.counts.get("corrupt frames", 0)
-        lost = max(1 - duration_s / declared_s, 0.0) if declared_s else 0.0
-        damage = min(max(bad / (self.frame_count + bad), lost), 1.0)
-        for what, count in self.counts.items():
-            self.warnings.append(f"{count} {what}")
-        if damage > 0.01:
-            self.warnings.append(f"{damage:.0%} of the picture is missing or damaged")
-        if damage > self.media.max_damage:
-            raise TitleError(
-                f"{self.name} is too damaged: {damage:.0%} of its picture is missing or damaged, "
-                f"media.max_damage allows {self.media.max_damage:.0%} "
-                f"({self._summary()}; declared {declared_s:.1f} s, decoded {duration_s:.1f} s)"
-            )
+        damage = self._verdict()
+        if self.text is not None:
+            self.cues = self._embedded_cues()
         shots = list(zip(self.shot_times[::2], self.shot_times[1::2], strict=True))
-        texts = timed_text.text_of_shots(cues, shots)
-        context = self.video.codec_context
-        facts: dict[str, Any] = {
-            "container": self.container.format.name,
-            "bytes": self.container.size,
-            "video_codec": context.name,
-            "width": context.width,
-            "height": context.height,
-            "average_rate": str(self.video.average_rate) if self.video.average_rate else None,
-            "time_base": str(self.tick),
-            "declared_duration_s": declared_s or None,
-            "duration_s": duration_s,
-            "audio_codec": self.audio.codec_context.name if self.audio is not None else None,
-            "audio_rate": self.audio.codec_context.sample_rate if self.audio is not None else None,
-            "audio_layout": self.audio.codec_context.layout.name if self.audio is not None else None,
-            "damage": round(damage, 6),
-        }
+        texts = timed_text.text_of_shots(self.cues, shots)
         return {
             "texts": [text for text, _ in texts],
             "languages": [language for _, language in texts],
@@ -266,52 +383,90 @@ class _Pass:
             "frame_count": self.frame_count,
             "has_sound": self.track is not None and self.track.started,
             "warnings": self.warnings,
-            "facts": facts,
+            "facts": self._facts(duration_s, damage),
         }
 
-    def _sidecar_cues(self) -> list[Cue]:
-        cues: list[Cue] = []
-        for one in timed_text.choose_sources(self.title.timed_text, self.timed_text_config):
-            name = source.file_name(one.uri)
-            try:
-                data = source.read_whole(one.uri, self.media, timed_text.MAX_BYTES)
-                found, warnings = timed_text.parse(data, name, one.language, one.kind)
-            except TitleError as error:
-                self.warnings.append(f"no text from {name}: {error}")
-                continue
-            cues += found
-            self.warnings += warnings
-        return cues
+    def _verdict(self) -> float:
+        """The share of the picture that is lost or damaged; warnings say what. Raises TitleError beyond ``max_damage``."""
+        missing = self._missing_end_ticks()
+        usual = max((self.last_ticks + self.last_duration - self.damage.hole_ticks) // self.frame_count, 1)
+        share = self.damage.share(self.frame_count, usual, missing)
+        if share > self.media.max_damage:
+            declared_s = self._declared_s()
+            raise TitleError(
+                f"{self.name} is too damaged: {share:.0%} of its pictures are missing or damaged, media.max_damage allows "
+                f"{self.media.max_damage:.0%} ({self.damage.summary()}; {self._seconds(self.last_ticks + self.last_duration):.1f} s decoded"
+                + (f" of {declared_s:.1f} s declared)" if declared_s else ")")
+            )
+        self.warnings += self.damage.in_words()
+        if share:
+            self.warnings.append(f"{share:.2%} of the pictures are missing or damaged")
+        if len(self.sizes) > 1:
+            self.warnings.append(f"the size of the picture changes: {', '.join(self.sizes)}")
+        return share
 
-    def _count(self, what: str) -> None:
-        self.counts[what] = self.counts.get(what, 0) + 1
+    def _declared_s(self) -> float | None:
+        """The duration that the container declares for its video, else for all of it."""
+        if self.video.duration:
+            return float(self.video.duration * self.tick)
+        tag = self.video.metadata.get("DURATION", "")  # Matroska's statistics: 00:01:02.345000000
+        parts = tag.strip("\0 ").split(":")
+        if len(parts) == 3 and all(part.replace(".", "", 1).isdigit() for part in parts):
+            return int(parts[0]) * 3600 + int(parts[1]) * 60 + float(parts[2])
+        return self.container.duration / av.time_base if self.container.duration else None
 
-    def _summary(self) -> str:
-        return ", ".join(f"{count} {what}" for what, count in self.counts.items()) or "no errors were reported"
+    def _missing_end_ticks(self) -> int:
+        """The time between the last picture and the end that the container declares, where that is to be believed."""
+        declared_s = self._declared_s()
+        if declared_s is None:
+            return 0
+        end_s = float((self.last_ticks + self.last_duration) * self.tick)
+        if self.video.duration and self.video.start_time is not None and self.first_pts is not None:
+            end_s += float((self.first_pts - self.video.start_time) * self.tick)  # both count from the declared start
+        elif self.track is not None:  # the container's duration covers the sound, too
+            end_s = max(end_s, self.track.written / SAMPLE_RATE)
+        missing_s = declared_s - end_s
+        if missing_s <= MISSING_END_S:
+            return 0
+        complete = self.cut_off is False or 0 < self.video.frames <= self.packet_count
+        if complete or declared_s > self.media.max_hours * 3600:
+            self.warnings.append(
+                f"the container declares {declared_s:.1f} s, the pictures end at {end_s:.1f} s although the file is complete"
+            )
+            return 0
+        self.damage.note(f"{missing_s:.1f} s are missing at the end")
+        if self.video.frames:
+            return min(round(missing_s / self.tick), (self.video.frames - self.packet_count) * self.period)
+        return round(missing_s / self.tick)
+
+    def _facts(self, duration_s: float, damage: float) -> dict[str, Any]:
+        video, audio = self.video.codec_context, self.audio.codec_context if self.audio is not None else None
+        return {
+            "container": self.container.format.name,
+            "bytes": self.container.size,
+            "video_codec": video.name,
+            "video_profile": video.profile,
+            "pixel_format": video.pix_fmt,
+            "width": video.width,
+            "height": video.height,
+            "pixel_aspect": str(self.pixel_aspect),
+            "rotation": 90 * self.painter.turn.quarters,  # degrees counter-clockwise
+            "average_rate": str(self.video.average_rate) if self.video.average_rate else None,
+            "time_base": str(self.tick),
+            "first_pts": self.first_pts,
+            "declared_duration_s": self._declared_s(),
+            "duration_s": duration_s,
+            "audio_codec": audio.name if audio is not None else None,
+            "audio_rate": audio.sample_rate if audio is not None else None,
+            "audio_layout": audio.layout.name if audio is not None else None,
+            "sound_gaps": self.track.gaps if self.track is not None else 0,
+            "text_stream": self.text.index if self.text is not None else None,
+            "damage": round(damage, 6),
+        }
 
 
-def choose_video(container: av.container.InputContainer, name: str) -> av.VideoStream:
-    """The stream with the largest picture that is no attached picture; the first of equal ones. Raises TitleError."""
-    attached = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
-    streams = [stream for stream in container.streams.video if not stream.disposition & attached]
-    if not streams:
-        if container.streams.video:
-            raise TitleError(f"{name} has no video: its only picture is cover art")
-        raise TitleError(f"{name} has no video" + (", only audio" if container.streams.audio else ""))
-    decodable = [stream for stream in streams if stream.codec_context is not None]
-    if not decodable:
-        raise TitleError(f"{name}: its video is in a codec that cannot be decoded here")
-    return max(decodable, key=lambda stream: (bool(stream.disposition & av.stream.Disposition.default), stream.width * stream.height))
-
-
-def choose_audio(container: av.container.InputContainer) -> av.AudioStream | None:
-    """The default audio stream that is neither commentary nor audio description; else the first such; else the first."""
-    other = av.stream.Disposition.comment | av.stream.Disposition.visual_impaired | av.stream.Disposition.descriptions
-    streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
-    if not streams:
-        return None
-
-    def rank(stream: av.AudioStream) -> tuple[bool, bool]:
-        return not stream.disposition & other, bool(stream.disposition & av.stream.Disposition.default)
-
-    return max(streams, key=rank)
+def _start_of(frames: Sequence[av.AudioFrame]) -> Fraction | None:
+    for frame in frames:
+        if frame.pts is not None and frame.time_base is not None:
+            return Fraction(frame.pts * frame.time_base)
+    return None

@@ -17,14 +17,17 @@ import numpy as np
 from mediafm_ray.spec import SAMPLE_RATE
 
 RESYNC_S = 0.010  # time stamps that differ from the running count by more than this are followed
+JUMP_BACK_S = 1.0  # a time stamp this far before the count starts a new count
 SILENCE_PIECE = SAMPLE_RATE * 60  # samples of silence handed over at once
 
 
 class SoundTrack:
     """Turns decoded audio frames, in order, into samples of the time line."""
 
-    def __init__(self, zero_s: Fraction):
-        self.zero_s = zero_s
+    def __init__(self, zero_s: Fraction, max_hours: float):
+        self.zero_s = zero_s  # on the container's clock
+        self.limit = round(max_hours * 3600 * SAMPLE_RATE)
+        self.jumps = 0  # time stamps not followed
         self.written = 0  # samples handed over: the position on the time line
         self.to_drop = 0  # samples of the coming output that lie before the position or before zero
         self.expected = Fraction(0)  # where the next frame starts, in samples of the time line, if nothing is missing
@@ -39,6 +42,13 @@ class SoundTrack:
         position = self.expected
         if frame.pts is not None and frame.time_base is not None:
             position = (frame.pts * frame.time_base - self.zero_s) * SAMPLE_RATE
+            if self.started and self.expected - position > JUMP_BACK_S * SAMPLE_RATE:  # the recording was joined here
+                self.jumps += 1
+                self.zero_s -= (self.expected - position) / SAMPLE_RATE
+                position = self.expected
+            elif position > self.limit:
+                self.jumps += 1
+                position = self.expected
         layout = (frame.format.name, frame.layout.name, frame.sample_rate)
         if not self.started or abs(position - self.expected) > RESYNC_S * SAMPLE_RATE or layout != self.layout:
             pieces += self._flush()

@@ -88,10 +88,37 @@ def open_container(stream: BinaryIO, name: str, media: MediaConfig) -> av.contai
             buffer_size=LOCAL_BUFFER_BYTES,
             metadata_errors="replace",
         )
+    except av.error.ArgumentError as error:  # EINVAL: what FFmpeg says of a format that is not on the list
+        raise TitleError(f"{name} is in none of the containers that are read (playlists and scripts are not followed)") from error
+    except av.error.MemoryError:
+        raise
     except av.error.FFmpegError as error:
         raise TitleError(f"{name} is not a video that can be read: {_plain(error)}") from error
     except _ReferenceRefused as error:
         raise TitleError(f"{name} points to another file or address, which is not followed") from error
+
+
+def matroska_is_cut_off(stream: BinaryIO) -> bool | None:
+    """Whether a Matroska or WebM file ends before its segment does; None where it does not say or is something else.
+
+    RFC 8794: an element is an identifier, a size whose leading zeros tell its length, and content; all ones is unknown.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    head = stream.read(4096)
+    stream.seek(0)
+    position = 0
+    for identifier in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # EBML header, segment
+        if head[position : position + 4] != identifier or len(head) < position + 12 or not head[position + 4]:
+            return None
+        length = 9 - head[position + 4].bit_length()
+        content = int.from_bytes(head[position + 4 : position + 4 + length]) & ((1 << 7 * length) - 1)
+        if content == (1 << 7 * length) - 1:
+            return None
+        position += 4 + length
+        if identifier == b"\x1a\x45\xdf\xa3":
+            position += content
+    return position + content > size
 
 
 class _ReferenceRefused(Exception):
