@@ -24,16 +24,16 @@ def main(config: EmbedCatalogConfig) -> int:
     console, start = Console(), time.monotonic()
     plan = make_plan(config)
     say_plan(plan, console)
-    tally, startup_s = embed(plan, config, console) if plan.pending.num_rows else (Tally(0), 0.0)
-    return report(plan, tally, time.monotonic() - start, startup_s, config, console)
+    tally = embed(plan, config, console) if plan.pending.num_rows else Tally(0)
+    return report(plan, tally, time.monotonic() - start, config, console)
 
 
-def embed(plan: Plan, config: EmbedCatalogConfig, console: Console) -> tuple[Tally, float]:
+def embed(plan: Plan, config: EmbedCatalogConfig, console: Console) -> Tally:
     """The recipe, step by step, over the pending titles."""
     from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
     from mediafm_ray.pipeline.cluster import check_room, connected
 
-    start = time.monotonic()
+    begun = time.monotonic()
     with connected(config.resources):
         check_room(config.resources, graph.pools(plan, config))
         titles = graph.read_plan(plan, config)
@@ -44,9 +44,7 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console) -> tuple[Tal
         titles = graph.fuse(titles, plan, config)
         titles = graph.contextualise(titles, plan, config)
         results = graph.write(titles, plan, config)
-        startup_s = time.monotonic() - start
-        tally = follow(graph.blocks(results), plan.pending.num_rows, console)
-    return tally, startup_s
+        return follow(graph.blocks(results), plan.pending.num_rows, begun, console)
 
 
 def say_plan(plan: Plan, console: Console) -> None:
@@ -61,9 +59,9 @@ def say_plan(plan: Plan, console: Console) -> None:
         console.say("no contextualiser.checkpoint is set: writing fused (raw) embeddings only")
 
 
-def report(plan: Plan, tally: Tally, wall_s: float, startup_s: float, config: EmbedCatalogConfig, console: Console) -> int:
+def report(plan: Plan, tally: Tally, wall_s: float, config: EmbedCatalogConfig, console: Console) -> int:
     """Summary on the terminal and in the output; the exit code."""
-    content = summary(plan, tally, wall_s, startup_s, dataclasses.asdict(config))
+    content = summary(plan, tally, wall_s, dataclasses.asdict(config))
     console.say()
     console.say(summary_table(content, config.output.uri))
     store = Store(config.output.uri, config.storage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import re
 import sys
 import time
 from collections import defaultdict
@@ -21,6 +22,8 @@ from mediafm_ray.storage.store import Store
 SUMMARY = "run-summary.json"
 LOG = "run.log"
 MAX_FAILURES_SHOWN = 20
+SECRET = re.compile("secret|password|token$|credential|api_key|access_key|^key$", re.IGNORECASE)
+REDACTED = "(redacted)"
 VERSIONS_OF = ("mediafm_ray", "ray", "torch", "transformers", "pyarrow", "av", "numpy")
 
 
@@ -52,6 +55,7 @@ class Tally:
     shots: int = 0
     video_s: float = 0.0
     bytes_written: int = 0
+    startup_s: float = 0.0  # until the first title could have begun: Ray, its actors, their models
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     failures: list[dict[str, str]] = field(default_factory=list)
     warned: list[dict[str, Any]] = field(default_factory=list)
@@ -83,13 +87,16 @@ class Tally:
             self.warned.append({"title_id": result["title_id"], "warnings": result["warnings"]})
 
 
-def follow(results: Iterator[pa.Table], planned: int, console: Console) -> Tally:
-    """Count the results as they come, and say a line for each title."""
-    tally, start = Tally(planned), time.monotonic()
+def follow(results: Iterator[pa.Table], planned: int, begun: float, console: Console) -> Tally:
+    """Count the results as they come, and say a line for each title. ``begun``: time.monotonic() when Ray's start began."""
+    tally = Tally(planned)
     for table in results:
         for result in table.to_pylist() if table.num_columns else []:
             tally.add(result)
-            console.say(progress_line(result, tally, time.monotonic() - start))
+            elapsed_s = time.monotonic() - begun
+            if tally.finished == 1:
+                tally.startup_s = elapsed_s - sum(tally.seconds_by_stage.values())
+            console.say(progress_line(result, tally, elapsed_s - tally.startup_s))
             for warning in result["warnings"] or []:
                 console.say(f"        warning: {result['title_id']}: {warning}")
     return tally
@@ -106,8 +113,8 @@ def progress_line(result: Mapping[str, Any], tally: Tally, elapsed_s: float) -> 
     return f"{count} ok     {result['title_id']}: {result['shot_count']} shots, {result['duration_s']:.1f} s of video | {pace}"
 
 
-def summary(plan: Plan, tally: Tally, wall_s: float, startup_s: float, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of run-summary.json."""
+def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of run-summary.json. Values of the configuration that look like secrets are left out."""
     return {
         "titles": {
             "in_catalog": plan.titles,
@@ -125,15 +132,22 @@ def summary(plan: Plan, tally: Tally, wall_s: float, startup_s: float, config: M
         "video_hours": tally.video_s / 3600,
         "bytes_written": tally.bytes_written,
         "wall_s": wall_s,
-        "startup_s": startup_s,
+        "startup_s": tally.startup_s,
         "video_hours_per_hour": tally.video_s / wall_s if wall_s else 0.0,
         "seconds_by_stage": dict(tally.seconds_by_stage),
         "dataset_version": plan.model.dataset_version,
         "checkpoint": plan.checkpoint or None,
         "dims": dict(plan.model.dims),
         "versions": {"python": platform.python_version(), **_versions()},
-        "config": config,
+        "config": redacted(config),
     }
+
+
+def redacted(config: Any) -> Any:
+    """A configuration without the values of keys that look like secrets."""
+    if isinstance(config, Mapping):
+        return {key: REDACTED if value and SECRET.search(key) else redacted(value) for key, value in config.items()}
+    return config
 
 
 def summary_table(content: Mapping[str, Any], output_uri: str) -> str:
@@ -152,7 +166,7 @@ def summary_table(content: Mapping[str, Any], output_uri: str) -> str:
     rows += [
         ("shots", f"{content['shots']}"),
         ("video", f"{content['video_hours']:.4f} h"),
-        ("wall time", f"{content['wall_s']:.1f} s, of which Ray's start {content['startup_s']:.1f} s"),
+        ("wall time", f"{content['wall_s']:.1f} s, of which {content['startup_s']:.1f} s until Ray and its actors were up"),
     ]
     rows += [(f"seconds in {stage}", f"{seconds:.1f}") for stage, seconds in content["seconds_by_stage"].items()]
     rows += [("dataset", f"{output_uri.rstrip('/')}/{content['dataset_version']}")]

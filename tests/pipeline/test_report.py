@@ -1,0 +1,72 @@
+"""What a person sees: counts that add up, lost titles said aloud, secrets left out."""
+
+import io
+import json
+
+import pyarrow as pa
+import pytest
+
+from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.report import SUMMARY, Console, Tally, follow, redacted, summary, summary_table, write_summary
+from mediafm_ray.pipeline.rows import plan_table
+from mediafm_ray.storage.dataset import Model
+from mediafm_ray.storage.store import Store
+
+MODEL = Model("0123456789ab", {}, {"video": 1, "audio": 1, "text": 1, "fused": 3}, {"video": (0, 1), "audio": (1, 2), "text": (2, 3)})
+
+
+def result(title_id, error=None, warnings=()):
+    return {
+        "title_id": title_id,
+        "source": "s",
+        "seconds": [{"stage": "detect_shots", "seconds": 2.0}, {"stage": "write", "seconds": 0.5}],
+        "shot_count": None if error else 4,
+        "duration_s": None if error else 60.0,
+        "warnings": None if error else list(warnings),
+        "bytes_written": None if error else 100,
+        "error": {"stage": "detect_shots", "type": "TitleError", "message": error} if error else None,
+    }
+
+
+def test_every_title_has_a_line_and_the_counts_add_up(tmp_path):
+    rows = [result("one"), result("two", error="it is empty"), result("three", warnings=["lost 3 frames"])]
+    stream = io.StringIO()
+    console = Console(stream)
+    tally = follow(iter([pa.Table.from_pylist([row]) for row in rows]), planned=4, begun=0.0, console=console)
+    assert (tally.ok, tally.failed, tally.lost, tally.shots, tally.video_s) == (2, 1, 1, 8, 120.0)
+    assert tally.seconds_by_stage == {"detect_shots": 6.0, "write": 1.5}
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("[1/4] ok     one: 4 shots, 60.0 s of video | ")
+    assert lines[1].startswith("[2/4] FAILED two: detect_shots: it is empty | ")
+    assert lines[3].strip() == "warning: three: lost 3 frames"
+    plan = Plan(MODEL, "", plan_table([]), titles=9, done=5, failed_before=0, left=0)
+    content = summary(plan, tally, wall_s=30.0, config={"storage": {"secret_key": "hunter2", "retries": 3}})
+    text = summary_table(content, "out/")
+    assert "LOST" in text
+    assert "two: detect_shots: it is empty" in text
+    store = Store(str(tmp_path))
+    write_summary(store, content)
+    console.write_log(store)
+    written = json.loads(store.read(SUMMARY))
+    assert written["titles"]["lost"] == 1
+    assert written["video_hours_per_hour"] == pytest.approx(4.0)
+    assert written["warnings"] == [{"title_id": "three", "warnings": ["lost 3 frames"]}]
+    assert "hunter2" not in store.read(SUMMARY).decode()
+    assert "[2/4] FAILED two" in store.read("run.log").decode()
+
+
+def test_an_empty_block_is_no_title():
+    tally = follow(iter([pa.table({})]), planned=0, begun=0.0, console=Console(io.StringIO()))
+    assert (tally.finished, tally.lost) == (0, 0)
+
+
+def test_redaction_keeps_what_is_no_secret():
+    config = {
+        "text": {"api_key": "k", "max_tokens": 5, "weights": "w"},
+        "media": {"storage_options": {"secret": "s", "key": "k", "anon": True}},
+    }
+    assert redacted(config) == {
+        "text": {"api_key": "(redacted)", "max_tokens": 5, "weights": "w"},
+        "media": {"storage_options": {"secret": "(redacted)", "key": "(redacted)", "anon": True}},
+    }
+    assert Tally(0).lost == 0
