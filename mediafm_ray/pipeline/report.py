@@ -153,22 +153,16 @@ def redacted(config: Any) -> Any:
 def summary_table(content: Mapping[str, Any], output_uri: str) -> str:
     """The end of a run for a person."""
     titles = content["titles"]
-    rows = [
-        ("titles in the catalog", f"{titles['in_catalog']}"),
-        ("skipped, committed before", f"{titles['skipped']}"),
-        ("planned", f"{titles['planned']}"),
-        ("  ok", f"{titles['ok']}"),
-        ("  failed", f"{titles['failed']}"),
-    ]
-    rows += [("  LOST", f"{titles['lost']}")] if titles["lost"] else []
+    rows = [("titles in the catalog", f"{titles['in_catalog']}"), ("skipped, committed before", f"{titles['skipped']}")]
     rows += [("skipped, failed before", f"{titles['skipped_failed_before']}")] if titles["skipped_failed_before"] else []
     rows += [("left for later runs", f"{titles['left_by_max_titles']}")] if titles["left_by_max_titles"] else []
-    rows += [
-        ("shots", f"{content['shots']}"),
-        ("video", f"{content['video_hours']:.4f} h"),
-        ("wall time", f"{content['wall_s']:.1f} s, of which {content['startup_s']:.1f} s until Ray and its actors were up"),
-    ]
-    rows += [(f"seconds in {stage}", f"{seconds:.1f}") for stage, seconds in content["seconds_by_stage"].items()]
+    rows += [("planned", f"{titles['planned']}")]
+    if titles["planned"]:
+        rows += [("  ok", f"{titles['ok']}"), ("  failed", f"{titles['failed']}")]
+        rows += [("  LOST", f"{titles['lost']}")] if titles["lost"] else []
+        rows += [("shots", f"{content['shots']}"), ("video", f"{content['video_hours']:.4f} h")]
+        rows += [("wall time", f"{content['wall_s']:.1f} s, of which {content['startup_s']:.1f} s until Ray and its actors were up")]
+        rows += [(f"seconds in {stage}", f"{seconds:.1f}") for stage, seconds in content["seconds_by_stage"].items()]
     rows += [("dataset", f"{output_uri.rstrip('/')}/{content['dataset_version']}")]
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
