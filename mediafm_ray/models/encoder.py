@@ -18,6 +18,7 @@ import numpy as np
 
 from mediafm_ray.models import weights
 from mediafm_ray.models.options import AudioEncoderConfig, TextEncoderConfig, VideoEncoderConfig
+from mediafm_ray.spec import digest_of
 
 EFFICIENTNET_LITE0_DIM = 1280  # channels of the last convolution
 
@@ -107,10 +108,19 @@ def _hidden_size(config: TextEncoderConfig | AudioEncoderConfig) -> int:
     return _number_in_config(config.weights, ("hidden_size",))
 
 
+def _clip_dim(config: VideoEncoderConfig) -> int:
+    """CLIP gives its projection, SigLIP its tower's width; in a tower that was saved alone both stand at the top of config.json."""
+    siglip = str(weights.read_config(config.weights).get("model_type", "")).startswith("siglip")
+    key = "hidden_size" if siglip else "projection_dim"
+    return _number_in_config(config.weights, ("vision_config", key), (key,))
+
+
 VIDEO_ENCODERS: Mapping[str, _Implementation] = {
+    "clip": _Implementation("clip", "ClipEncoder", _clip_dim),
     "efficientnet_lite0": _Implementation("efficientnet_lite", "EfficientNetLiteEncoder", lambda config: EFFICIENTNET_LITE0_DIM),
 }
 AUDIO_ENCODERS: Mapping[str, _Implementation] = {
+    "wav2vec2": _Implementation("wav2vec2", "Wav2Vec2Encoder", _hidden_size),
     "log_mel": _Implementation("log_mel", "LogMelEncoder", _log_mel_dim, has_weights=False),
 }
 TEXT_ENCODERS: Mapping[str, _Implementation] = {
@@ -156,7 +166,11 @@ def weights_digest(config: VideoEncoderConfig | AudioEncoderConfig | TextEncoder
         implementation = _find("audio", AUDIO_ENCODERS, config.encoder)
     else:
         implementation = _find("text", TEXT_ENCODERS, config.encoder)
-    return weights.digest(config.weights) if implementation.has_weights else ""
+    if not implementation.has_weights:
+        return ""
+    if isinstance(config, VideoEncoderConfig) and config.temporal_weights:
+        return digest_of([weights.digest(config.weights), weights.digest(config.temporal_weights)])
+    return weights.digest(config.weights)
 
 
 def _build(modality: str, implementations: Mapping[str, _Implementation], config: Any) -> Any:

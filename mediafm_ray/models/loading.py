@@ -14,6 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from mediafm_ray.models.weights import WeightsError
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # names in the configuration
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -56,6 +58,18 @@ class Workers:
             # a thread takes torch's number of threads from the process when it starts: the pool must start inside
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 return list(pool.map(lambda item: _without_gradients(compute, item), items))
+
+    def map_ahead(self, compute: Callable[[Item], Result], items: Sequence[Item], group: int) -> Iterator[list[Result]]:
+        """The results in groups; while the caller is busy with one (on a GPU, say), the threads compute the next."""
+        groups = [items[start : start + group] for start in range(0, len(items), group)]
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(self.map, compute, groups[0]) if groups else None
+            for index in range(len(groups)):
+                assert coming is not None
+                results = coming.result()
+                if index + 1 < len(groups):
+                    coming = ahead.submit(self.map, compute, groups[index + 1])
+                yield results
 
 
 def _without_gradients(compute: Callable[[Item], Result], item: Item) -> Result:
@@ -110,7 +124,7 @@ class MicroBatches:
 
 
 def fitting_size(taken: int, items: int, free: int, share: float, most: int) -> int:
-    """Items at once when ``items`` of them took ``taken`` bytes and ``share`` of ``free`` bytes may be taken: a power of two, 1 to ``most``."""
+    """Items at once, a power of two from 1 to ``most``: ``items`` took ``taken`` bytes, and ``share`` of ``free`` bytes may be."""
     fits = share * free / max(1, taken / items)
     return int(min(most, 2 ** max(0, math.floor(math.log2(max(1, fits))))))
 

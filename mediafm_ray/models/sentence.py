@@ -12,7 +12,6 @@ Shapes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,9 +104,4 @@ def _read_longest(folder: Path, tokenizer: Any, model: Any) -> int:
 
 
 def _read_json(path: Path, default: Any) -> Any:
-    if not path.is_file():
-        return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise weights.WeightsError(f"{path} is not JSON: {error}") from error
+    return weights.read_json(path) if path.is_file() else default

@@ -89,13 +89,18 @@ def read_config(address: str) -> dict[str, Any]:
     path = resolve(address) / "config.json"
     if not path.is_file():
         raise WeightsError(f"no config.json in {address}: is it the folder of a transformers checkpoint?")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{path} is not JSON ({error}); fetch it again") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise WeightsError(f"{path} is not the config of a transformers model: it holds no JSON object")
     return config
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a checkpoint. Raises WeightsError where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{path} is not JSON ({error}); fetch it again") from error
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

@@ -1,0 +1,139 @@
+"""A CLIP or SigLIP image tower as a video encoder, SeqCLIP-style: frames to embeddings, and these to one embedding a shot.
+
+CLIP (Radford et al. 2021, arXiv:2103.00020) gives the projected embedding of its class token, SigLIP (Zhai et al. 2023,
+arXiv:2303.15343) that of its pooling head. A shot is the mean over its frames, or what a temporal transformer makes of them.
+
+Shapes
+    B  frames in one call of the network
+    S  shots
+    T  frames of a shot
+    D  dimension of an embedding
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection, SiglipVisionModel
+
+from mediafm_ray.models import weights
+from mediafm_ray.models.encoder import Encoded
+from mediafm_ray.models.loading import PRECISIONS, MicroBatches, Workers, load_checkpoint, open_device
+from mediafm_ray.models.options import VideoEncoderConfig
+from mediafm_ray.models.pixels import decode_jpeg, prepare, read_pixel_recipe
+from mediafm_ray.models.temporal import TemporalTransformer
+
+TOWERS = {  # by model_type of config.json: the class that holds the image tower, and which of its outputs is the embedding
+    "clip": (CLIPVisionModelWithProjection, "image_embeds"),
+    "clip_vision_model": (CLIPVisionModelWithProjection, "image_embeds"),
+    "siglip": (SiglipVisionModel, "pooler_output"),
+    "siglip_vision_model": (SiglipVisionModel, "pooler_output"),
+}
+DECODED_AHEAD = 512  # frames decoded while the GPU computes those before them
+
+
+class ClipEncoder:
+    """The video encoder of the MediaFM profile.
+
+    On a CPU every frame is computed alone and on one thread: its numbers depend neither on neighbours nor on the number of threads. On a
+    GPU frames of all shots given share micro-batches, and numbers agree between batchings to rounding.
+    """
+
+    def __init__(self, config: VideoEncoderConfig) -> None:
+        """Raises ValueError for a wrong option, WeightsError for weights that are missing, damaged or of another kind."""
+        if config.precision not in PRECISIONS:
+            raise ValueError(f"video.precision must be one of {', '.join(PRECISIONS)}, not {config.precision!r}")
+        self.device = open_device(config.device)
+        self.alone = self.device.type == "cpu"
+        self.workers = Workers(config.threads)
+        self.micro_batches = MicroBatches(self.device, config.micro_batch)
+        folder = weights.resolve(config.weights)
+        self.dtype = PRECISIONS[config.precision]
+        self.tower, self.output = _load_tower(folder, config.weights, self.dtype)
+        self.tower.to(self.device)
+        self.recipe = read_pixel_recipe(folder)
+        self.dim = self._probe_dim()
+        self.temporal = self._load_temporal(config.temporal_weights) if config.temporal_weights else None
+
+    def encode(self, shots: Sequence[Sequence[bytes]]) -> Encoded:
+        """See VideoEncoder. Raises ValueError, with the shot's position, for a frame that Pillow cannot decode."""
+        jpegs = [(jpeg, shot) for shot, frames in enumerate(shots) for jpeg in frames]
+        if self.alone:
+            features = self.workers.map(lambda frame: self._embed_frames([decode_jpeg(*frame)])[0], jpegs)
+        else:
+            features = []
+            for decoded in self.workers.map_ahead(lambda frame: decode_jpeg(*frame), jpegs, DECODED_AHEAD):
+                features.extend(self.micro_batches.compute(self._embed_frames, decoded))
+        embeddings_SD = np.zeros((len(shots), self.dim), np.float32)
+        first, of_shots = 0, {}
+        for shot, frames in enumerate(shots):
+            if frames:
+                of_shots[shot] = np.stack(features[first : first + len(frames)])
+                first += len(frames)
+        for shot, embedding_D in self._pool(of_shots).items():
+            embeddings_SD[shot] = embedding_D
+        return Encoded(embeddings_SD, np.array([len(frames) > 0 for frames in shots], bool))
+
+    @torch.inference_mode()
+    def _embed_frames(self, frames: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """(H, W, 3) uint8 frames of any sizes to a (D,) float32 embedding each."""
+        places = defaultdict(list)
+        for place, frame in enumerate(frames):
+            places[frame.shape].append(place)
+        pixels: list[Any] = [None] * len(frames)
+        for same_size in places.values():
+            prepared_BCHW = prepare(self._to_device(np.stack([frames[place] for place in same_size])), self.recipe)
+            for place, image_CHW in zip(same_size, prepared_BCHW, strict=True):
+                pixels[place] = image_CHW
+        output = getattr(self.tower(pixel_values=torch.stack(pixels).to(self.dtype)), self.output)
+        return list(output.float().cpu().numpy())
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _pool(self, of_shots: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """(T, D) frame embeddings to one (D,) embedding, shot by shot."""
+        if self.temporal is None:
+            return {shot: frames_TD.mean(axis=0, dtype=np.float64) for shot, frames_TD in of_shots.items()}
+        if self.alone:
+            groups = [[shot] for shot in of_shots]
+        else:
+            by_frames = defaultdict(list)  # shots of equal length share a call, so nothing is padded
+            for shot, frames_TD in of_shots.items():
+                by_frames[len(frames_TD)].append(shot)
+            groups = list(by_frames.values())
+        pooled = self.workers.map(lambda group: self._pool_in_time(np.stack([of_shots[shot] for shot in group])), groups)
+        return {shot: row for group, rows in zip(groups, pooled, strict=True) for shot, row in zip(group, rows, strict=True)}
+
+    @torch.inference_mode()
+    def _pool_in_time(self, frames_STD: np.ndarray) -> np.ndarray:
+        assert self.temporal is not None
+        return self.temporal(torch.from_numpy(frames_STD).to(self.device)).cpu().numpy()
+
+    def _probe_dim(self) -> int:
+        config = self.tower.config
+        return int(config.projection_dim if self.output == "image_embeds" else config.hidden_size)
+
+    def _load_temporal(self, address: str) -> Any:
+        temporal = load_checkpoint(TemporalTransformer, weights.resolve(address), dtype=torch.float32)
+        if temporal.config.hidden_size != self.dim:
+            raise weights.WeightsError(
+                f"the temporal transformer {address} takes embeddings of {temporal.config.hidden_size} dimensions, "
+                f"the image encoder gives {self.dim}"
+            )
+        return temporal.requires_grad_(False).to(self.device)
+
+
+def _load_tower(folder: Path, address: str, dtype: torch.dtype) -> tuple[Any, str]:
+    kind = weights.read_config(str(folder)).get("model_type")
+    if kind not in TOWERS:
+        raise weights.WeightsError(f"{address} is a {kind!r} checkpoint; the clip encoder takes {', '.join(sorted(TOWERS))}")
+    tower_class, output = TOWERS[kind]
+    return load_checkpoint(tower_class, folder, dtype=dtype).requires_grad_(False), output

@@ -1,0 +1,119 @@
+"""Tiny checkpoints with seeded random weights, of every class that the MediaFM profile uses and with its 768 dimensions.
+
+    python -m mediafm_ray.models.tiny FOLDER
+
+writes FOLDER/video (CLIP), FOLDER/audio (wav2vec2), FOLDER/text (a BERT) and FOLDER/temporal (a temporal transformer). They mean
+nothing: they let the whole recipe run on a CPU, in tests and when trying a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
+
+from mediafm_ray.models.contextualiser import Contextualiser, ContextualiserModelConfig
+from mediafm_ray.models.loading import quiet_transformers
+from mediafm_ray.models.temporal import TemporalTransformer, TemporalTransformerConfig
+
+DIM = 768
+SEED = 20
+VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "patch_size": 16}
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+CLIP_PIXELS = {
+    "do_center_crop": True,
+    "crop_size": 64,
+    "size": 64,
+    "resample": 3,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "CLIPImageProcessor",
+}
+SIGLIP_PIXELS = {
+    "size": {"height": 64, "width": 64},
+    "resample": 3,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "image_processor_type": "SiglipImageProcessor",
+}
+SPECIAL_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def make_clip(folder: Path) -> None:
+    """A whole CLIP model, text tower included, as published checkpoints are; 64 x 64 pixels."""
+    _save(folder, lambda: CLIPModel(CLIPConfig(vision_config={**VISION, "projection_dim": DIM}, text_config=TEXT, projection_dim=DIM)))
+    (folder / "preprocessor_config.json").write_text(json.dumps(CLIP_PIXELS, indent=1))
+
+
+def make_siglip(folder: Path) -> None:
+    """A whole SigLIP model; its embedding is as wide as its tower, 768."""
+    vision = {**VISION, "hidden_size": DIM, "num_attention_heads": 12}
+    _save(folder, lambda: SiglipModel(SiglipConfig(vision_config=vision, text_config={**TEXT, "projection_size": DIM})))
+    (folder / "preprocessor_config.json").write_text(json.dumps(SIGLIP_PIXELS, indent=1))
+
+
+def make_temporal(folder: Path) -> None:
+    """A temporal transformer of one layer."""
+    _save(folder, lambda: TemporalTransformer(TemporalTransformerConfig(num_hidden_layers=1, initializer_range=0.05)))
+
+
+def make_wav2vec2(folder: Path, **changes: Any) -> None:
+    """wav2vec2 as facebook/wav2vec2-base has it (group norm, no attention mask), with narrow convolutions and two layers."""
+    shape = {"hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 64, "conv_dim": (32,) * 7}
+    _save(folder, lambda: Wav2Vec2Model(Wav2Vec2Config(**{**shape, **changes})))
+    extractor = {"do_normalize": True, "feature_size": 1, "padding_value": 0.0, "return_attention_mask": False, "sampling_rate": 16000}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**extractor, "feature_extractor_type": "Wav2Vec2FeatureExtractor"}, indent=1)
+    )
+
+
+def make_bert(folder: Path) -> None:
+    """A BERT over single letters and digits, 768 wide."""
+    pieces = SPECIAL_PIECES + [prefix + letter for letter in "abcdefghijklmnopqrstuvwxyz0123456789.,!?'" for prefix in ("", "##")]
+    shape = BertConfig(
+        vocab_size=len(pieces),
+        hidden_size=DIM,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    _save(folder, lambda: BertModel(shape))
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    BertTokenizer(str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
+
+
+def make_contextualiser(folder: Path, fused_dim: int = 3 * DIM, metadata_dim: int = DIM, **changes: Any) -> None:
+    """A contextualiser of two layers, 64 wide."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    _save(folder, lambda: Contextualiser(ContextualiserModelConfig(fused_dim=fused_dim, metadata_dim=metadata_dim, **{**shape, **changes})))
+
+
+def main(folder: Path) -> None:
+    for name, make in {"video": make_clip, "audio": make_wav2vec2, "text": make_bert, "temporal": make_temporal}.items():
+        make(folder / name)
+        print(folder / name)
+
+
+def _save(folder: Path, make: Any) -> None:
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(SEED)
+        make().save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,181 @@
+"""wav2vec 2.0 (Baevski et al. 2020, arXiv:2006.11477), HuBERT or WavLM as an audio encoder: the mean over time of one layer.
+
+facebook/wav2vec2-base normalises its first convolution over time (group norm) and was trained without an attention mask, so zeros
+appended to a sound change all of its output. Where sounds share a batch here, the statistics of that norm are taken over each
+sound's own samples, and attention is masked: a sound's numbers are then those it has alone, to rounding.
+
+Shapes
+    B  pieces of sound in one call
+    N  samples
+    T  time steps, 50 a second
+    C  channels of a convolution
+    D  hidden size
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from mediafm_ray.models import weights
+from mediafm_ray.models.encoder import Encoded
+from mediafm_ray.models.loading import PRECISIONS, MicroBatches, Workers, load_checkpoint, open_device
+from mediafm_ray.models.options import AudioEncoderConfig
+from mediafm_ray.spec import SAMPLE_RATE
+
+KINDS = ("wav2vec2", "hubert", "wavlm")  # model_type of config.json
+SHORTEST = SAMPLE_RATE // 5  # samples, 9 time steps; the first norm leaves nothing of a sound of a single step
+VARIANCE_FLOOR = 1e-7  # of the checkpoints' own feature extractor
+INT16_SCALE = 32768.0
+
+
+class Wav2Vec2Encoder:
+    """The audio encoder of the MediaFM profile.
+
+    A shot is brought to zero mean and unit variance as a whole (where the checkpoint's feature extractor says so), cut into equal
+    pieces no longer than ``chunk_seconds``, and its embedding is the mean of theirs, weighted by length. A shot of less than 0.2 s
+    stands in the middle of 0.2 s of zeros. Silence (all samples equal) becomes zeros there, and a finite embedding; it is present.
+
+    On a CPU every piece is computed alone, on one thread and without padding.
+    """
+
+    def __init__(self, config: AudioEncoderConfig) -> None:
+        """Raises ValueError for a wrong option, WeightsError for weights that are missing, damaged or of another kind."""
+        if config.precision not in PRECISIONS:
+            raise ValueError(f"audio.precision must be one of {', '.join(PRECISIONS)}, not {config.precision!r}")
+        self.longest = round(config.chunk_seconds * SAMPLE_RATE)
+        if self.longest < SHORTEST:
+            raise ValueError(f"audio.chunk_seconds must be at least {SHORTEST / SAMPLE_RATE}, not {config.chunk_seconds}")
+        folder = weights.resolve(config.weights)
+        kind = weights.read_config(config.weights).get("model_type")
+        if kind not in KINDS:
+            raise weights.WeightsError(f"{config.weights} is a {kind!r} checkpoint; the wav2vec2 encoder takes {', '.join(KINDS)}")
+        self.device = open_device(config.device)
+        self.alone = self.device.type == "cpu"
+        self.workers = Workers(config.threads)
+        self.micro_batches = MicroBatches(self.device, config.micro_batch)
+        self.dtype = PRECISIONS[config.precision]
+        model = load_checkpoint(AutoModel, folder, optional=("masked_spec_embed",), dtype=self.dtype)
+        self.model: Any = model.requires_grad_(False).to(self.device)
+        self.norm = _own_statistics(self.model)
+        self.layer = config.layer
+        layers = int(self.model.config.num_hidden_layers)
+        if not -1 <= self.layer <= layers:
+            raise ValueError(f"audio.layer must be -1 (the last) or 0 to {layers} (0 = before the first), not {self.layer}")
+        self.dim = int(self.model.config.hidden_size)
+        self.normalise = _asks_to_normalise(folder)
+
+    def encode(self, shots: Sequence[bytes]) -> Encoded:
+        """See AudioEncoder. Raises ValueError for an odd number of bytes."""
+        embeddings_SD = np.zeros((len(shots), self.dim), np.float64)
+        present_S = np.array([len(samples) > 0 for samples in shots], bool)
+        pieces: list[np.ndarray] = []
+        places: list[tuple[int, float]] = []  # of each piece: its shot, and its share of it
+        for shot, samples in enumerate(shots):
+            if len(samples) % 2:
+                raise ValueError(f"the audio of shot {shot} has {len(samples)} bytes: int16 samples take an even number")
+            if samples:
+                prepared_N = self._prepare(np.frombuffer(samples, "<i2"))
+                for piece_N in self._cut(prepared_N):
+                    pieces.append(piece_N)
+                    places.append((shot, len(piece_N) / len(prepared_N)))
+        for (shot, share), embedding_D in zip(places, self._embed(pieces), strict=True):
+            embeddings_SD[shot] += share * embedding_D
+        return Encoded(embeddings_SD.astype(np.float32), present_S)
+
+    def _prepare(self, samples_N: np.ndarray) -> np.ndarray:
+        """Int16 samples to float32 as the checkpoint's feature extractor makes them, at least 0.2 s of them."""
+        sound_N = samples_N / INT16_SCALE  # float64
+        if self.normalise:
+            sound_N = (sound_N - sound_N.mean()) / np.sqrt(sound_N.var() + VARIANCE_FLOOR)
+        missing = max(0, SHORTEST - len(sound_N))
+        return np.pad(sound_N, (missing // 2, missing - missing // 2)).astype(np.float32)
+
+    def _cut(self, sound_N: np.ndarray) -> list[np.ndarray]:
+        count = -(-len(sound_N) // self.longest)
+        bounds = [index * len(sound_N) // count for index in range(count + 1)]
+        return [sound_N[start:end] for start, end in itertools.pairwise(bounds)]
+
+    def _embed(self, pieces: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if self.alone:
+            return self.workers.map(lambda piece_N: self._embed_batch([piece_N])[0], pieces)
+        # longest first: the first micro-batch measures the most memory, and like lengths share a call
+        order = sorted(range(len(pieces)), key=lambda index: -len(pieces[index]))
+        computed = self.micro_batches.compute(self._embed_batch, [pieces[index] for index in order])
+        embeddings: list[Any] = [None] * len(pieces)
+        for index, embedding_D in zip(order, computed, strict=True):
+            embeddings[index] = embedding_D
+        return embeddings
+
+    @torch.inference_mode()
+    def _embed_batch(self, pieces: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """(N,) float32 pieces to a (D,) float32 embedding each."""
+        lengths_B = np.array([len(piece_N) for piece_N in pieces])
+        sounds_BN = np.zeros((len(pieces), lengths_B.max()), np.float32)
+        for row, piece_N in enumerate(pieces):
+            sounds_BN[row, : len(piece_N)] = piece_N
+        padded = bool((lengths_B < lengths_B.max()).any())
+        if self.norm is not None:
+            self.norm.lengths_B = torch.from_numpy(lengths_B).to(self.device) if padded else None
+        mask_BN = torch.from_numpy(np.arange(lengths_B.max()) < lengths_B[:, None]).to(self.device) if padded else None
+        output = self.model(
+            torch.from_numpy(sounds_BN).to(self.device, self.dtype), attention_mask=mask_BN, output_hidden_states=self.layer != -1
+        )
+        hidden_BTD = (output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]).float()
+        if not padded:
+            return list(hidden_BTD.mean(dim=1).cpu().numpy())
+        steps_B = self.model._get_feat_extract_output_lengths(torch.from_numpy(lengths_B)).to(self.device)
+        inside_BT1 = (torch.arange(hidden_BTD.shape[1], device=self.device) < steps_B[:, None])[:, :, None]
+        return list(((hidden_BTD * inside_BT1).sum(dim=1) / steps_B[:, None]).cpu().numpy())
+
+
+class OwnStatisticsGroupNorm(nn.GroupNorm):
+    """Group norm with one channel a group, whose mean and variance are taken over each sound's own part of a padded batch."""
+
+    kernel: int
+    stride: int
+    lengths_B: Tensor | None = None  # samples of each sound in the batch; None where nothing is padded
+
+    def forward(self, values_BCT: Tensor) -> Tensor:
+        if self.lengths_B is None:
+            return super().forward(values_BCT)
+        steps_B = (self.lengths_B - self.kernel) // self.stride + 1
+        inside_B1T = (torch.arange(values_BCT.shape[2], device=values_BCT.device) < steps_B[:, None])[:, None]
+        exact_BCT = values_BCT.float()
+        count_B11 = steps_B[:, None, None]
+        mean_BC1 = (exact_BCT * inside_B1T).sum(dim=2, keepdim=True) / count_B11
+        centred_BCT = exact_BCT - mean_BC1
+        variance_BC1 = (centred_BCT.square() * inside_B1T).sum(dim=2, keepdim=True) / count_B11
+        normed_BCT = centred_BCT * torch.rsqrt(variance_BC1 + self.eps)
+        return (normed_BCT * self.weight.float()[:, None] + self.bias.float()[:, None]).to(values_BCT.dtype)
+
+
+def _own_statistics(model: Any) -> OwnStatisticsGroupNorm | None:
+    """Replace the model's group norm, where it has one, by one that can tell padding from sound."""
+    layer = model.feature_extractor.conv_layers[0]
+    old = getattr(layer, "layer_norm", None)
+    if not isinstance(old, nn.GroupNorm):
+        return None
+    new = OwnStatisticsGroupNorm(old.num_groups, old.num_channels, old.eps, device=old.weight.device, dtype=old.weight.dtype)
+    new.load_state_dict(old.state_dict())
+    new.requires_grad_(False)
+    new.kernel, new.stride = layer.conv.kernel_size[0], layer.conv.stride[0]
+    layer.layer_norm = new
+    return new
+
+
+def _asks_to_normalise(folder: Path) -> bool:
+    """What the checkpoint's feature extractor says. Raises WeightsError where it is missing or takes another sampling rate."""
+    if not (folder / "preprocessor_config.json").is_file():
+        raise weights.WeightsError(f"no preprocessor_config.json in {folder}: the checkpoint must say how its samples are prepared")
+    config = weights.read_json(folder / "preprocessor_config.json")
+    if config.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
+        raise weights.WeightsError(f"the checkpoint {folder} takes {config['sampling_rate']} Hz; shots have {SAMPLE_RATE} Hz")
+    return bool(config.get("do_normalize", True))
