@@ -211,15 +211,18 @@ class _Pass:
     def _ticks_of(self, frame: av.VideoFrame) -> int:
         """When the frame is shown, in ticks that grow from frame to frame; 0 for the first."""
         usual = self.last_ticks + self.last_duration if self.frame_count else 0
-        if frame.pts is None:
+        # AVI stores the order of decoding only, and what is derived from it as pts is wrong where there are B-frames;
+        # FFmpeg hands decoding times out in the order of presentation, and they are even
+        pts = frame.dts if frame.pts is None or self.container.format.name == "avi" else frame.pts
+        if pts is None:
             self.damage.remark("pictures without a time stamp, placed after their predecessor")
             ticks = usual
         elif self.first_pts is None:  # of frames before this one without a time stamp we know how many there were
-            self.first_pts = frame.pts - usual
+            self.first_pts = pts - usual
             self._start()
             ticks = usual
         else:
-            ticks = frame.pts - self.first_pts
+            ticks = pts - self.first_pts
             if self.last_ticks - ticks > JUMP_BACK_S / self.tick:
                 self.damage.remark("time the time stamps jump back; counted on")
                 self.first_pts -= usual - ticks

@@ -93,6 +93,9 @@ def open_container(stream: BinaryIO, name: str, media: MediaConfig) -> av.contai
     except av.error.MemoryError:
         raise
     except av.error.FFmpegError as error:
+        stream.seek(4)
+        if stream.read(4) == b"ftyp":
+            raise TitleError(f"{name} is an MP4 without a usable index (moov): cut off, or never finished") from error
         raise TitleError(f"{name} is not a video that can be read: {_plain(error)}") from error
     except _ReferenceRefused as error:
         raise TitleError(f"{name} points to another file or address, which is not followed") from error
