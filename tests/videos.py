@@ -21,6 +21,17 @@ from mediafm_ray.spec import ShotSpan
 
 BITS = 12  # of a frame's number, in cells along the lower edge, most significant first
 BAR = 8  # the bar is this part of the picture's height
+ASS_HEADER = b"""[Script Info]
+ScriptType: v4.00+
+
+[V4+ Styles]
+Format: Name, Fontname, Fontsize, PrimaryColour, SecondaryColour, OutlineColour, BackColour, Bold, Italic, Underline, StrikeOut, \
+ScaleX, ScaleY, Spacing, Angle, BorderStyle, Outline, Shadow, Alignment, MarginL, MarginR, MarginV, Encoding
+Style: Default,Arial,16,&Hffffff,&Hffffff,&H0,&H0,0,0,0,0,100,100,0,0,1,1,0,2,10,10,10,1
+
+[Events]
+Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
+"""
 CLICK_S = 0.02  # length of a click
 
 
@@ -141,6 +152,7 @@ def make_video(
             text = container.add_stream(cue_codec)
             text.metadata["language"] = cue_language
             text.codec_context.time_base = Fraction(1, 1000)
+            text.codec_context.subtitle_header = ASS_HEADER
         container.start_encoding()
         waiting = []
         if sound is not None:

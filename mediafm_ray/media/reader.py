@@ -213,9 +213,11 @@ class _Pass:
         usual = self.last_ticks + self.last_duration if self.frame_count else 0
         # AVI stores the order of decoding only, and what is derived from it as pts is wrong where there are B-frames;
         # FFmpeg hands decoding times out in the order of presentation, and they are even
-        pts = frame.dts if frame.pts is None or self.container.format.name == "avi" else frame.pts
+        without_pts = self.container.format.name == "avi"
+        pts = frame.dts if frame.pts is None or without_pts else frame.pts
         if pts is None:
-            self.damage.remark("pictures without a time stamp, placed after their predecessor")
+            if not without_pts:
+                self.damage.remark("pictures without a time stamp, placed after their predecessor")
             ticks = usual
         elif self.first_pts is None:  # of frames before this one without a time stamp we know how many there were
             self.first_pts = pts - usual
