@@ -56,11 +56,7 @@ def _option(default: Any, help: str, changes_numbers: bool) -> Any:
 
 def recipe_of(config: Any) -> dict[str, Any]:
     """The fields of a configuration dataclass that change the numbers, by name."""
-    return {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.metadata.get("changes_numbers")
-    }
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.metadata.get("changes_numbers")}
 
 
 def digest_of(value: Any) -> str:
@@ -133,6 +129,20 @@ class ShotStream(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Byte strings laid one after another: string i is ``data[offsets[i]:offsets[i + 1]]``. Arrow takes it as it is."""
+
+    data: memoryview
+    offsets: np.ndarray  # (N + 1,) int64, rising
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> memoryview:
+        return self.data[self.offsets[index] : self.offsets[index + 1]]
+
+
 @dataclass
 class ShotMedia:
     """What the three modalities of one shot hold, ready for the encoders."""
@@ -140,8 +150,8 @@ class ShotMedia:
     span: ShotSpan
     start_s: float
     end_s: float
-    frames: Sequence[bytes]  # JPEG, uniformly spread over the shot, in order
-    audio: bytes  # 16 kHz mono int16 little-endian; empty where the title has no audio
+    frames: Sequence[bytes | memoryview]  # JPEG, uniformly spread over the shot, in order
+    audio: bytes | memoryview  # 16 kHz mono int16 little-endian; empty where the title has no audio
     text: str = ""  # plain text spoken or shown during the shot; empty where there is none
     language: str = ""
     thumbnail: bytes = b""  # a small JPEG of the middle frame, for people
@@ -152,6 +162,8 @@ class TitleMedia:
     """All that is read from one title, in one pass."""
 
     shots: list[ShotMedia]
+    frames: Packed  # the frames of all shots
+    audio: Packed  # the audio of all shots, one string a shot
     duration_s: float
     frame_count: int
     warnings: list[str] = dataclasses.field(default_factory=list)  # what was odd or damaged, for people

@@ -17,6 +17,7 @@ import numpy as np
 
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
+from mediafm_ray.media.spool import Spool
 from mediafm_ray.media.wire import Channel, WireError
 from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH, SAMPLE_RATE, ShotMedia, ShotSpan, ShotStream, Title, TitleError, TitleMedia
 
@@ -157,38 +158,30 @@ class _Refused(Exception):
 
 
 class _Assembly:
-    """Puts together shots and the sound, which arrive in no fixed order."""
+    """Puts together shots and the sound, which arrive in no fixed order; memory holds neither frames nor sound."""
 
     def __init__(self) -> None:
         self.shots: list[ShotMedia] = []
-        self.samples = bytearray()  # not yet given to a shot
-        self.first_sample = 0  # of those, on the time line
-        self.complete = 0  # shots that have their sound
+        self.frames, self.samples = Spool(), Spool()
+        self.frame_offsets = [0]
 
     def sound(self, samples: bytes) -> None:
-        self.samples += samples
-        self._share(all_there=False)
+        self.samples.append(samples)
 
     def shot(self, span: ShotSpan, start_s: float, end_s: float, frames: list[bytes], thumbnail: bytes) -> None:
-        self.shots.append(ShotMedia(span, start_s, end_s, frames, b"", thumbnail=thumbnail))
-        self._share(all_there=False)
+        for frame in frames:
+            self.frames.append(frame)
+            self.frame_offsets.append(self.frames.size)
+        self.shots.append(ShotMedia(span, start_s, end_s, range(len(frames)), b"", thumbnail=thumbnail))  # type: ignore[arg-type]
 
     def finish(self, header: dict[str, Any]) -> TitleMedia:
-        if header["has_sound"]:
-            self._share(all_there=True)
-        for shot, text, language in zip(self.shots, header["texts"], header["languages"], strict=True):
-            shot.text, shot.language = text, language
-        return TitleMedia(self.shots, header["duration_s"], header["frame_count"], header["warnings"], header["facts"])
-
-    def _share(self, all_there: bool) -> None:
-        """Cut the sound of shots from what has come; where no more comes, silence fills the rest."""
-        while self.complete < len(self.shots):
-            shot = self.shots[self.complete]
-            end = round(shot.end_s * SAMPLE_RATE)
-            length = (end - round(shot.start_s * SAMPLE_RATE)) * BYTES_PER_SAMPLE
-            if not all_there and (end - self.first_sample) * BYTES_PER_SAMPLE > len(self.samples):
-                return
-            shot.audio = bytes(self.samples[:length]).ljust(length, b"\0")
-            del self.samples[:length]
-            self.first_sample = end
-            self.complete += 1
+        """Cut the sound at the shots, which tile the title; where the sound has ended, silence fills the rest."""
+        ends = [round(shot.end_s * SAMPLE_RATE) * BYTES_PER_SAMPLE if header["has_sound"] else 0 for shot in self.shots]
+        self.samples.fill(ends[-1] if ends else 0)
+        frames, audio = self.frames.packed(self.frame_offsets), self.samples.packed([0, *ends])
+        first = 0
+        for index, (shot, text, language) in enumerate(zip(self.shots, header["texts"], header["languages"], strict=True)):
+            shot.frames = [frames[first + number] for number in range(len(shot.frames))]
+            first += len(shot.frames)
+            shot.audio, shot.text, shot.language = audio[index], text, language
+        return TitleMedia(self.shots, frames, audio, header["duration_s"], header["frame_count"], header["warnings"], header["facts"])

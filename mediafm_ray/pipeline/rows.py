@@ -15,13 +15,13 @@ import json
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.spec import TimedTextSource, Title, TitleError
+from mediafm_ray.spec import Packed, TimedTextSource, Title, TitleError
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,53 @@ def vectors_type(dim: int) -> pa.DataType:
 def vectors_cell(vectors_SD: np.ndarray) -> pa.Array:
     """(S, D) float32 vectors as the one value of a column of ``vectors_type(D)``."""
     values = pa.array(np.ascontiguousarray(vectors_SD, dtype=np.float32).reshape(-1))
-    vectors = pa.FixedSizeListArray.from_arrays(values, vectors_SD.shape[1])
-    return pa.ListArray.from_arrays(pa.array([0, len(vectors_SD)], pa.int32()), vectors)
+    return list_cell(pa.FixedSizeListArray.from_arrays(values, vectors_SD.shape[1]))
+
+
+def list_cell(values: pa.Array) -> pa.Array:
+    """An array of N values as the one value of a column of lists."""
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+
+
+def nested_cell(values: pa.Array, lengths: Sequence[int]) -> pa.Array:
+    """An array of values, so many of them for each shot, as the one value of a column of lists of lists."""
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return list_cell(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values))
+
+
+def packed_array(packed: Packed) -> pa.LargeBinaryArray:
+    """Packed byte strings as an Arrow array; nothing is copied."""
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(packed), [None, pa.py_buffer(packed.offsets), pa.py_buffer(packed.data)])
+
+
+class ByteStrings(Sequence[memoryview]):
+    """The values of an Arrow array of binaries, each looked at in place when it is asked for: nothing is copied as a whole."""
+
+    def __init__(self, values: pa.Array):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        return memoryview(self.values[index].as_buffer())
+
+
+class ListsOfByteStrings(Sequence[ByteStrings]):
+    """The values of an Arrow array of lists of binaries, looked at in place."""
+
+    def __init__(self, values: pa.Array):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        return ByteStrings(self.values[index].values)
 
 
 class TitleRow:
@@ -97,6 +142,14 @@ class TitleRow:
         """The (S, D) float32 vectors of a column of ``vectors_type(D)``."""
         vectors = self.table.column(column)[0].values
         return vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), vectors.type.list_size)
+
+    def byte_strings(self, column: str) -> Sequence[Any]:
+        """The byte strings of a column of type AUDIO, in place."""
+        return ByteStrings(self.table.column(column)[0].values)
+
+    def frames(self, column: str) -> Sequence[Sequence[Any]]:
+        """The byte strings of each shot, of a column of type FRAMES, in place."""
+        return ListsOfByteStrings(self.table.column(column)[0].values)
 
     def title(self) -> Title:
         """The title as the catalog gave it."""

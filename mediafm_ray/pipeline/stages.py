@@ -27,7 +27,22 @@ from mediafm_ray.models.options import (
     TextEncoderConfig,
     VideoEncoderConfig,
 )
-from mediafm_ray.pipeline.rows import AUDIO, FLAGS, FRAMES, NORMS, SHOTS, Stage, TitleRow, error_value, to_json, vectors_cell, vectors_type
+from mediafm_ray.pipeline.rows import (
+    AUDIO,
+    FLAGS,
+    FRAMES,
+    NORMS,
+    SHOTS,
+    Stage,
+    TitleRow,
+    error_value,
+    list_cell,
+    nested_cell,
+    packed_array,
+    to_json,
+    vectors_cell,
+    vectors_type,
+)
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
@@ -91,8 +106,8 @@ class DetectShots(Stage):
         }
         return {
             "shots": shots,
-            "frames": [list(shot.frames) for shot in media.shots],
-            "audio": [shot.audio for shot in media.shots],
+            "frames": nested_cell(packed_array(media.frames), [len(shot.frames) for shot in media.shots]),
+            "audio": list_cell(packed_array(media.audio)),
             "media": to_json(facts),
         }
 
@@ -112,7 +127,7 @@ class EncodeVideo(Stage):
         return {"video_embeddings": vectors_type(self.encoder.dim), "has_video": FLAGS}
 
     def process(self, row: TitleRow) -> Mapping[str, Any]:
-        encoded = self.encoder.encode(row["frames"])
+        encoded = self.encoder.encode(row.frames("frames"))
         return {"video_embeddings": vectors_cell(encoded.embeddings_SD), "has_video": encoded.present_S.tolist()}
 
 
@@ -131,7 +146,7 @@ class EncodeAudio(Stage):
         return {"audio_embeddings": vectors_type(self.encoder.dim), "has_audio": FLAGS}
 
     def process(self, row: TitleRow) -> Mapping[str, Any]:
-        encoded = self.encoder.encode(row["audio"])
+        encoded = self.encoder.encode(row.byte_strings("audio"))
         return {"audio_embeddings": vectors_cell(encoded.embeddings_SD), "has_audio": encoded.present_S.tolist()}
 
 

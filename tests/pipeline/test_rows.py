@@ -6,8 +6,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mediafm_ray.pipeline.rows import Stage, TitleRow, plan_table, vectors_cell, vectors_type
-from mediafm_ray.spec import TitleError
+from mediafm_ray.pipeline.rows import (
+    AUDIO,
+    FRAMES,
+    Stage,
+    TitleRow,
+    list_cell,
+    nested_cell,
+    packed_array,
+    plan_table,
+    vectors_cell,
+    vectors_type,
+)
+from mediafm_ray.spec import Packed, TitleError
 
 
 def titles(*ids):
@@ -100,3 +111,19 @@ def test_vectors_survive_ipc_and_slicing():
     back = pa.ipc.open_stream(sink.getvalue()).read_all()
     for index, expected in enumerate((vectors_SD[:2], vectors_SD, vectors_SD[:0])):
         np.testing.assert_array_equal(TitleRow(back.slice(index, 1)).vectors("v"), expected)
+
+
+def test_packed_bytes_become_cells_without_a_copy_and_come_back_in_place():
+    data = memoryview(b"aabbbc")
+    packed = Packed(data, np.array([0, 2, 5, 5, 6], np.int64))
+    assert [bytes(packed[index]) for index in range(len(packed))] == [b"aa", b"bbb", b"", b"c"]
+    values = packed_array(packed)
+    assert values.buffers()[2].address == pa.py_buffer(data).address
+    table = pa.table({"frames": nested_cell(values, [1, 0, 3]).cast(FRAMES), "audio": list_cell(values).cast(AUDIO)})
+    row = TitleRow(table)
+    assert [[bytes(frame) for frame in shot] for shot in row.frames("frames")] == [[b"aa"], [], [b"bbb", b"", b"c"]]
+    assert [bytes(samples) for samples in row.byte_strings("audio")[1:]] == [b"bbb", b"", b"c"]
+    assert np.frombuffer(row.byte_strings("audio")[0], np.uint8).tolist() == [97, 97]
+    assert row["frames"] == [[b"aa"], [], [b"bbb", b"", b"c"]]
+    tables = pa.concat_tables([table, table])
+    assert [[bytes(frame) for frame in shot] for shot in TitleRow(tables.slice(1, 1)).frames("frames")] == row["frames"]
