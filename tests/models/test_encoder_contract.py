@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import http.server
 import io
+import json
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mediafm_ray.models import encoder
+from mediafm_ray.models import encoder, tiny
 from mediafm_ray.models.options import AudioEncoderConfig, TextEncoderConfig, VideoEncoderConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,10 +33,14 @@ class Case:
 
     modality: str
     config: Any
-    build: Callable[[Any], Any]
-    dim: Callable[[Any], int]
     shots: list[Any]
     absent: list[bool]
+
+    def build(self) -> Any:
+        return getattr(encoder, f"build_{self.modality}_encoder")(self.config)
+
+    def dim(self) -> int:
+        return getattr(encoder, f"{self.modality}_dim")(self.config)
 
 
 def jpeg(seed: int, width: int = 320, height: int = 180, mode: str = "RGB") -> bytes:
@@ -67,42 +75,114 @@ AUDIO_SHOTS = [
 ]
 TEXTS = ["A man walks into a bar.", "", "Hello", "the quick brown fox jumps " * 150, " \n ", "¿Qué? 映画 🎬", "A man walks into a bar."]
 
-CASES = {
-    "efficientnet_lite0": Case(
-        "video",
-        VideoEncoderConfig(threads=2),
-        encoder.build_video_encoder,
-        encoder.video_dim,
-        VIDEO_SHOTS,
-        [not frames for frames in VIDEO_SHOTS],
-    ),
-    "log_mel": Case(
-        "audio",
-        AudioEncoderConfig(threads=2),
-        encoder.build_audio_encoder,
-        encoder.audio_dim,
-        AUDIO_SHOTS,
-        [not samples for samples in AUDIO_SHOTS],
-    ),
-    "sentence_transformer": Case(
-        "text",
-        TextEncoderConfig(threads=2),
-        encoder.build_text_encoder,
-        encoder.text_dim,
-        TEXTS,
-        [not text.strip() for text in TEXTS],
-    ),
+VIDEO = ("video", VIDEO_SHOTS, [not frames for frames in VIDEO_SHOTS])
+AUDIO = ("audio", AUDIO_SHOTS, [not samples for samples in AUDIO_SHOTS])
+TEXT = ("text", TEXTS, [not text.strip() for text in TEXTS])
+
+# name: what it is tried with, and its configuration where "{root}" holds tiny checkpoints and "{server}" is an embeddings server
+CASES: dict[str, tuple[tuple[str, list[Any], list[bool]], dict[str, Any]]] = {
+    "efficientnet_lite0": (VIDEO, {"encoder": "efficientnet_lite0"}),
+    "clip": (VIDEO, {"encoder": "clip", "weights": "{root}/video"}),
+    "clip with temporal transformer": (VIDEO, {"encoder": "clip", "weights": "{root}/video", "temporal_weights": "{root}/temporal"}),
+    "siglip": (VIDEO, {"encoder": "clip", "weights": "{root}/siglip"}),
+    "log_mel": (AUDIO, {"encoder": "log_mel"}),
+    "wav2vec2": (AUDIO, {"encoder": "wav2vec2", "weights": "{root}/audio", "chunk_seconds": 3.0}),
+    "MiniLM": (TEXT, {"encoder": "sentence_transformer"}),
+    "BERT": (TEXT, {"encoder": "sentence_transformer", "weights": "{root}/text"}),
+    "openai": (TEXT, {"encoder": "openai", "base_url": "{server}", "model": "own-model", "dimensions": 64}),
 }
+CONFIGS = {"video": VideoEncoderConfig, "audio": AudioEncoderConfig, "text": TextEncoderConfig}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.main(folder)
+    tiny.make_siglip(folder / "siglip")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """An embeddings server whose embedding of a text is a function of its SHA-256."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            data = []
+            for index, text in enumerate(request["input"]):
+                seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+                values = np.random.default_rng(seed).normal(size=request["dimensions"])
+                data.append({"object": "embedding", "index": index, "embedding": values.tolist()})
+            body = json.dumps({"object": "list", "data": data, "model": request["model"], "usage": {"prompt_tokens": 1, "total_tokens": 1}})
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}/v1"
+        listening.shutdown()
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What another process gave, with one thread everywhere."""
+
+    digests: dict[str, str]
+    errors: str  # standard error: no progress bars, no warnings
+
+
+@pytest.fixture(scope="module")
+def cases(root: Path, server: str) -> dict[str, Case]:
+    made = {}
+    for name, ((modality, shots, absent), options) in CASES.items():
+        filled = {key: value.format(root=root, server=server) if isinstance(value, str) else value for key, value in options.items()}
+        made[name] = Case(modality, CONFIGS[modality](threads=2, **filled), shots, absent)
+    return made
+
+
+ENCODE_ELSEWHERE = """
+import hashlib, json, pathlib, pickle, sys
+from mediafm_ray.models import encoder
+digests = {}
+for name, (modality, config, shots) in pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()).items():
+    built = getattr(encoder, f"build_{modality}_encoder")(config)
+    digests[name] = hashlib.sha256(built.encode(shots).embeddings_SD.tobytes()).hexdigest()
+print(json.dumps(digests))
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+    given = tmp_path_factory.mktemp("elsewhere") / "given.pickle"
+    one_thread = {name: (case.modality, dataclasses.replace(case.config, threads=1), case.shots) for name, case in cases.items()}
+    given.write_bytes(pickle.dumps(one_thread))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", ENCODE_ELSEWHERE, str(given)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Elsewhere(json.loads(done.stdout), done.stderr)
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def case(name: str, cases: dict[str, Case]) -> Case:
+    return cases[name]
 
 
 @pytest.fixture(scope="module")
 def built(case: Case) -> Any:
-    return case.build(case.config)
+    return case.build()
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +192,7 @@ def encoded(case: Case, built: Any) -> encoder.Encoded:
 
 def test_every_encoder_of_the_registries_is_in_this_suite() -> None:
     names = {*encoder.VIDEO_ENCODERS, *encoder.AUDIO_ENCODERS, *encoder.TEXT_ENCODERS}
-    assert {case.config.encoder for case in CASES.values()} == names
+    assert {options["encoder"] for _, options in CASES.values()} == names
 
 
 def test_shape_and_type(case: Case, built: Any, encoded: encoder.Encoded) -> None:
@@ -123,7 +203,7 @@ def test_shape_and_type(case: Case, built: Any, encoded: encoder.Encoded) -> Non
 
 
 def test_the_dimension_planned_without_torch_is_the_real_one(case: Case, built: Any) -> None:
-    assert case.dim(case.config) == built.dim
+    assert case.dim() == built.dim
 
 
 def test_absent_shots_are_flagged_and_zero_and_the_others_are_neither(case: Case, encoded: encoder.Encoded) -> None:
@@ -168,25 +248,9 @@ def test_only_absent_shots(case: Case, built: Any) -> None:
     assert not nothing.embeddings_SD.any()
 
 
-ENCODE_ELSEWHERE = """
-import hashlib, pathlib, pickle, sys
-from mediafm_ray.models import encoder
-modality, config, shots = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
-built = getattr(encoder, f"build_{modality}_encoder")(config)
-print(hashlib.sha256(built.encode(shots).embeddings_SD.tobytes()).hexdigest())
-"""
-
-
-def test_another_process_with_other_threads_gives_the_same_bytes(case: Case, encoded: encoder.Encoded, tmp_path: Path) -> None:
-    given = tmp_path / "given.pickle"
-    one_thread = type(case.config)(**{**vars(case.config), "threads": 1})
-    given.write_bytes(pickle.dumps((case.modality, one_thread, case.shots)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-c", ENCODE_ELSEWHERE, str(given)]
-    elsewhere = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert elsewhere.returncode == 0, elsewhere.stderr
-    assert elsewhere.stdout.strip() == hashlib.sha256(encoded.embeddings_SD.tobytes()).hexdigest()
-    assert elsewhere.stderr == ""  # no progress bars, no warnings
+def test_another_process_with_other_threads_gives_the_same_bytes(name: str, encoded: encoder.Encoded, elsewhere: Elsewhere) -> None:
+    assert elsewhere.digests[name] == hashlib.sha256(encoded.embeddings_SD.tobytes()).hexdigest()
+    assert elsewhere.errors == ""
 
 
 def test_the_number_of_threads_of_the_process_is_left_alone(case: Case, built: Any) -> None:

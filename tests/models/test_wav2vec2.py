@@ -52,8 +52,7 @@ def reference(folder: Path, samples: np.ndarray, layer: int = -1) -> np.ndarray:
     return (output.last_hidden_state if layer == -1 else output.hidden_states[layer])[0].mean(dim=0).numpy()
 
 
-@pytest.mark.parametrize("samples", [SHORTEST, 8001, 50_000])
-@pytest.mark.parametrize("layer", [-1, 0, 1, 2])
+@pytest.mark.parametrize(("samples", "layer"), [(SHORTEST, -1), (8001, 0), (8001, 1), (8001, 2), (40_000, -1)])
 def test_agrees_with_transformers(folder: Path, samples: int, layer: int) -> None:
     ours = build(folder, layer=layer).encode([sound(1, samples).tobytes()]).embeddings_SD[0]
     np.testing.assert_allclose(ours, reference(folder, sound(1, samples), layer), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,406 @@
+"""OpenAI's embeddings API, or any server that speaks it, as a text encoder. No torch.
+
+Requests are as few as the API's limits allow; every distinct text is sent once, and what is sent again after a failure is only the
+request that failed. The key is read from the environment, kept out of every message, and never stored in a configuration.
+
+Shapes
+    S  texts
+    D  dimensions asked for
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import logging
+import math
+import os
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import openai
+
+from mediafm_ray.models.encoder import Encoded
+from mediafm_ray.models.options import TextEncoderConfig
+
+INPUTS_PER_REQUEST = 2048  # the API's limits
+TOKENS_PER_REQUEST = 300_000
+VOCABULARY = "cl100k_base"  # of the text-embedding-3 models
+VOCABULARY_TIMEOUT_S = 15.0  # for tiktoken's download of it at first use
+REMEMBERED_TEXTS = 8192  # results kept for later calls: titles share lines such as "[music]"
+BURST_S = 5.0  # of the rate limit may go at once
+FIRST_BACKOFF_S = 0.5
+LONGEST_BACKOFF_S = 60.0
+LONGEST_RETRY_AFTER_S = 600.0  # a server that asks for more has to be asked again another day
+NO_KEY = "no-key"  # sent to servers of one's own that want none
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class ApiError(Exception):
+    """The embeddings API did not give what was asked for; the message says why and never holds the key."""
+
+
+class BudgetExceeded(ApiError):
+    """The configured cap on spending is reached: nothing more is sent."""
+
+
+class Allowance(Protocol):
+    """Who decides when the next request may go; one for all encoders of a job, wherever they run."""
+
+    def reserve(self, requests: int, tokens: int) -> float:
+        """Book one request; return after how many seconds it may go. Raises BudgetExceeded."""
+        ...
+
+    def refund(self, tokens: int) -> None:
+        """A booked request failed and was not charged."""
+        ...
+
+    def pause(self, seconds: float) -> None:
+        """The server asked for time: nothing goes before it is over."""
+        ...
+
+
+class LocalAllowance:
+    """Rate limits and a cap on tokens for the encoders that share this object; thread-safe, and plain enough to be a Ray actor."""
+
+    def __init__(
+        self, requests_per_minute: int, tokens_per_minute: int, max_tokens: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """0 means no limit."""
+        self._rates = {"requests": requests_per_minute / 60, "tokens": tokens_per_minute / 60}  # a second
+        self._free_at = {"requests": -math.inf, "tokens": -math.inf}
+        self._paused_until = -math.inf
+        self._max_tokens = max_tokens
+        self._spent = 0
+        self._clock = clock
+        self._lock = threading.Lock()
+
+    def reserve(self, requests: int, tokens: int) -> float:
+        """See Allowance. A steady rate, with bursts of 5 seconds' worth."""
+        with self._lock:
+            if self._max_tokens and self._spent + tokens > self._max_tokens:
+                raise BudgetExceeded(
+                    f"text.max_cost_usd is reached: {self._spent} tokens are spent, {tokens} more would pass the cap of {self._max_tokens}"
+                )
+            self._spent += tokens
+            now = self._clock()
+            go_at = max(now, self._paused_until)
+            for name, amount in (("requests", requests), ("tokens", tokens)):
+                if rate := self._rates[name]:
+                    go_at = max(go_at, self._free_at[name] - BURST_S)
+                    self._free_at[name] = max(self._free_at[name], now) + amount / rate
+            return go_at - now
+
+    def refund(self, tokens: int) -> None:
+        """See Allowance."""
+        with self._lock:
+            self._spent -= tokens
+
+    def pause(self, seconds: float) -> None:
+        """See Allowance."""
+        with self._lock:
+            self._paused_until = max(self._paused_until, self._clock() + seconds)
+
+    def spent(self) -> int:
+        """Tokens of requests that were answered or are under way."""
+        with self._lock:
+            return self._spent
+
+
+def allowance_of(config: TextEncoderConfig) -> LocalAllowance:
+    """The limits of a configuration, for one job. Raises ValueError for negative limits."""
+    if min(config.requests_per_minute, config.tokens_per_minute, config.max_cost_usd, config.price_per_million_tokens) < 0:
+        raise ValueError("text.requests_per_minute, tokens_per_minute, max_cost_usd and price_per_million_tokens cannot be negative")
+    max_tokens = 0
+    if config.max_cost_usd:
+        if not config.price_per_million_tokens:
+            raise ValueError("text.max_cost_usd needs text.price_per_million_tokens")
+        max_tokens = int(config.max_cost_usd / config.price_per_million_tokens * 1e6)
+    return LocalAllowance(config.requests_per_minute, config.tokens_per_minute, max_tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------- tokens
+
+
+class TokenCounter:
+    """Counts tokens with tiktoken where its vocabulary can be had; else takes the UTF-8 bytes, of which a token has at least one."""
+
+    def __init__(self, model: str) -> None:
+        self._encoding = _load_vocabulary() if model.startswith("text-embedding-") else None
+        self.exact = self._encoding is not None
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, or an upper bound of them."""
+        return len(self._tokens(text)) if self._encoding else len(text.encode())
+
+    def cut(self, text: str, most: int) -> str:
+        """The longest beginning of a text that has at most so many tokens (or bytes, where tokens cannot be counted)."""
+        if len(text.encode()) <= most:  # no more tokens than bytes: nothing to count
+            return text
+        if self._encoding:
+            tokens = self._tokens(text)
+            return text if len(tokens) <= most else self._encoding.decode_bytes(tokens[:most]).decode("utf-8", "ignore")
+        return text.encode()[:most].decode("utf-8", "ignore")
+
+    def _tokens(self, text: str) -> list[int]:
+        assert self._encoding is not None
+        return self._encoding.encode(text, disallowed_special=())  # "<|endoftext|>" in a subtitle is text
+
+
+def _load_vocabulary() -> Any:
+    """tiktoken's encoding, or None where the package or its vocabulary (downloaded at first use) cannot be had in time."""
+    loaded: list[Any] = []
+    reason: list[str] = ["no answer in time"]
+
+    def load() -> None:
+        try:
+            import tiktoken
+
+            loaded.append(tiktoken.get_encoding(VOCABULARY))
+        except Exception as error:  # no package, no network, no cache folder, a damaged download: all end in the same fallback
+            reason[0] = f"{type(error).__name__}: {error}"
+
+    thread = threading.Thread(target=load, daemon=True, name="tiktoken")  # its download has no timeout of its own
+    thread.start()
+    thread.join(VOCABULARY_TIMEOUT_S)
+    if loaded:
+        return loaded[0]
+    logger.warning(
+        "tokens are bounded by UTF-8 bytes: tiktoken's vocabulary %s could not be loaded (%s); set TIKTOKEN_CACHE_DIR to a copy to count",
+        VOCABULARY,
+        reason[0],
+    )
+    return None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What embedding some texts would take, before anything is sent. Tokens are an upper bound where they cannot be counted."""
+
+    texts: int  # distinct and not empty
+    requests: int
+    tokens: int
+    usd: float
+    exact: bool  # whether tokens were counted
+
+
+def estimate(config: TextEncoderConfig, texts: Sequence[str]) -> Estimate:
+    """The requests, tokens and price of one call of ``encode`` with these texts. Sends nothing, needs no key."""
+    counter = TokenCounter(config.model)
+    distinct = [counter.cut(text, config.max_tokens) for text in dict.fromkeys(texts) if text.strip()]
+    batches = _batches(distinct, counter)
+    tokens = sum(count for _, count in batches)
+    return Estimate(len(distinct), len(batches), tokens, tokens / 1e6 * config.price_per_million_tokens, counter.exact)
+
+
+def _batches(texts: Sequence[str], counter: TokenCounter) -> list[tuple[list[str], int]]:
+    """Texts in requests as full as the limits allow, each with its number of tokens."""
+    batches: list[tuple[list[str], int]] = []
+    for text in texts:
+        tokens = counter.count(text)
+        if batches and len(batches[-1][0]) < INPUTS_PER_REQUEST and batches[-1][1] + tokens <= TOKENS_PER_REQUEST:
+            batches[-1][0].append(text)
+            batches[-1] = (batches[-1][0], batches[-1][1] + tokens)
+        else:
+            batches.append(([text], tokens))
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------------- encoder
+
+
+class ApiTextEncoder:
+    """The text encoder of the MediaFM profile: text-embedding-3-large at 768 dimensions by default.
+
+    ``encode`` may be called from several threads, and ``encode_async`` from any event loop: all share one client, its connections, the
+    limit on concurrent requests and the results remembered. A text over ``max_tokens`` is cut, with a warning.
+    """
+
+    def __init__(self, config: TextEncoderConfig, allowance: Allowance | None = None) -> None:
+        """``allowance`` is shared by all encoders of a job; without one this encoder keeps the configured limits for itself.
+
+        Raises ValueError where the environment holds no key, or for a wrong option.
+        """
+        if config.dimensions < 1 or config.max_tokens < 1 or config.concurrent_requests < 1 or config.max_retries < 0:
+            raise ValueError("text.dimensions, max_tokens and concurrent_requests must be at least 1, max_retries at least 0")
+        key = os.environ.get(config.api_key_variable, "")
+        if not key and not config.base_url:
+            raise ValueError(f"the environment variable {config.api_key_variable} must hold the key of the embeddings API (it is empty)")
+        self.config = config
+        self.dim = config.dimensions
+        self.allowance = allowance or allowance_of(config)
+        self.counter = TokenCounter(config.model)
+        self._key = key or NO_KEY
+        self._remembered: OrderedDict[str, asyncio.Future[np.ndarray]] = OrderedDict()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True, name="embeddings-api").start()
+        self._run(self._open()).result()
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """See TextEncoder. Raises ApiError where the server refuses, fails for good or gives something else."""
+        return self._run(self._encode(texts)).result()
+
+    async def encode_async(self, texts: Sequence[str]) -> Encoded:
+        """``encode`` for callers with an event loop of their own."""
+        return await asyncio.wrap_future(self._run(self._encode(texts)))
+
+    def close(self) -> None:
+        """Close the connections. The encoder cannot be used afterwards."""
+        self._run(self._client.close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _open(self) -> None:
+        self._client = openai.AsyncOpenAI(
+            api_key=self._key,
+            base_url=self.config.base_url or None,
+            timeout=self.config.timeout_s,
+            max_retries=0,  # retries are ours: they go through the allowance
+        )
+        self._slots = asyncio.Semaphore(self.config.concurrent_requests)
+
+    async def _encode(self, texts: Sequence[str]) -> Encoded:
+        present_S = np.array([bool(text.strip()) for text in texts], bool)
+        wanted = {text: self._cut(text) for text in dict.fromkeys(texts) if text.strip()}
+        distinct = dict.fromkeys(wanted.values())
+        found = {text: self._remembered[text] for text in distinct if text in self._remembered}
+        new = {text: self._loop.create_future() for text in distinct if text not in found}
+        self._remembered.update(new)
+        try:
+            sent = [self._send(batch, tokens, new) for batch, tokens in _batches(list(new), self.counter)]
+            # all are awaited, whichever fails: what was paid for is kept for the next attempt at these texts
+            outcomes = await asyncio.gather(*sent, return_exceptions=True)
+        finally:
+            for text, future in new.items():
+                if not future.done():
+                    future.cancel()
+                    self._remembered.pop(text, None)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        futures = found | new
+        embeddings_SD = np.zeros((len(texts), self.dim), np.float32)
+        for index in np.flatnonzero(present_S).tolist():
+            text = wanted[texts[index]]
+            embeddings_SD[index] = await self._result(futures[text], text)
+        while len(self._remembered) > REMEMBERED_TEXTS:
+            self._remembered.popitem(last=False)
+        return Encoded(embeddings_SD, present_S)
+
+    async def _result(self, future: asyncio.Future[np.ndarray], text: str) -> np.ndarray:
+        """What another call asked for; where that call failed, ask for it here."""
+        try:
+            return await asyncio.shield(future)
+        except (ApiError, asyncio.CancelledError):
+            if not future.done():
+                raise  # it is this call that was cancelled
+            return (await self._encode([text])).embeddings_SD[0]
+
+    def _cut(self, text: str) -> str:
+        cut = self.counter.cut(text, self.config.max_tokens)
+        if len(cut) < len(text):
+            logger.warning("a text of %d characters was cut to %d: text.max_tokens is %d", len(text), len(cut), self.config.max_tokens)
+        return cut
+
+    async def _send(self, batch: list[str], tokens: int, futures: dict[str, asyncio.Future[np.ndarray]]) -> None:
+        """Ask for a batch, again where that may help, and settle the futures of its texts."""
+        for attempt in range(self.config.max_retries + 1):
+            wait_s = await asyncio.to_thread(self.allowance.reserve, 1, tokens)
+            await asyncio.sleep(wait_s)
+            try:
+                async with self._slots:
+                    response = await self._client.embeddings.create(
+                        input=batch, model=self.config.model, dimensions=self.dim, encoding_format="float"
+                    )
+                rows = self._check(response, len(batch))
+            except (openai.OpenAIError, json.JSONDecodeError) as error:
+                if isinstance(error, openai.APIStatusError):  # refused; after a timeout or a broken answer it may have been charged
+                    await asyncio.to_thread(self.allowance.refund, tokens)
+                asked_s = _retry_after(error)
+                if not _may_pass(error) or attempt == self.config.max_retries or asked_s > LONGEST_RETRY_AFTER_S:
+                    raise ApiError(self._describe(error, attempt + 1)) from None  # the cause holds the request, and so the key
+                backoff_s = random.uniform(0, min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**attempt))
+                if asked_s:
+                    await asyncio.to_thread(self.allowance.pause, asked_s)
+                logger.info(
+                    "the embeddings API answered %s; attempt %d of %d follows",
+                    type(error).__name__,
+                    attempt + 2,
+                    self.config.max_retries + 1,
+                )
+                await asyncio.sleep(asked_s + backoff_s)
+            else:
+                for text, row_D in zip(batch, rows, strict=True):
+                    futures[text].set_result(row_D)
+                return
+
+    def _check(self, response: Any, count: int) -> list[np.ndarray]:
+        """The (D,) float32 embeddings of a response, in the order of its inputs. Raises ApiError for anything else: it was paid for."""
+        rows: list[Any] = [None] * count
+        where = self.config.base_url or "the embeddings API"
+        for item in getattr(response, "data", None) or []:
+            if not isinstance(item.index, int) or not 0 <= item.index < count or rows[item.index] is not None:
+                raise ApiError(f"{where} gave an embedding for input {item.index} of {count}, or gave it twice")
+            row_D = np.asarray(item.embedding, np.float32)
+            if row_D.shape != (self.dim,):
+                raise ApiError(
+                    f"{where} gave an embedding of shape {row_D.shape}, not the {self.dim} dimensions asked for: does the model "
+                    f"{self.config.model} support 'dimensions'? Set text.dimensions to what it gives"
+                )
+            if not np.isfinite(row_D).all():
+                raise ApiError(f"{where} gave an embedding with NaN or infinity for input {item.index} of {count}")
+            rows[item.index] = row_D
+        if missing := sum(row is None for row in rows):
+            raise ApiError(f"{where} left out {missing} of {count} embeddings")
+        return rows
+
+    def _describe(self, error: Exception, attempts: int) -> str:
+        where = self.config.base_url or "the embeddings API"
+        hints = {
+            openai.AuthenticationError: f"check the key in {self.config.api_key_variable}",
+            openai.PermissionDeniedError: f"the key in {self.config.api_key_variable} may not use the model {self.config.model}",
+            openai.NotFoundError: f"check text.base_url and text.model ({self.config.model})",
+            openai.RateLimitError: "lower text.requests_per_minute and tokens_per_minute, or check the account's quota",
+            openai.APITimeoutError: f"no answer within text.timeout_s = {self.config.timeout_s}",
+            openai.APIConnectionError: "check the network and text.base_url",
+        }
+        hint = next((f"; {advice}" for kind, advice in hints.items() if isinstance(error, kind)), "")
+        words = str(error).replace(self._key, "***") if self._key != NO_KEY else str(error)
+        return f"{where} failed after {attempts} attempts ({type(error).__name__}: {words[:500]}){hint}"
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later: overload, trouble at the server or on the way, an answer cut short."""
+    if isinstance(error, openai.RateLimitError):
+        return error.code != "insufficient_quota"  # nothing is left to spend: no use in waiting
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in (408, 409) or error.status_code >= 500
+    return isinstance(error, (openai.APIConnectionError, json.JSONDecodeError))  # timeouts are connection errors
+
+
+def _retry_after(error: Exception) -> float:
+    """Seconds that the server asks to wait, 0 where it does not: milliseconds, seconds or a date (RFC 9110)."""
+    if not isinstance(error, openai.APIStatusError):
+        return 0.0
+    headers = error.response.headers
+    try:
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        return max(0.0, float(headers.get("retry-after", "0")))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    except ValueError:
+        return 0.0  # unreadable: as if it were not there
