@@ -237,10 +237,18 @@ class _Windows:
 # The pictures decide what the heads cannot:
 #   fade     two transitions with an empty picture in between (a fade out and a fade in) are one.
 #   flash    a picture that comes back after a few frames was not left.
+#   wipe     the network hardly answers to wipes. Their edge crosses the picture at a steady pace: the frame at which a position's picture
+#            changes is a linear function of where it lies, which neither cuts, dissolves nor motion bring about.
 
 GRADUAL_FRAMES = 3  # frames: a shorter run is a cut (2 frames where fields or frame-rate conversion blend its two sides)
 LONGEST_TRANSITION = 100  # frames, the network's window: a longer run is closed there, so that shots settle
 EMPTY_CONTRAST = 2.0  # levels of 255, standard deviation over a frame's pixels: less is a picture of one colour, but for coding noise
+WIPE_WINDOW = 16  # frames in which an edge is looked for
+WIPE_STRIDE = 4  # frames between such windows
+LONGEST_WIPE = 40  # frames
+WIPE_CHANGE = 24.0  # levels of 255: positions of two shots differ by more
+WIPE_SHARE = 0.25  # of the positions that differ: so many change at once, the others move as well
+WIPE_FIT = 0.9  # the share of the variance of the times of change that the linear function explains
 RETURNED = 0.5  # a picture came back when it differs from the one before by less than this share of the change itself
 
 
@@ -259,20 +267,112 @@ class Transition:
         return (self.last_before + self.first_after + 1) // 2
 
 
+class _Wipes:
+    """Frames in, wipes out: (last frame before, first frame after, fit of the steady edge in [0, 1])."""
+
+    def __init__(self) -> None:
+        self._steps: list[np.ndarray] = []  # of each kept frame: (27 * 48,) mean absolute change to the next frame, levels of 255
+        self._frames: list[np.ndarray] = []
+        self._oldest = 0
+        self._window = 0  # where the next window begins
+        self._settled = 0  # the last wipe's end
+
+    @property
+    def known_until(self) -> int:
+        """A wipe that is still to come begins at this frame or later."""
+        return self._window - LONGEST_WIPE
+
+    def push(self, frames_THWC: np.ndarray) -> list[tuple[int, int, float]]:
+        for frame_HWC in frames_THWC:
+            frame_SC = frame_HWC.reshape(-1, 3).astype(np.float32)
+            if self._frames:
+                self._steps.append(_change(self._frames[-1], frame_SC))
+            self._frames.append(frame_SC)
+        return self._look(ahead=LONGEST_WIPE)
+
+    def finish(self) -> list[tuple[int, int, float]]:
+        return self._look(ahead=0)
+
+    def _look(self, ahead: int) -> list[tuple[int, int, float]]:
+        found = []
+        while self._window + WIPE_WINDOW + ahead < self._oldest + len(self._frames):
+            wipe = self._wipe_at(self._window)
+            if wipe is not None and wipe[0] >= self._settled:  # else another window's view of the same wipe
+                found.append(wipe)
+                self._settled = wipe[1]
+            self._window += WIPE_STRIDE
+        useless = self.known_until - self._oldest
+        if useless > LONGEST_WIPE:
+            del self._frames[:useless], self._steps[:useless]
+            self._oldest += useless
+        return found
+
+    def _wipe_at(self, window: int) -> tuple[int, int, float] | None:
+        edge = self._edge(window, window + WIPE_WINDOW)
+        if edge is None:
+            return None
+        last_before, first_after, _ = edge
+        inside = max(window - LONGEST_WIPE, self._oldest) <= last_before and first_after < self._oldest + len(self._frames)
+        if not inside or not GRADUAL_FRAMES < first_after - last_before <= LONGEST_WIPE:
+            return None
+        whole = self._edge(last_before, first_after)  # seen from its beginning to its end, half of the picture at least is another one
+        if whole is None or (self._difference(last_before, first_after) > WIPE_CHANGE).mean() < 0.5:
+            return None
+        return last_before, first_after, whole[2]
+
+    def _edge(self, first: int, last: int) -> tuple[int, int, float] | None:
+        """The edge that moves between two frames: when it enters and leaves the picture, and how well it is a straight, steady one."""
+        steps_TS = np.stack(self._steps[first - self._oldest : last - self._oldest])
+        largest_S = steps_TS.max(axis=0)
+        changed_S = self._difference(first, last) > WIPE_CHANGE
+        at_once_S = changed_S & (largest_S > 0.5 * steps_TS.sum(axis=0))
+        if changed_S.mean() < 0.25 or at_once_S.sum() < WIPE_SHARE * changed_S.sum():
+            return None
+        times = steps_TS.argmax(axis=0)[at_once_S].astype(np.float64)
+        coefficients = np.linalg.lstsq(_PLACES_S3[at_once_S], times, rcond=None)[0]
+        variance = times.var()
+        fit = 1 - (times - _PLACES_S3[at_once_S] @ coefficients).var() / variance if variance > 0 else 0.0
+        if fit < WIPE_FIT:
+            return None
+        corners = _PLACES_S3[[0, DETECTOR_WIDTH - 1, -DETECTOR_WIDTH, -1]] @ coefficients
+        return first + round(corners.min()), first + round(corners.max()) + 1, float(fit)
+
+    def _difference(self, first: int, last: int) -> np.ndarray:
+        return _change(self._frames[first - self._oldest], self._frames[last - self._oldest])
+
+
+def _change(frame_SC: np.ndarray, other_SC: np.ndarray) -> np.ndarray:
+    return np.abs(other_SC - frame_SC).mean(axis=1)
+
+
+# (S, 3): 1, row, column of every position, the latter two from 0 to 1
+_PLACES_S3 = np.stack(
+    [
+        np.ones(DETECTOR_HEIGHT * DETECTOR_WIDTH),
+        np.repeat(np.linspace(0, 1, DETECTOR_HEIGHT), DETECTOR_WIDTH),
+        np.tile(np.linspace(0, 1, DETECTOR_WIDTH), DETECTOR_HEIGHT),
+    ],
+    axis=1,
+)
+
+
 class _Transitions:
     """Probabilities and frames in, settled transitions out; a frame is judged by its neighbourhood only, which bounds the memory."""
 
     def __init__(self, config: DetectorConfig) -> None:
         self._config = config
         self._ahead = config.flash_frames + 2  # frames that must be known behind the one that is judged
-        self._behind = LONGEST_TRANSITION + config.flash_frames + 2  # frames that are kept before it
+        self._behind = LONGEST_TRANSITION + 2 * config.flash_frames + 2  # frames that are kept before it
         self._oldest = 0  # index of the first frame that is kept
         self._one_hot: list[float] = []
         self._many_hot: list[float] = []
         self._empty: list[bool] = []
         self._frames: list[np.ndarray] = []
+        self._wipe_fit: list[float] = []  # of the frames inside a wipe; 0 elsewhere
+        self._wipes = _Wipes() if config.wipes else None
         self._cursor = 0  # the next frame to judge
         self._run_first = -1  # where the open run of transition frames began; -1: none is open
+        self._run_last = -1  # its last frame so far
         self._run_is_told = False  # the run was too long: its transition is out, the rest of it is no other one
         self._pending: Transition | None = None  # may still merge with the next one
 
@@ -281,17 +381,29 @@ class _Transitions:
         self._many_hot.extend(many_hot_T.tolist())
         self._empty.extend((frames_THWC.mean(axis=3, dtype=np.float32).std(axis=(1, 2)) < EMPTY_CONTRAST).tolist())
         self._frames.extend(frames_THWC.copy())
+        self._wipe_fit.extend([0.0] * len(frames_THWC))
+        if self._wipes:
+            self._mark(self._wipes.push(frames_THWC))
         settled: list[Transition] = []
-        while self._cursor + self._ahead < self._end:
+        while self._cursor + self._ahead < self._end and (self._wipes is None or self._cursor < self._wipes.known_until):
             self._judge(self._cursor, settled)
         return settled
 
     def finish(self) -> list[Transition]:
         """A run that reaches the title's last frame (a fade-out) separates nothing and is no transition."""
+        if self._wipes:
+            self._mark(self._wipes.finish())
         settled: list[Transition] = []
         while self._cursor < self._end:
             self._judge(self._cursor, settled)
+        if self._run_first >= 0 and self._run_last < self._end - 1:
+            self._close_run(settled)
         return settled + ([self._pending] if self._pending else [])
+
+    def _mark(self, wipes: list[tuple[int, int, float]]) -> None:
+        for last_before, first_after, fit in wipes:
+            for frame in range(last_before + 1, first_after):
+                self._wipe_fit[frame - self._oldest] = fit
 
     @property
     def settled_until(self) -> int:
@@ -305,26 +417,35 @@ class _Transitions:
         return self._oldest + len(self._one_hot)
 
     def _judge(self, frame: int, settled: list[Transition]) -> None:
-        inside = self._one_hot[frame - self._oldest] > self._config.threshold
-        inside = inside or self._many_hot[frame - self._oldest] > self._config.threshold or self._is_spike(frame)
-        too_long = frame - self._run_first >= LONGEST_TRANSITION
-        if self._run_first >= 0 and not self._run_is_told and (too_long or not inside):
-            self._add(self._transition_of(self._run_first, frame - 1), settled)
-            self._run_is_told = True
-        if not inside:
-            self._run_first = -1
-        elif self._run_first < 0:
+        at = frame - self._oldest
+        inside = max(self._one_hot[at], self._many_hot[at], self._wipe_fit[at]) > self._config.threshold or self._is_spike(frame)
+        if self._run_first >= 0 and not inside:
+            # Once a run is surely gradual, a dip of many-hot as short as a flash does not end it.
+            is_dip = self._many_hot[at] > 0.5 * self._config.threshold and frame - self._run_last <= self._config.flash_frames
+            if not is_dip or self._run_last - self._run_first + 1 < GRADUAL_FRAMES:
+                self._close_run(settled)
+                self._run_first = -1
+        elif inside and self._run_first < 0:
             self._run_first = frame
             self._run_is_told = False
+        elif inside and frame - self._run_first >= LONGEST_TRANSITION:
+            self._close_run(settled)
+        if inside:
+            self._run_last = frame
         if self._pending and frame - self._pending.first_after > LONGEST_TRANSITION:
             settled.append(self._pending)
             self._pending = None
         self._cursor += 1
         useless = max(self._cursor - self._behind - self._oldest, 0)
         if useless >= self._behind:  # now and then, not for every frame
-            for kept in (self._one_hot, self._many_hot, self._empty, self._frames):
+            for kept in (self._one_hot, self._many_hot, self._wipe_fit, self._empty, self._frames):
                 del kept[:useless]
             self._oldest += useless
+
+    def _close_run(self, settled: list[Transition]) -> None:
+        if not self._run_is_told:
+            self._add(self._transition_of(self._run_first, self._run_last), settled)
+        self._run_is_told = True
 
     def _is_spike(self, frame: int) -> bool:
         at = frame - self._oldest
@@ -336,9 +457,10 @@ class _Transitions:
         if first == 0 and last > 0:  # a fade-in at the title's beginning separates nothing
             return None
         one_hot = self._one_hot[first - self._oldest : last + 1 - self._oldest]
-        probability = max(one_hot)
+        wipe_fit = max(self._wipe_fit[first - self._oldest : last + 1 - self._oldest])
+        probability = max(*one_hot, wipe_fit)
         if len(one_hot) < GRADUAL_FRAMES:
-            peak = first + one_hot.index(probability)
+            peak = first + one_hot.index(max(one_hot))
             if probability <= self._config.threshold and not self._is_spike(peak):
                 return None
             found = Transition(peak, peak + 1, BOUNDARY_CUT, probability)

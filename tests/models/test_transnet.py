@@ -43,7 +43,7 @@ def detector() -> ShotDetector:
     return ShotDetector(DetectorConfig())
 
 
-@pytest.mark.parametrize("count", [250, 101])
+@pytest.mark.parametrize("count", [101, pytest.param(250, marks=pytest.mark.slow)])
 def test_exact_predictions_are_the_published_ones(tmp_path: Path, detector: ShotDetector, count: int) -> None:
     frames_THWC = real_frames(count)
     np.save(tmp_path / "frames.npy", frames_THWC)
@@ -55,20 +55,18 @@ def test_exact_predictions_are_the_published_ones(tmp_path: Path, detector: Shot
 
 
 def test_the_cuts_of_real_footage_are_found(detector: ShotDetector) -> None:
-    shots = detector.detect(real_frames(250))
-    assert [shot.start_frame for shot in shots] == [0, 30, 76, 137, 187, 242]  # by eye
-    assert [shot.boundary_kind for shot in shots] == ["start"] + ["cut"] * 5
+    shots = detector.detect(real_frames(150))
+    assert [shot.start_frame for shot in shots] == [0, 30, 76, 137]  # by eye
+    assert [shot.boundary_kind for shot in shots] == ["start"] + ["cut"] * 3
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 49, 50, 51, 100, 101])
 def test_a_stream_gives_what_the_whole_gives_however_it_is_pushed(detector: ShotDetector, count: int) -> None:
     frames_THWC = real_frames(count)
     whole = detector.detect(frames_THWC)
-    for chunk in (1, 7, 64):
-        stream = detector.stream()
-        shots = [shot for start in range(0, count, chunk) for shot in stream.push(frames_THWC[start : start + chunk])]
-        shots += stream.finish()
-        assert shots == whole
+    stream = detector.stream()
+    shots = [shot for start in range(0, count, 7) for shot in stream.push(frames_THWC[start : start + 7])]
+    assert shots + stream.finish() == whole
 
 
 def test_making_and_running_a_detector_leaves_torch_as_it_was(detector: ShotDetector) -> None:
