@@ -129,7 +129,7 @@ class ShotStream(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """Byte strings laid one after another: string i is ``data[offsets[i]:offsets[i + 1]]``. Arrow takes it as it is."""
 
@@ -141,6 +141,11 @@ class Packed:
 
     def __getitem__(self, index: int) -> memoryview:
         return self.data[self.offsets[index] : self.offsets[index + 1]]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Packed) and self.data == other.data and np.array_equal(self.offsets, other.offsets)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass
