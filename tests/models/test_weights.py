@@ -229,15 +229,10 @@ def hub() -> Iterator[str]:
         server.shutdown()
 
 
-def ask(address: str, endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
+def ask(address: str, endpoint: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Ask for a digest in another process: the Hub's client reads its environment when it is imported."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "HF_HUB_DISABLE_XET": "1",
-    }
+    hub_variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **hub_variables, **variables}
     code = "import sys; from mediafm_ray.models import weights; print(weights.digest(sys.argv[1]))"
     return subprocess.run([sys.executable, "-c", code, address], env=environment, capture_output=True, text=True, check=False)
 
@@ -253,7 +248,7 @@ def test_a_pinned_hub_repository_is_fetched_once_and_then_found_without_the_hub(
     first = ask(f"hub:some/model@{COMMIT}", hub, tmp_path / "home")
     assert first.returncode == 0, first.stderr
     assert sorted(FakeHub.fetched) == ["config.json", "pytorch_model.bin", "vocab.txt"]
-    again = ask(f"hub:some/model@{COMMIT}", "http://127.0.0.1:9", tmp_path / "home")  # nobody listens there
+    again = ask(f"hub:some/model@{COMMIT}", "http://127.0.0.1:9", tmp_path / "home", HF_HUB_OFFLINE="1")  # nobody listens there
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
     for name, data in FakeHub.files.items():
@@ -262,12 +257,19 @@ def test_a_pinned_hub_repository_is_fetched_once_and_then_found_without_the_hub(
     assert weights.digest(str(tmp_path / "local")) == first.stdout.strip()
 
 
-def test_a_hub_that_cannot_be_reached_says_what_to_do(hub: str, tmp_path: Path) -> None:
-    nobody = ask(f"hub:some/model@{COMMIT}", "http://127.0.0.1:9", tmp_path / "home")
-    assert f"hf download some/model --revision {COMMIT}" in nobody.stderr
+def test_weights_that_the_hub_does_not_give_say_what_to_do(hub: str, tmp_path: Path) -> None:
+    offline = ask(f"hub:some/model@{COMMIT}", hub, tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert f"hf download some/model --revision {COMMIT}" in offline.stderr
     unknown = ask(f"hub:some/other@{COMMIT}", hub, tmp_path / "home")
     assert "could not be fetched" in unknown.stderr
     assert "HF_TOKEN" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_a_hub_that_cannot_be_reached_says_what_to_do(tmp_path: Path) -> None:
+    """Slow: the Hub's client tries for a while."""
+    nobody = ask(f"hub:some/model@{COMMIT}", "http://127.0.0.1:9", tmp_path / "home")
+    assert f"hf download some/model --revision {COMMIT}" in nobody.stderr
 
 
 @pytest.mark.parametrize("address", ["hub:some/model", "hub:some/model@main", "hub:model@" + COMMIT])
