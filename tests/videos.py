@@ -1,8 +1,8 @@
 """Test videos made with PyAV, whose right answers are known: every frame carries its own number in its picture.
 
-    make_video(path, shots=[30, 12, 58], clicks=[0.5, 2.0], ...) -> Made
-    number_in(picture_HWC)   the number of the frame that a picture shows
-    KnownCuts([30, 42])      a detector that knows where the cuts are
+make_video(path, shots=[30, 12, 58], clicks=[0.5, 2.0], ...) -> Made
+number_in(picture_HWC)   the number of the frame that a picture shows
+KnownCuts([30, 42])      a detector that knows where the cuts are
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from mediafm_ray.spec import ShotSpan
+from mediafm_ray.spec import ShotSpan, TitleMedia
 
 BITS = 12  # of a frame's number, in cells along the lower edge, most significant first
 BAR = 8  # the bar is this part of the picture's height
@@ -195,6 +195,24 @@ def _sound_packets(
         frame.sample_rate, frame.pts, frame.time_base = rate, first + position, Fraction(1, rate)
         packets += stream.encode(frame)
     return packets + stream.encode(None)
+
+
+def flat(media: TitleMedia) -> list[object]:
+    """All of a title's media in a form that can be compared, byte for byte."""
+    shots = [
+        (
+            shot.span,
+            shot.start_s,
+            shot.end_s,
+            [bytes(frame) for frame in shot.frames],
+            bytes(shot.audio),
+            shot.text,
+            shot.language,
+            shot.thumbnail,
+        )
+        for shot in media.shots
+    ]
+    return [shots, media.duration_s, media.frame_count, media.warnings, dict(media.facts)]
 
 
 class KnownCuts:

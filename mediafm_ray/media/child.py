@@ -27,6 +27,7 @@ import numpy as np
 from mediafm_ray.media import reader
 from mediafm_ray.media.damage import DecoderLog
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
+from mediafm_ray.media.source import file_name
 from mediafm_ray.media.wire import Channel, WireError
 from mediafm_ray.spec import ShotSpan, TimedTextSource, Title, TitleError
 
@@ -82,12 +83,15 @@ def serve(channel: Channel) -> None:
         except TitleError as error:
             channel.send("error", {"reason": str(error)})
         except MemoryError:
-            channel.send("error", {"reason": "reading it needs more memory than media.memory_limit_gb allows"})
+            name = file_name(header["title"]["video"])
+            limit_gb = header["media"]["memory_limit_gb"]
+            channel.send("error", {"reason": f"{name} needs more memory than media.memory_limit_gb={limit_gb:g} to be read"})
         except WireError:
             return
         except Exception as error:
             traceback.print_exc()
-            channel.send("error", {"reason": f"the reader failed: {error.__class__.__name__}: {error}"})
+            name = file_name(header["title"]["video"])
+            channel.send("error", {"reason": f"{name}: the reader failed: {error.__class__.__name__}: {error}"})
 
 
 def _read(header: dict[str, Any], channel: Channel) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 Damage is a share of the title's picture time, 0 to 1:
 
-    lost        packets that could not be decoded, or gave no picture; holes in the time of the pictures when anything else
-                is wrong; the end that the container declares and the file does not have
+    lost        packets that could not be decoded; holes in the time of the pictures, with a sign that they are a loss;
+                the end that the container declares and the file does not have
     damaged     pictures that the decoder marks as corrupt or says it has concealed errors in
 
-Holes without any other sign of trouble are how variable frame rates look (slides, screen recordings): a remark, no damage.
-So is an end that is declared where the file itself is complete: then the header is wrong.
+A hole alone may be how a variable frame rate looks (slides, screen recordings), and is then a remark and no damage. It is a
+loss when demuxer or decoder report anything wrong, when the sound has a gap at the same time, or when all other pictures
+come regularly in a container of broadcasting, which has no variable rates. (A transport stream can lose a second without
+any error: its counters run modulo 16.) An end that is declared although the file is complete is a wrong header, no loss.
 """
 
 from __future__ import annotations
@@ -15,11 +17,16 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 LONG_HOLE_S = 5.0  # a picture that stays for longer than this, and ten usual frames, is worth a remark
+BROADCAST_FORMATS = ("mpegts", "mpeg", "mxf", "gxf", "dv")
+REGULAR_SHARE = 0.95  # of the intervals between pictures, to call them regular
+MAX_HOLES = 10_000  # remembered one by one
 LATE_PICTURE_S = 0.25  # pictures that start this much later than the container declares are worth a remark
 CONCEALED = re.compile(rb"\] concealing \d+ DC")  # how FFmpeg's decoders say that they made up a part of one picture
+NO_MEMORY = re.compile(rb"Cannot allocate memory|get_buffer\(\) failed|alloc\w* failed")
 TROUBLE = re.compile(rb"error|invalid|corrupt|damaged|missing|prematurely|truncat", re.IGNORECASE)
 
 
@@ -36,6 +43,7 @@ class DecoderLog:
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
         self.position = os.fstat(descriptor).st_size
+        self.out_of_memory = False  # whether FFmpeg has said so
 
     def news(self) -> tuple[int, int]:
         """Since the last call: pictures in which errors were concealed, and lines that speak of errors at all."""
@@ -45,6 +53,7 @@ class DecoderLog:
             self.position += len(piece)
             *lines, rest = (rest + piece).split(b"\n")
             concealed += sum(1 for line in lines if CONCEALED.search(line))
+            self.out_of_memory |= any(NO_MEMORY.search(line) for line in lines)
             errors += sum(1 for line in lines if TROUBLE.search(line))
             rest = rest[:4096]
         if self.position > self.MAX_BYTES:
@@ -62,7 +71,8 @@ class Damage:
     lost_frames: int = 0  # packets that gave no picture
     corrupt_frames: int = 0  # pictures marked as corrupt
     concealed_frames: int = 0  # pictures with concealed errors, as the decoder's log says
-    hole_ticks: int = 0  # time without a picture where one was due
+    holes: list[tuple[int, int]] = field(default_factory=list)  # from when until when no picture came where one was due, ticks
+    hole_ticks: int = 0  # their sum
     trouble: int = 0  # signs that something is wrong with the file
 
     def see(self, what: str) -> None:
@@ -79,14 +89,26 @@ class Damage:
         """Something is odd, but nothing is lost by it."""
         self.counts[what] += 1
 
-    def share(self, frames: int, frame_ticks: int, missing_end_ticks: int) -> float:
+    def hole(self, start_ticks: int, end_ticks: int) -> None:
+        """No picture came from one time to the other, where one was due."""
+        self.hole_ticks += end_ticks - start_ticks
+        if len(self.holes) < MAX_HOLES:
+            self.holes.append((start_ticks, end_ticks))
+
+    def share(self, frames: int, missing_end_ticks: int, end_ticks: int, broadcast: bool, silences: Sequence[tuple[int, int]]) -> float:
         """The share of the picture that is lost or damaged, 0 to 1.
 
-        ``frames`` were shown, of ``frame_ticks`` usually; ``missing_end_ticks`` are declared beyond the last of them.
+        ``frames`` were shown until ``end_ticks``; ``missing_end_ticks`` are declared beyond; ``silences`` are the gaps of the
+        sound, in the same ticks; ``broadcast`` says that the container has no variable frame rates.
         """
-        hole_ticks = self.hole_ticks if self.trouble or self.concealed_frames else 0
+        regular = len(self.holes) <= (1 - REGULAR_SHARE) * frames
+        if self.trouble or self.concealed_frames or (broadcast and regular):
+            hole_ticks = self.hole_ticks
+        else:
+            hole_ticks = sum(end - start for start, end in self.holes if any(begin < end and start < finish for begin, finish in silences))
+        usual_ticks = max((end_ticks - self.hole_ticks) / frames, 1)
         # a lost packet leaves a hole: the same loss seen twice
-        lost = max(self.lost_frames, hole_ticks / frame_ticks) + missing_end_ticks / frame_ticks
+        lost = max(self.lost_frames, hole_ticks / usual_ticks) + missing_end_ticks / usual_ticks
         damaged = max(self.corrupt_frames, self.concealed_frames)
         return min((lost + damaged) / (frames + lost), 1.0)
 

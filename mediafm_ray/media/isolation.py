@@ -18,7 +18,7 @@ import numpy as np
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
 from mediafm_ray.media.spool import Spool
-from mediafm_ray.media.wire import Channel, WireError
+from mediafm_ray.media.wire import Channel, Gone, WireError
 from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH, SAMPLE_RATE, ShotMedia, ShotSpan, ShotStream, Title, TitleError, TitleMedia
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -57,8 +57,10 @@ class IsolatedReader:
             raise TitleError(
                 f"{file_name(title.video)}: reading made no progress for {self.media.no_progress_timeout_s:g} s and was stopped"
             ) from None
+        except Gone:
+            raise TitleError(f"{file_name(title.video)}: {self._cause_of_death()}") from None
         except WireError as error:
-            raise TitleError(f"{file_name(title.video)}: {self._cause_of_death(error)}") from None
+            raise TitleError(f"{file_name(title.video)}: the reading process sent something that is not understood ({error})") from None
         finally:
             if not finished:
                 self._stop()
@@ -139,12 +141,12 @@ class IsolatedReader:
             self.process.wait()
             self.process = None
 
-    def _cause_of_death(self, error: WireError) -> str:
+    def _cause_of_death(self) -> str:
         assert self.process is not None
         try:
             code = self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            return f"the reading process was stopped: {error}"
+            return "the reading process closed the connection and was stopped"
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").strip().splitlines()
         last = f" ({lines[-1]})" if lines else ""

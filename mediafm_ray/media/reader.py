@@ -23,7 +23,7 @@ import av
 import numpy as np
 
 from mediafm_ray.media import picture, sampling, sound, source, streams, timed_text
-from mediafm_ray.media.damage import LATE_PICTURE_S, LONG_HOLE_S, Damage, DecoderLog
+from mediafm_ray.media.damage import BROADCAST_FORMATS, LATE_PICTURE_S, LONG_HOLE_S, Damage, DecoderLog
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.spec import SAMPLE_RATE, Cue, ShotSpan, Title, TitleError
 
@@ -238,7 +238,7 @@ class _Pass:
             interval = ticks - self.last_ticks
             expected = max(self.last_duration, self.period)
             if interval > 1.5 * expected:
-                self.damage.hole_ticks += interval - expected
+                self.damage.hole(self.last_ticks + expected, ticks)
             if interval * self.tick > LONG_HOLE_S and interval > 10 * expected:
                 self.warnings.append(
                     f"no new picture for {float(interval * self.tick):.1f} s from {self._seconds(self.last_ticks):.1f} s on"
@@ -276,6 +276,8 @@ class _Pass:
         concealed, errors = log.news()
         self.damage.concealed_frames += concealed
         self.damage.trouble += errors
+        if log.out_of_memory:
+            raise MemoryError
 
     def _settle(self, spans: list[ShotSpan], last: bool = False) -> None:
         for span in spans:
@@ -360,6 +362,8 @@ class _Pass:
     # -- the end
 
     def _finish(self) -> dict[str, Any]:
+        if self.log is not None:
+            self._read_log(self.log)
         if not self.frame_count:
             raise TitleError(f"{self.name}: no picture could be decoded ({self.damage.summary()})")
         if self.first_pts is None:  # no picture has a time stamp
@@ -394,8 +398,12 @@ class _Pass:
     def _verdict(self) -> float:
         """The share of the picture that is lost or damaged; warnings say what. Raises TitleError beyond ``max_damage``."""
         missing = self._missing_end_ticks()
-        usual = max((self.last_ticks + self.last_duration - self.damage.hole_ticks) // self.frame_count, 1)
-        share = self.damage.share(self.frame_count, usual, missing)
+        silences = [
+            (self.zero + round(Fraction(start, SAMPLE_RATE) / self.tick), self.zero + round(Fraction(end, SAMPLE_RATE) / self.tick))
+            for start, end in (self.track.silences if self.track is not None else ())
+        ]
+        broadcast = self.container.format.name in BROADCAST_FORMATS
+        share = self.damage.share(self.frame_count, missing, self.last_ticks + self.last_duration, broadcast, silences)
         if share > self.media.max_damage:
             declared_s = self._declared_s()
             raise TitleError(
@@ -422,6 +430,9 @@ class _Pass:
 
     def _missing_end_ticks(self) -> int:
         """The time between the last picture and the end that the container declares, where that is to be believed."""
+        if self.container.format.name == "avi" and self.video.frames > self.packet_count:  # FFmpeg corrects the duration, not the count
+            self.damage.note(f"{self.video.frames - self.packet_count} of the {self.video.frames} declared pictures are missing")
+            return (self.video.frames - self.packet_count) * self.period
         declared_s = self._declared_s()
         if declared_s is None:
             return 0
@@ -431,7 +442,9 @@ class _Pass:
         elif self.track is not None:  # the container's duration covers the sound, too
             end_s = max(end_s, self.track.written / SAMPLE_RATE)
         missing_s = declared_s - end_s
-        if missing_s <= MISSING_END_S:
+        if self.cut_off and missing_s > 0:
+            self.damage.note("the file is cut off")
+        elif missing_s <= MISSING_END_S:
             return 0
         complete = self.cut_off is False or 0 < self.video.frames <= self.packet_count
         if complete or declared_s > self.media.max_hours * 3600:
@@ -464,7 +477,7 @@ class _Pass:
             "audio_codec": audio.name if audio is not None else None,
             "audio_rate": audio.sample_rate if audio is not None else None,
             "audio_layout": audio.layout.name if audio is not None else None,
-            "sound_gaps": self.track.gaps if self.track is not None else 0,
+            "sound_gaps": len(self.track.silences) if self.track is not None else 0,
             "text_stream": self.text.index if self.text is not None else None,
             "damage": round(damage, 6),
         }

@@ -18,6 +18,7 @@ from mediafm_ray.spec import SAMPLE_RATE
 
 RESYNC_S = 0.010  # time stamps that differ from the running count by more than this are followed
 JUMP_BACK_S = 1.0  # a time stamp this far before the count starts a new count
+MAX_SILENCES = 1000  # remembered one by one
 SILENCE_PIECE = SAMPLE_RATE * 60  # samples of silence handed over at once
 
 
@@ -34,7 +35,7 @@ class SoundTrack:
         self.started = False
         self.layout: tuple[str, str, int] | None = None
         self.resampler: av.AudioResampler | None = None
-        self.gaps = 0
+        self.silences: list[tuple[int, int]] = []  # gaps between sound and sound: from and to, in samples
 
     def add(self, frame: av.AudioFrame) -> list[np.ndarray]:
         """Take the next frame; return pieces of (N,) int16 that follow what was returned before."""
@@ -52,8 +53,8 @@ class SoundTrack:
         layout = (frame.format.name, frame.layout.name, frame.sample_rate)
         if not self.started or abs(position - self.expected) > RESYNC_S * SAMPLE_RATE or layout != self.layout:
             pieces += self._flush()
-            if self.started and abs(position - self.expected) > RESYNC_S * SAMPLE_RATE:
-                self.gaps += 1
+            if self.started and position - self.expected > RESYNC_S * SAMPLE_RATE and len(self.silences) < MAX_SILENCES:
+                self.silences.append((round(self.expected), round(position)))
             pieces += self._go_to(round(position))
             self.expected = position
             self.started, self.layout = True, layout

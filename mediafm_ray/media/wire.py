@@ -23,7 +23,11 @@ MAX_PARTS = 4096
 
 
 class WireError(Exception):
-    """The other side is gone or does not keep to the protocol."""
+    """The other side does not keep to the protocol."""
+
+
+class Gone(WireError):
+    """The other side has closed its end, or is dead."""
 
 
 class Channel:
@@ -40,7 +44,7 @@ class Channel:
             for part in parts:
                 self.sock.sendall(part)
         except (BrokenPipeError, ConnectionResetError) as error:
-            raise WireError("the other side has closed the connection") from error
+            raise Gone("the other side has closed the connection") from error
 
     def receive(self) -> tuple[dict[str, Any], list[bytes]]:
         """The next message: its header and parts.
@@ -69,9 +73,9 @@ class Channel:
             try:
                 count = self.sock.recv_into(view[done:])
             except ConnectionResetError as error:
-                raise WireError("the other side has closed the connection") from error
+                raise Gone("the other side has closed the connection") from error
             if count == 0:
-                raise WireError("the other side has closed the connection")
+                raise Gone("the other side has closed the connection")
             done += count
         return data
 

@@ -156,7 +156,13 @@ def test_markup_by_the_documented_rules(marked, config, plain):
 
 def test_cue_that_spans_a_cut():
     shots = [(0.0, 2.0), (2.0, 2.1), (2.1, 10.0)]
-    cues = [Cue(0.5, 1.0, "one"), Cue(1.9, 4.0, "mostly the third"), Cue(1.0, 3.0, "both"), Cue(9.0, 20.0, "last"), Cue(11.0, 12.0, "after")]
+    cues = [
+        Cue(0.5, 1.0, "one"),
+        Cue(1.9, 4.0, "mostly the third"),
+        Cue(1.0, 3.0, "both"),
+        Cue(9.0, 20.0, "last"),
+        Cue(11.0, 12.0, "after"),
+    ]
     texts = timed_text.text_of_shots(sorted(cues, key=lambda cue: cue.start_s), shots)
     assert [text for text, _ in texts] == ["one both", "", "both mostly the third last"]
 

@@ -1,0 +1,193 @@
+"""The reading process dies in every way there is; the title fails, the reader goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mediafm_ray.media import child
+from mediafm_ray.media.isolation import IsolatedReader
+from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
+from mediafm_ray.spec import Title, TitleError
+from tests.videos import KnownCuts, flat, make_video
+
+
+def reader_with(**media) -> IsolatedReader:
+    return IsolatedReader(FramesConfig(), TimedTextConfig(), MediaConfig(**media))
+
+
+class Interfering(KnownCuts):
+    """A detector that does something to the child when it gets the second block of pictures."""
+
+    def __init__(self, deed):
+        super().__init__([])
+        self.deed, self.blocks = deed, 0
+
+    def push(self, frames_THWC):
+        self.blocks += 1
+        if self.blocks == 2:
+            self.deed()
+        return super().push(frames_THWC)
+
+
+@pytest.fixture
+def long_video(tmp_path):
+    return make_video(tmp_path / "long.mp4", [600], size=(96, 64), options={"preset": "ultrafast"})
+
+
+def test_process_starts_fast_and_without_torch_or_ray():
+    code = "import sys; import mediafm_ray.media.child; print(sorted(set(sys.modules) & {'torch', 'ray', 'omegaconf', 'transformers'}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("blow", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+def test_crash_is_the_titles_error_and_the_next_title_is_read(long_video, blow):
+    reader = reader_with()
+    try:
+        with pytest.raises(TitleError, match=rf"long\.mp4.*{blow.name}"):
+            reader.read(Title("a", str(long_video.path)), Interfering(lambda: os.kill(reader.process.pid, blow)))
+        assert reader.read(Title("a", str(long_video.path)), KnownCuts([])).frame_count == 600
+    finally:
+        reader.close()
+
+
+def test_hang_ends_after_the_timeout(long_video):
+    reader = reader_with(no_progress_timeout_s=1.0)
+    try:
+        started = time.monotonic()
+        with pytest.raises(TitleError, match="no progress for 1 s"):
+            reader.read(Title("a", str(long_video.path)), Interfering(lambda: os.kill(reader.process.pid, signal.SIGSTOP)))
+        assert time.monotonic() - started < 20
+        assert reader.process is None
+        assert reader.read(Title("a", str(long_video.path)), KnownCuts([])).frame_count == 600
+    finally:
+        reader.close()
+
+
+def test_hang_before_the_title_is_even_opened(tmp_path, long_video):
+    """A named pipe that nobody writes to: opening it blocks for ever."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    reader = reader_with(no_progress_timeout_s=2.0)
+    try:
+        with pytest.raises(TitleError, match=r"pipe\.mp4"):
+            reader.read(Title("a", str(tmp_path / "pipe.mp4")), KnownCuts([]))
+        assert reader.read(Title("a", str(long_video.path)), KnownCuts([])).frame_count == 600
+    finally:
+        reader.close()
+
+
+def test_time_of_the_detector_is_not_lack_of_progress(long_video):
+    reader = reader_with(no_progress_timeout_s=1.5)
+    try:
+        assert reader.read(Title("a", str(long_video.path)), Interfering(lambda: time.sleep(3))).frame_count == 600
+    finally:
+        reader.close()
+
+
+def test_memory_beyond_the_limit_is_the_titles_error(tmp_path, long_video):
+    """Frames of 8192 x 8192 pixels in a process that may have 0.7 GB."""
+    huge = make_video(tmp_path / "huge.mkv", [3], size=(8192, 8192), codec="mjpeg", pixel_format="yuvj444p", b_frames=0)
+    reader = reader_with(memory_limit_gb=0.7)
+    try:
+        with pytest.raises(TitleError, match=r"huge\.mkv.*memory"):
+            reader.read(Title("a", str(huge.path)), KnownCuts([]))
+        assert reader.read(Title("a", str(long_video.path)), KnownCuts([])).frame_count == 600
+    finally:
+        reader.close()
+
+
+def test_error_of_the_detector_passes_through_and_the_reader_goes_on(long_video):
+    reader = reader_with()
+
+    def fail():
+        raise ZeroDivisionError("the detector's own fault")
+
+    try:
+        with pytest.raises(ZeroDivisionError):
+            reader.read(Title("a", str(long_video.path)), Interfering(fail))
+        assert reader.read(Title("a", str(long_video.path)), KnownCuts([])).frame_count == 600
+    finally:
+        reader.close()
+
+
+def test_child_ends_with_its_parent(long_video, tmp_path):
+    """The parent is killed in the middle of a title; its child is gone soon after."""
+    program = tmp_path / "parent.py"
+    program.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(Path(child.__file__).parents[2])!r})\n"
+        "from tests.media.test_isolation import Interfering, reader_with\n"
+        "from mediafm_ray.spec import Title\n"
+        "reader = reader_with()\n"
+        "def die():\n"
+        "    print(reader.process.pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "reader.read(Title('a', sys.argv[1]), Interfering(die))\n"
+    )
+    parent = subprocess.run([sys.executable, str(program), str(long_video.path)], capture_output=True, text=True, check=False)
+    assert parent.returncode == -signal.SIGKILL, parent.stderr
+    orphan = int(parent.stdout)
+    deadline = time.monotonic() + 10
+    while _alive(orphan) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(orphan)
+
+
+def _alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_two_readers_at_once_do_not_disturb_each_other(long_video):
+    results = []
+
+    def read():
+        reader = reader_with()
+        try:
+            results.append(reader.read(Title("a", str(long_video.path)), KnownCuts([200])))
+        finally:
+            reader.close()
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert flat(results[0]) == flat(results[1])
+
+
+def test_child_that_breaks_the_protocol_is_not_believed(long_video, monkeypatch, tmp_path):
+    """A child taken over by a decoder's flaw can send what it likes: the parent reports it and takes no harm."""
+    fake = tmp_path / "fake.py"
+    fake.write_text(
+        "import socket, struct, sys\n"
+        "parent = socket.socket(fileno=int(sys.argv[3]))\n"
+        'header = b\'{"kind": "shot", "sizes": [], "span": {"nonsense": 1}}\'\n'
+        "parent.sendall(struct.pack('>I', len(header)) + header)\n"
+        "parent.recv(1 << 20)\n"
+        "parent.recv(1 << 20)\n"
+    )
+    reader = reader_with()
+    monkeypatch.setattr(sys, "executable", str(_executable(tmp_path, fake)))
+    try:
+        with pytest.raises(TitleError, match=r"long\.mp4"):
+            reader.read(Title("a", str(long_video.path)), KnownCuts([]))
+    finally:
+        reader.close()
+
+
+def _executable(folder: Path, program: Path) -> Path:
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
+    script.chmod(0o755)
+    return script
