@@ -115,6 +115,7 @@ class ShotSpan:
     boundary_probability: float = 1.0  # of the detector at the boundary; 1 where there was nothing to detect (start, split)
     transition_start_frame: int = 0
     transition_end_frame: int = 0
+    dropped_boundaries: int = 0  # inside the shot: detected, but then taken for a flash or too close to a more probable one
 
 
 class ShotStream(Protocol):

@@ -375,6 +375,7 @@ class _Transitions:
         self._run_last = -1  # its last frame so far
         self._run_is_told = False  # the run was too long: its transition is out, the rest of it is no other one
         self._pending: Transition | None = None  # may still merge with the next one
+        self.flashes: list[int] = []  # frames behind what was taken for a flash; for the caller to take away
 
     def push(self, one_hot_T: np.ndarray, many_hot_T: np.ndarray, frames_THWC: np.ndarray) -> list[Transition]:
         self._one_hot.extend(one_hot_T.tolist())
@@ -430,6 +431,8 @@ class _Transitions:
             self._run_is_told = False
         elif inside and frame - self._run_first >= LONGEST_TRANSITION:
             self._close_run(settled)
+            if self._is_spike(frame):  # the heads are stuck, but here the picture changes
+                self._add(Transition(frame, frame + 1, BOUNDARY_CUT, self._one_hot[at]), settled)
         if inside:
             self._run_last = frame
         if self._pending and frame - self._pending.first_after > LONGEST_TRANSITION:
@@ -468,7 +471,10 @@ class _Transitions:
             if probability <= self._config.threshold and sum(one_hot) < 1:
                 return None
             found = Transition(first - 1, last + 1, BOUNDARY_GRADUAL, probability)
-        return None if self._is_flash(found) else found
+        if self._is_flash(found):
+            self.flashes.append(found.first_after)
+            return None
+        return found
 
     def _is_flash(self, found: Transition) -> bool:
         """Whether a picture from before the transition is back after it, within the length of a flash."""
@@ -521,30 +527,38 @@ class _Shots:
         self._boundary = 0  # the last one that is not a split
         self._shot = ShotSpan(0, 0)  # the shot, or its part, that is being filled; its end is not known yet
         self._next: ShotSpan | None = None  # the shot behind it, when a boundary was found that may still be replaced
+        self._dropped: list[int] = []  # frames at which boundaries were dropped, not yet counted to a shot
 
-    def push(self, transitions: list[Transition], settled_until: int) -> list[ShotSpan]:
-        """Take transitions; no later one will lie before the frame settled_until."""
+    def push(self, transitions: list[Transition], flashes: list[int], settled_until: int) -> list[ShotSpan]:
+        """Take transitions and the frames of flashes; no later ones will lie before the frame settled_until."""
+        self._dropped.extend(flashes)
         shots = []
         for found in transitions:
             start = ShotSpan(found.middle, found.middle, found.kind, found.probability, found.last_before, found.first_after)
             if self._next is not None and start.start_frame - self._next.start_frame >= max(self._shortest, 1):
                 shots.extend(self._end_shot(self._next))
             if self._next is not None:  # two boundaries too close: the more probable one stays
-                if start.boundary_probability > self._next.boundary_probability:
-                    self._next = start
+                weaker, self._next = sorted((start, self._next), key=lambda boundary: boundary.boundary_probability)
+                self._dropped.append(weaker.start_frame)
             elif start.start_frame - self._boundary >= max(self._shortest, 1):
                 self._next = start
+            else:
+                self._dropped.append(start.start_frame)
         if self._next is not None and settled_until - self._next.start_frame >= self._shortest:
             shots.extend(self._end_shot(self._next))
         if self._next is None:
             shots.extend(self._give_away(settled_until))
+            if not self._longest:  # so that an endless shot full of flashes takes no memory
+                self._shot = self._with_dropped(self._shot, settled_until)
         return shots
 
     def finish(self, frame_count: int) -> list[ShotSpan]:
         shots = []
         if self._next is not None and frame_count - self._next.start_frame >= self._shortest:
             shots.extend(self._end_shot(self._next))
-        self._next = None
+        if self._next is not None:
+            self._dropped.append(self._next.start_frame)
+            self._next = None
         return shots + (self._end_shot(ShotSpan(frame_count, frame_count)) if frame_count else [])
 
     def _end_shot(self, following: ShotSpan) -> list[ShotSpan]:
@@ -566,12 +580,17 @@ class _Shots:
         return shots
 
     def _take(self, end: int) -> ShotSpan:
-        done = dataclasses.replace(self._shot, end_frame=end)
+        done = dataclasses.replace(self._with_dropped(self._shot, end), end_frame=end)
         self._shot = ShotSpan(end, end, BOUNDARY_SPLIT, 1.0, end - 1, end)
         return done
 
+    def _with_dropped(self, shot: ShotSpan, end: int) -> ShotSpan:
+        inside = [frame for frame in self._dropped if frame < end]
+        self._dropped = [frame for frame in self._dropped if frame >= end]
+        return dataclasses.replace(shot, dropped_boundaries=shot.dropped_boundaries + len(inside))
 
-class _ShotsFromProbabilities:
+
+class ShotsFromProbabilities:
     """The rules above, joined: probabilities and their frames in, settled shots out."""
 
     def __init__(self, config: DetectorConfig) -> None:
@@ -581,18 +600,24 @@ class _ShotsFromProbabilities:
 
     def push(self, one_hot_T: np.ndarray, many_hot_T: np.ndarray, frames_THWC: np.ndarray) -> list[ShotSpan]:
         self._frame_count += len(frames_THWC)
-        found = self._transitions.push(one_hot_T, many_hot_T, frames_THWC)
-        return self._shots.push(found, self._transitions.settled_until)
+        return self._shots.push(
+            self._transitions.push(one_hot_T, many_hot_T, frames_THWC), self._take_flashes(), self._transitions.settled_until
+        )
 
     def finish(self) -> list[ShotSpan]:
-        return self._shots.push(self._transitions.finish(), self._frame_count) + self._shots.finish(self._frame_count)
+        shots = self._shots.push(self._transitions.finish(), self._take_flashes(), self._frame_count)
+        return shots + self._shots.finish(self._frame_count)
+
+    def _take_flashes(self) -> list[int]:
+        flashes, self._transitions.flashes = self._transitions.flashes, []
+        return flashes
 
 
 def shots_from_probabilities(
     one_hot_T: np.ndarray, many_hot_T: np.ndarray, frames_THWC: np.ndarray, config: DetectorConfig
 ) -> list[ShotSpan]:
     """Shots that tile [0, T) from the two heads' (T,) probabilities and the (T, 27, 48, 3) uint8 frames; none for T = 0."""
-    joined = _ShotsFromProbabilities(config)
+    joined = ShotsFromProbabilities(config)
     shots = []
     for start in range(0, len(frames_THWC), 1000):  # in pieces, to bound what is kept
         piece = slice(start, start + 1000)
@@ -623,8 +648,8 @@ class ShotDetector:
             self._network = TransNetV2(published, device, torch.float32 if config.exact else fast_dtype(device))
         except (KeyError, RuntimeError) as problem:
             raise weights.WeightsError(f"{path} does not hold the weights of TransNet V2 (PyTorch): {problem}") from problem
-        self._workers = Workers(config.threads)
         on_cpu = device.type == "cpu"
+        self._workers = Workers(config.threads if on_cpu else 1)
         self._together = 1 if on_cpu else config.batch  # windows in one forward pass
         self.wanted_windows = self._workers.threads if on_cpu else config.batch  # what keeps the device busy
 
@@ -676,7 +701,7 @@ class DetectorStream:
         self._waiting: list[np.ndarray] = []  # windows that are full and not predicted yet
         self._frames_pushed = 0
         self._frames_predicted = 0
-        self._shots = _ShotsFromProbabilities(detector.config)
+        self._shots = ShotsFromProbabilities(detector.config)
 
     def push(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
         """Take the next (T, 27, 48, 3) uint8 RGB frames; return the shots that no later frame can change.

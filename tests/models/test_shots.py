@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import pickle
 from pathlib import Path
 
 import av
@@ -12,7 +13,14 @@ import pytest
 
 from mediafm_ray.models.options import DetectorConfig
 from mediafm_ray.models.shot_statistics import shot_statistics
-from mediafm_ray.models.transnet import LONGEST_TRANSITION, ShotDetector, finish_all, push_all, shots_from_probabilities
+from mediafm_ray.models.transnet import (
+    LONGEST_TRANSITION,
+    ShotDetector,
+    ShotsFromProbabilities,
+    finish_all,
+    push_all,
+    shots_from_probabilities,
+)
 from mediafm_ray.spec import ShotSpan
 
 CONFIG = DetectorConfig()
@@ -93,7 +101,7 @@ def test_a_narrow_peak_below_the_threshold_is_a_cut_and_a_broad_one_is_not() -> 
 def test_a_flash_is_no_boundary(length: int) -> None:
     frames = uint8(still(1, 30), 0.3 * still(1, length) + 180, still(1, 30))
     found = heads(60 + length, {29: 0.9, 29 + length: 0.9})
-    assert starts(shots_from_probabilities(*found, frames, CONFIG)) == [0]
+    assert shots_from_probabilities(*found, frames, CONFIG) == [ShotSpan(0, 60 + length, dropped_boundaries=min(length, 2))]
     if length > 1:  # neighbouring frames are one change
         assert starts(shots_from_probabilities(*found, frames, dataclasses.replace(CONFIG, flash_frames=0))) == [0, 30, 30 + length]
 
@@ -142,8 +150,10 @@ def test_shots_tile_any_title(count: int) -> None:
 def test_of_two_boundaries_too_close_the_more_probable_one_stays() -> None:
     frames = uint8(still(1, 30), still(2, 8), still(3, 30))
     merging = dataclasses.replace(CONFIG, shortest_shot=10)
-    assert starts(shots_from_probabilities(*heads(68, {29: 0.6, 37: 0.9}), frames, merging)) == [0, 38]
-    assert starts(shots_from_probabilities(*heads(68, {29: 0.9, 37: 0.6}), frames, merging)) == [0, 30]
+    shots = shots_from_probabilities(*heads(68, {29: 0.6, 37: 0.9}), frames, merging)
+    assert [(shot.start_frame, shot.dropped_boundaries) for shot in shots] == [(0, 1), (38, 0)]
+    shots = shots_from_probabilities(*heads(68, {29: 0.9, 37: 0.6}), frames, merging)
+    assert [(shot.start_frame, shot.dropped_boundaries) for shot in shots] == [(0, 0), (30, 1)]
     assert starts(shots_from_probabilities(*heads(68, {7: 0.9, 60: 0.9}), frames, merging)) == [0]  # at both ends of the title
 
 
@@ -158,6 +168,37 @@ def test_a_transition_that_never_ends_settles_and_is_one_boundary() -> None:
     count = 5 * LONGEST_TRANSITION
     shots = shots_from_probabilities(*heads(count, runs={(20, count - 1): 0.9}), uint8(still(1, count)), CONFIG)
     assert len(shots) == 2
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 50])
+@pytest.mark.parametrize("limits", [{}, {"shortest_shot": 7, "longest_shot": 30}])
+def test_shots_do_not_depend_on_how_probabilities_come(chunk: int, limits: dict[str, int]) -> None:
+    generator = np.random.default_rng(7)
+    one_hot_T = np.where(generator.random(600) < 0.1, generator.random(600), 0).astype(np.float32)
+    many_hot_T = np.repeat(generator.random(60), 10).astype(np.float32)
+    frames = np.concatenate([np.repeat(generator.integers(0, 256, (1, 27, 48, 3), dtype=np.uint8), 12, axis=0) for _ in range(50)])
+    frames[200:230] = 0
+    one_hot_T[93:110], many_hot_T[93:110] = 0, 0
+    one_hot_T[[99, 101]], frames[100:102] = 0.9, 255  # a flash
+    config = dataclasses.replace(CONFIG, **limits)
+    whole = shots_from_probabilities(one_hot_T, many_hot_T, frames, config)
+    assert_tiles(whole, 600)
+    assert sum(shot.dropped_boundaries for shot in whole) > 0
+    joined = ShotsFromProbabilities(config)
+    pieces = [slice(start, start + chunk) for start in range(0, 600, chunk)]
+    shots = [shot for piece in pieces for shot in joined.push(one_hot_T[piece], many_hot_T[piece], frames[piece])]
+    assert shots + joined.finish() == whole
+
+
+def test_shots_settle_soon_after_they_end_and_state_stays_bounded() -> None:
+    joined = ShotsFromProbabilities(CONFIG)
+    frames = uint8(still(1, 50), still(2, 50))
+    sizes = []
+    for start in range(0, 5000, 100):  # a cut every 50 frames
+        settled = joined.push(*heads(100, {49: 0.9, 99: 0.9}), frames)
+        assert start < 600 or start + 100 - settled[-1].end_frame <= 350
+        sizes.append(len(pickle.dumps(joined)))
+    assert max(sizes[25:]) <= 1.05 * max(sizes[:25])
 
 
 # ------------------------------------------------------------------------------------------------- real footage and the network
