@@ -13,6 +13,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from mediafm_ray.config import EmbedCatalogConfig, StageConfig
 from mediafm_ray.pipeline import stages
+from mediafm_ray.pipeline.allowance import SharedAllowance
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.stages import max_actors, with_threads
 
@@ -77,7 +78,8 @@ def encode_audio(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:
 def encode_text(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:
     """Embed the text of each shot, and the metadata of each title."""
     pool = config.resources.encode_text
-    return _actors(titles, pool, stages.EncodeText, with_threads(config.text, pool))
+    allowance = SharedAllowance(config.text) if config.text.encoder == "openai" else None
+    return _actors(titles, pool, stages.EncodeText, with_threads(config.text, pool), allowance)
 
 
 def fuse(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:

@@ -27,6 +27,7 @@ from mediafm_ray.models.options import (
     TextEncoderConfig,
     VideoEncoderConfig,
 )
+from mediafm_ray.models.shot_statistics import shot_statistics
 from mediafm_ray.pipeline.rows import (
     AUDIO,
     FLAGS,
@@ -98,11 +99,14 @@ class DetectShots(Stage):
             }
             for shot in media.shots
         ]
+        statistics = dataclasses.asdict(shot_statistics([shot.end_s - shot.start_s for shot in media.shots]))
+        implausible = statistics.pop("warning")
         facts = {
             "duration_s": media.duration_s,
             "frame_count": media.frame_count,
-            "warnings": media.warnings,
+            "warnings": [*media.warnings, *([implausible] if implausible else [])],
             "facts": dict(media.facts),
+            "shot_statistics": statistics,
         }
         return {
             "shots": shots,
@@ -156,8 +160,9 @@ class EncodeText(Stage):
     name = "encode_text"
     takes = ("shots", "synopsis", "tags")
 
-    def __init__(self, config: TextEncoderConfig):
-        self.encoder = build_text_encoder(config)
+    def __init__(self, config: TextEncoderConfig, allowance: Any = None):
+        """``allowance``: the limits that all actors of a job share, where the encoder asks an API (text_api.Allowance)."""
+        self.encoder = build_text_encoder(config, allowance)
 
     @property
     def adds(self) -> Mapping[str, pa.DataType]:

