@@ -44,7 +44,7 @@ class IsolatedReader:
         Raises TitleError when the title cannot be read, is too damaged, takes too much memory or makes no progress.
         Errors of ``detector`` pass through; the child is replaced then, too.
         """
-        self._start()
+        self.start()
         finished = False
         try:
             media = self._converse(title, detector)
@@ -109,7 +109,8 @@ class IsolatedReader:
         assert self.channel is not None
         self.channel.send("spans", {"spans": [asdict(span) for span in spans]})
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the child process, if it does not run. ``read`` does so by itself."""
         if self.process is not None and self.process.poll() is None:
             return
         self._stop()

@@ -158,6 +158,9 @@ class _Pass:
             except av.error.FFmpegError as error:
                 self.damage.note(f"the container breaks off ({error.strerror})")
                 break
+            except IndexError:  # PyAV, at the end of a file in which streams appeared that its header does not name
+                self.warnings.append("streams appear in mid-file that the header does not name; they were not read")
+                break
             if packet.is_corrupt:
                 (self.damage.see if packet.stream is self.video else self.damage.remark)(f"corrupt {packet.stream.type} packets")
             yield packet
@@ -172,6 +175,8 @@ class _Pass:
             return packet.stream.decode(packet if packet.size else None)
         except av.error.MemoryError:
             raise
+        except av.error.EOFError:  # flushed before
+            return []
         except av.error.DecoderNotFoundError:
             raise TitleError(f"{self.name}: there is no decoder for its {packet.stream.type}") from None
         except av.error.FFmpegError:

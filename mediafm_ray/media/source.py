@@ -19,6 +19,7 @@ from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.spec import TitleError
 
 LOCAL_BUFFER_BYTES = 1 << 20  # what FFmpeg reads at once from a local file; small reads cost a Python call each
+REMOTE_BLOCKS = 4  # of a remote file in memory at once, each of media.read_ahead_mb
 
 # Self-contained containers of video. The audio-only ones are here so that the error can say "audio only".
 VIDEO_FORMATS = ("mov", "matroska", "mpegts", "mpeg", "avi", "flv", "asf", "ogg", "mxf", "nut", "ivf", "dv", "gxf", "wtv", "rm")
@@ -52,7 +53,16 @@ def open_bytes(uri: str, media: MediaConfig) -> BinaryIO:
                 raise TitleError(f"{name} is a folder, not a file")
             return path.open("rb", buffering=0)
         filesystem, path_there = fsspec.url_to_fs(uri, **media.storage_options)
-        return cast(BinaryIO, filesystem.open(path_there, "rb", block_size=media.read_ahead_mb << 20, cache_type="readahead"))
+        return cast(
+            BinaryIO,
+            filesystem.open(
+                path_there,
+                "rb",
+                block_size=media.read_ahead_mb << 20,
+                cache_type="background",  # the next block is on its way while one is decoded
+                cache_options={"maxblocks": REMOTE_BLOCKS},
+            ),
+        )
     except FileNotFoundError:
         raise TitleError(f"{name} does not exist") from None
     except PermissionError:
