@@ -14,7 +14,8 @@ import time
 
 from mediafm_ray.config import EmbedCatalogConfig
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, run_job
-from mediafm_ray.pipeline.plan import Plan, make_plan
+from mediafm_ray.pipeline.dry_run import describe_cost
+from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
 from mediafm_ray.pipeline.report import Console, Tally, follow, summary, summary_table, write_summary
 from mediafm_ray.storage.store import Store
 
@@ -24,6 +25,10 @@ def main(config: EmbedCatalogConfig) -> int:
     console, start = Console(), time.monotonic()
     plan = make_plan(config)
     say_plan(plan, console)
+    if config.run.dry_run:
+        console.say(describe_cost(plan, config))
+        return EXIT_OK
+    prepare_output(plan, config)
     tally = embed(plan, config, console) if plan.pending.num_rows else Tally(0)
     return report(plan, tally, time.monotonic() - start, config, console)
 

@@ -91,6 +91,7 @@ class RunConfig:
 
     max_failed_fraction: float = resource(0.0, "the job exits with 1 when a larger share of the planned titles failed")
     retry_failed: bool = resource(True, "try again the titles that have a failure record")
+    dry_run: bool = resource(False, "say what would be done, and what the text would cost at the embeddings API; write nothing")
     max_titles: int = resource(0, "take at most so many pending titles; 0 = all")
 
     def __post_init__(self) -> None:

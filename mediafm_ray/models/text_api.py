@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import functools
 import json
 import logging
 import math
@@ -156,6 +157,7 @@ class TokenCounter:
         return self._encoding.encode(text, disallowed_special=())  # "<|endoftext|>" in a subtitle is text
 
 
+@functools.cache
 def _load_vocabulary() -> Any:
     """tiktoken's encoding, or None where the package or its vocabulary (downloaded at first use) cannot be had in time."""
     loaded: list[Any] = []

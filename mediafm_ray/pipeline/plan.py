@@ -60,7 +60,7 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
 
 
 def make_plan(config: EmbedCatalogConfig) -> Plan:
-    """Read the catalog, list the output once, and keep what is not committed.
+    """Read the catalog, list the output once, and keep what is not committed. Writes nothing.
 
     Raises CatalogError with every problem of the catalog, StorageError, WeightsError.
     """
@@ -68,8 +68,6 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
     model = describe_model(config)
     checkpoint = checkpoint_name(config, model)
     output = Output(config.output.uri, model.dataset_version, config.storage)
-    output.store.check_writable()
-    output.write_model(model)
     datasets = [SHOTS, *([contextual(checkpoint)] if checkpoint else [])]
     committed = {dataset: output.list(dataset) for dataset in datasets}
     failures = output.list(FAILURES)
@@ -86,6 +84,13 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
             rows.append(_row(entry, superseded))
     taken = rows[: config.run.max_titles] if config.run.max_titles else rows
     return Plan(model, checkpoint, plan_table(taken), len(entries), done, failed_before, len(rows) - len(taken))
+
+
+def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
+    """See that the output can be written, and put model.json there. Raises StorageError."""
+    output = Output(config.output.uri, plan.model.dataset_version, config.storage)
+    output.store.check_writable()
+    output.write_model(plan.model)
 
 
 def checkpoint_name(config: EmbedCatalogConfig, model: Model) -> str:

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import os
+import re
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from mediafm_ray.config import ConfigError, EmbedCatalogConfig, read_config
-from mediafm_ray.pipeline.plan import describe_model, make_plan
+from mediafm_ray.pipeline.dry_run import describe_cost
+from mediafm_ray.pipeline.plan import describe_model, make_plan, prepare_output
 from mediafm_ray.pipeline.rows import AUDIO, FLAGS, NORMS, SHOTS, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import Fuse, WriteTitle, metadata_text
 from mediafm_ray.spec import MODALITIES
@@ -60,6 +62,7 @@ def encoded(row, model, failing=()):
 def compute(config, failing=()):
     """Plan and write what is pending; the titles computed and how they ended."""
     plan = make_plan(config)
+    prepare_output(plan, config)
     stages = [Fuse(plan.model.dims["fused"], config.fusion), WriteTitle(config.output.uri, plan.model, "", config.storage)]
     ended = {}
     for index in range(plan.pending.num_rows):
@@ -130,6 +133,24 @@ def test_a_full_store_is_the_titles_error(config, tmp_path, monkeypatch):
 def test_max_titles_takes_some_and_says_how_many_are_left(config):
     plan = make_plan(dataclasses.replace(config, run=dataclasses.replace(config.run, max_titles=2)))
     assert (plan.pending.num_rows, plan.left) == (2, 1)
+
+
+def test_a_plan_writes_nothing(config, tmp_path):
+    make_plan(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_the_text_would_cost(config, tmp_path):
+    (tmp_path / "videos" / "a.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello there\n\n2\n00:00:03,000 --> 00:00:04,000\nBye\n")
+    (tmp_path / "videos" / "a.json").write_text('{"synopsis": "A film."}')
+    local = describe_cost(make_plan(config), config)
+    assert "nothing at the embeddings API" in local
+    api = dataclasses.replace(config, text=dataclasses.replace(config.text, encoder="openai", price_per_million_tokens=1e6))
+    said = describe_cost(make_plan(api), api)
+    assert "3 texts" in said
+    assert "2 requests" in said
+    dollars = float(re.search(r"\$([0-9.]+)", said).group(1))
+    assert 3 <= dollars <= len("Hello thereByeA film.")
 
 
 def test_what_is_written_carries_the_facts(config):

@@ -1,0 +1,45 @@
+"""What a run would cost, before it starts. Opens timed text, never a video, and sends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mediafm_ray.config import EmbedCatalogConfig
+from mediafm_ray.media import source, timed_text
+from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.rows import TitleRow
+from mediafm_ray.pipeline.stages import metadata_text
+from mediafm_ray.spec import Title, TitleError
+
+
+def describe_cost(plan: Plan, config: EmbedCatalogConfig) -> str:
+    """A line for a person: texts, requests, tokens and price of the pending titles at the embeddings API."""
+    pending = f"dry run: {plan.pending.num_rows} titles would be computed"
+    if config.text.encoder != "openai":
+        return f"{pending}; text is embedded on this machine or cluster and costs nothing at the embeddings API"
+    from mediafm_ray.models.text_api import estimate
+
+    texts = requests = tokens = 0
+    usd, exact = 0.0, True
+    for index in range(plan.pending.num_rows):
+        title = TitleRow(plan.pending.slice(index, 1)).title()
+        for batch in (list(_cues(title, config)), [metadata_text(title.synopsis, list(title.tags))]):
+            one = estimate(config.text, batch)
+            texts, requests, tokens = texts + one.texts, requests + one.requests, tokens + one.tokens
+            usd, exact = usd + one.usd, exact and one.exact
+    count = f"{tokens} tokens" if exact else f"at most {tokens} tokens (the vocabulary to count them is not at hand)"
+    price = f"${usd:.4f} at ${config.text.price_per_million_tokens:g} a million"
+    return f"{pending}; {texts} texts in {requests} requests, {count}, about {price}; subtitles inside the videos are not counted"
+
+
+def _cues(title: Title, config: EmbedCatalogConfig) -> Iterator[str]:
+    """The texts of the sidecar that would be used; a title whose timed text cannot be read has none."""
+    for one in timed_text.by_fit(title.timed_text, config.timed_text):
+        try:
+            data = source.read_whole(one.uri, config.media, timed_text.MAX_BYTES)
+            cues, _ = timed_text.parse(data, source.file_name(one.uri), config.timed_text, one.language, one.kind)
+        except TitleError:  # the run will warn of it, and use the next
+            continue
+        if cues:
+            yield from (cue.text for cue in cues)
+            return
