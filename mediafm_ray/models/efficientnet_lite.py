@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import EFFICIENTNET_LITE0_DIM, Encoded
-from mediafm_ray.models.loading import Workers, load_state, open_device
+from mediafm_ray.models.loading import MicroBatches, Workers, load_state, open_device
 from mediafm_ray.models.options import VideoEncoderConfig
 
 IMAGE_SIZE = 224  # pixels, both ways
@@ -35,7 +35,7 @@ PIXEL_SCALE = 128.0
 BATCH_NORM_EPSILON = 1e-3
 STEM_CHANNELS = 32
 CLASSES = 1000
-FRAMES_PER_CALL_CUDA = 128  # on a CPU one at a time is the fastest: its activations stay in the cache
+DECODED_AHEAD = 1024  # frames decoded while a GPU computes those before them
 
 # (kernel, stride, expansion, channels out, repeats): the stages of EfficientNet-B0; only the first block of a stage strides
 STAGES = (
@@ -151,20 +151,21 @@ class EfficientNetLiteEncoder:
     def __init__(self, config: VideoEncoderConfig) -> None:
         """Raises ValueError for a device this machine does not have, WeightsError for weights that are missing or do not fit."""
         self.device = open_device(config.device)
+        self.alone = self.device.type == "cpu"  # one frame a call is the fastest there, too: its activations stay in the cache
         self.workers = Workers(config.threads)
+        self.micro_batches = MicroBatches(self.device, config.micro_batch)
         self.network = load_efficientnet_lite0(config.weights).to(self.device)
         self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def encode(self, shots: Sequence[Sequence[bytes]]) -> Encoded:
         """See VideoEncoder. Raises ValueError, with the shot's position, for a frame that Pillow cannot decode."""
         frames = [(jpeg, shot) for shot, jpegs in enumerate(shots) for jpeg in jpegs]
-        if self.device.type == "cpu":
+        if self.alone:
             features = self.workers.map(lambda frame: self._features([_load_frame_of(*frame)])[0], frames)
         else:
             features = []
-            for start in range(0, len(frames), FRAMES_PER_CALL_CUDA):
-                batch = self.workers.map(lambda frame: _load_frame_of(*frame), frames[start : start + FRAMES_PER_CALL_CUDA])
-                features.extend(self._features(batch))
+            for loaded in self.workers.map_ahead(lambda frame: _load_frame_of(*frame), frames, DECODED_AHEAD):
+                features.extend(self.micro_batches.compute(self._features, loaded))
         embeddings_SD = np.zeros((len(shots), self.dim), np.float32)
         first = 0
         for shot, jpegs in enumerate(shots):
@@ -174,11 +175,11 @@ class EfficientNetLiteEncoder:
         return Encoded(embeddings_SD, np.array([len(jpegs) > 0 for jpegs in shots], bool))
 
     @torch.inference_mode()
-    def _features(self, frames: Sequence[np.ndarray]) -> np.ndarray:
-        """(224, 224, 3) uint8 frames to (B, 1280) float32."""
+    def _features(self, frames: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """(224, 224, 3) uint8 frames to (1280,) float32 each."""
         pixels_BHWC = torch.from_numpy(np.stack(frames)).to(self.device)
         images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float().sub_(PIXEL_MEAN).div_(PIXEL_SCALE)  # stays channels-last in memory
-        return self.network(images_BCHW).cpu().numpy()
+        return list(self.network(images_BCHW).cpu().numpy())
 
 
 def _load_frame_of(jpeg: bytes, shot: int) -> np.ndarray:

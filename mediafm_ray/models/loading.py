@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,13 +52,8 @@ class Workers:
     def map(self, compute: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """``[compute(item) for item in items]``, in order, without gradients; the first exception in that order is raised."""
         items = list(items)
-        threads = min(self.threads, len(items))
-        with _one_thread_an_operation():
-            if threads <= 1:
-                return [_without_gradients(compute, item) for item in items]
-            # a thread takes torch's number of threads from the process when it starts: the pool must start inside
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                return list(pool.map(lambda item: _without_gradients(compute, item), items))
+        with _one_thread_an_operation(), ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(lambda item: _without_gradients(compute, item), items))
 
     def map_ahead(self, compute: Callable[[Item], Result], items: Sequence[Item], group: int) -> Iterator[list[Result]]:
         """The results in groups; while the caller is busy with one (on a GPU, say), the threads compute the next."""
@@ -129,14 +125,26 @@ def fitting_size(taken: int, items: int, free: int, share: float, most: int) -> 
     return int(min(most, 2 ** max(0, math.floor(math.log2(max(1, fits))))))
 
 
+_counting = threading.Lock()
+_users = 0  # calls under way in this process
+_threads_before = 1  # of torch, before the first of them
+
+
 @contextlib.contextmanager
 def _one_thread_an_operation() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Part of torch's number of threads belongs to the thread that sets it, part to the process; the last to leave restores the latter."""
+    global _users, _threads_before
+    with _counting:
+        if _users == 0:
+            _threads_before = torch.get_num_threads()
+        _users += 1
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _counting:
+            _users -= 1
+            if _users == 0:
+                torch.set_num_threads(_threads_before)
 
 
 def load_state(path: Path) -> dict[str, torch.Tensor]:

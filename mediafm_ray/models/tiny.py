@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,31 +51,41 @@ SIGLIP_PIXELS = {
     "image_std": [0.5] * 3,
     "image_processor_type": "SiglipImageProcessor",
 }
+WAV2VEC2_SAMPLES = {
+    "do_normalize": True,
+    "feature_size": 1,
+    "padding_value": 0.0,
+    "return_attention_mask": False,
+    "sampling_rate": 16000,
+    "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+}
 SPECIAL_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def make_clip(folder: Path) -> None:
     """A whole CLIP model, text tower included, as published checkpoints are; 64 x 64 pixels."""
-    _save(folder, lambda: CLIPModel(CLIPConfig(vision_config={**VISION, "projection_dim": DIM}, text_config=TEXT, projection_dim=DIM)))
-    (folder / "preprocessor_config.json").write_text(json.dumps(CLIP_PIXELS, indent=1))
+    save_seeded(
+        folder, lambda: CLIPModel(CLIPConfig(vision_config={**VISION, "projection_dim": DIM}, text_config=TEXT, projection_dim=DIM))
+    )
+    write_json(folder / "preprocessor_config.json", CLIP_PIXELS)
 
 
 def make_siglip(folder: Path) -> None:
     """A whole SigLIP model; its embedding is as wide as its tower, 768."""
     vision = {**VISION, "hidden_size": DIM, "num_attention_heads": 12}
-    _save(folder, lambda: SiglipModel(SiglipConfig(vision_config=vision, text_config={**TEXT, "projection_size": DIM})))
-    (folder / "preprocessor_config.json").write_text(json.dumps(SIGLIP_PIXELS, indent=1))
+    save_seeded(folder, lambda: SiglipModel(SiglipConfig(vision_config=vision, text_config={**TEXT, "projection_size": DIM})))
+    write_json(folder / "preprocessor_config.json", SIGLIP_PIXELS)
 
 
 def make_temporal(folder: Path) -> None:
     """A temporal transformer of one layer."""
-    _save(folder, lambda: TemporalTransformer(TemporalTransformerConfig(num_hidden_layers=1, initializer_range=0.05)))
+    save_seeded(folder, lambda: TemporalTransformer(TemporalTransformerConfig(num_hidden_layers=1, initializer_range=0.05)))
 
 
 def make_wav2vec2(folder: Path, **changes: Any) -> None:
     """wav2vec2 as facebook/wav2vec2-base has it (group norm, no attention mask), with narrow convolutions and two layers."""
     shape = {"hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 64, "conv_dim": (32,) * 7}
-    _save(folder, lambda: Wav2Vec2Model(Wav2Vec2Config(**{**shape, **changes})))
+    save_seeded(folder, lambda: Wav2Vec2Model(Wav2Vec2Config(**{**shape, **changes})))
     extractor = {"do_normalize": True, "feature_size": 1, "padding_value": 0.0, "return_attention_mask": False, "sampling_rate": 16000}
     (folder / "preprocessor_config.json").write_text(
         json.dumps({**extractor, "feature_extractor_type": "Wav2Vec2FeatureExtractor"}, indent=1)
@@ -92,7 +103,7 @@ def make_bert(folder: Path) -> None:
         intermediate_size=64,
         max_position_embeddings=128,
     )
-    _save(folder, lambda: BertModel(shape))
+    save_seeded(folder, lambda: BertModel(shape))
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
     BertTokenizer(str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
 
@@ -100,7 +111,9 @@ def make_bert(folder: Path) -> None:
 def make_contextualiser(folder: Path, fused_dim: int = 3 * DIM, metadata_dim: int = DIM, **changes: Any) -> None:
     """A contextualiser of two layers, 64 wide."""
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    _save(folder, lambda: Contextualiser(ContextualiserModelConfig(fused_dim=fused_dim, metadata_dim=metadata_dim, **{**shape, **changes})))
+    save_seeded(
+        folder, lambda: Contextualiser(ContextualiserModelConfig(fused_dim=fused_dim, metadata_dim=metadata_dim, **{**shape, **changes}))
+    )
 
 
 def main(folder: Path) -> None:
@@ -109,10 +122,15 @@ def main(folder: Path) -> None:
         print(folder / name)
 
 
-def _save(folder: Path, make: Any) -> None:
+def save_seeded(folder: Path, make: Callable[[], Any]) -> None:
+    """Write the model that ``make`` gives, its random weights the same on every call; torch's own random state is left alone."""
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(SEED)
         make().save_pretrained(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

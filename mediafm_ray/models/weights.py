@@ -6,6 +6,8 @@ Addresses
     s3://BUCKET/PREFIX, ...    a folder or file on anything that fsspec opens; copied once a machine
     a path                     on this machine
 
+Any of them may end in ``#sha256=DIGEST``, the digest that ``digest`` gives: other weights are then refused.
+
 What is fetched and what counts in a digest are the files that a checkpoint is made of, so the same weights have the same digest
 wherever they come from.
 """
@@ -26,6 +28,7 @@ from typing import Any
 
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hub:"
+DIGEST_MARK = "#sha256="
 CHUNK_BYTES = 1 << 20
 CACHE_VARIABLE = "MEDIAFM_WEIGHTS_CACHE"  # environment: where remote weights are kept; by default under the user's cache folder
 
@@ -44,8 +47,16 @@ def resolve(address: str) -> Path:
 
     A package is found, not imported: some packages change global state when imported.
     """
+    address, _, expected = address.partition(DIGEST_MARK)
     if not address:
         raise WeightsError("no weights are configured (the address is empty)")
+    path = _resolve(address)
+    if expected and (found := _digest_at(path, address)) != expected:
+        raise WeightsError(f"the weights at {address} have the digest {found}, not {expected}: they were changed or damaged on the way")
+    return path
+
+
+def _resolve(address: str) -> Path:
     if address.startswith(PACKAGE_SCHEME):
         return _resolve_package(address)
     if address.startswith(HUB_SCHEME):
@@ -63,7 +74,11 @@ def digest(address: str) -> str:
 
     Raises WeightsError where there is nothing, or a folder that holds no checkpoint.
     """
-    path = resolve(address)
+    address, _, expected = address.partition(DIGEST_MARK)
+    return expected if expected and resolve(address + DIGEST_MARK + expected) else _digest_at(resolve(address), address)
+
+
+def _digest_at(path: Path, address: str) -> str:
     if path.is_file():
         return _digest_of([path], path)
     files = checkpoint_files(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +79,7 @@ def test_pixels_agree_with_the_checkpoints_image_processor(
         config.update(size=48, crop_size=40)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     frames = [picture(seed, height, width) for seed in (1, 2)]
-    expected = AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)(
+    expected = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(
         [Image.fromarray(frame) for frame in frames], return_tensors="pt"
     )
     ours = prepare(torch.from_numpy(np.stack(frames)), read_pixel_recipe(tmp_path))
@@ -109,7 +111,7 @@ def test_preprocessing_that_is_not_known_is_refused(folders: dict[str, Path], tm
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_embeddings_agree_with_the_plain_transformers_loop(folders: dict[str, Path], name: str) -> None:
     shots = [[jpeg(1), jpeg(2), jpeg(3)], [jpeg(4, 200, 90)]]
-    processor, model = AutoImageProcessor.from_pretrained(folders[name], use_fast=False), AutoModel.from_pretrained(folders[name]).eval()
+    processor, model = AutoImageProcessor.from_pretrained(folders[name], backend="pil"), AutoModel.from_pretrained(folders[name]).eval()
     expected = []
     for frames in shots:
         pixels = processor([Image.open(io.BytesIO(frame)).convert("RGB") for frame in frames], return_tensors="pt")["pixel_values"]
@@ -246,6 +248,16 @@ def test_the_measured_size_fits() -> None:
     assert fitting_size(taken=0, items=8, free=gigabyte, share=0.6, most=512) == 512
     with pytest.raises(ValueError, match="micro_batch must be 0"):
         MicroBatches(torch.device("cpu"), -1)
+
+
+def test_calls_at_once_leave_the_number_of_threads_as_it_was() -> None:
+    before = torch.get_num_threads()
+    seen = []
+    with ThreadPoolExecutor(4) as pool:
+        for workers in (Workers(1), Workers(3)) * 3:
+            pool.submit(workers.map, lambda item: (time.sleep(0.01 * item), seen.append(torch.get_num_threads())), [1, 2, 3])
+    assert seen == [1] * 18
+    assert torch.get_num_threads() == before
 
 
 def test_results_computed_ahead_come_in_order_and_errors_arrive() -> None:

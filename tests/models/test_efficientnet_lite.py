@@ -17,6 +17,7 @@ from PIL import Image
 
 from mediafm_ray.models import weights
 from mediafm_ray.models.efficientnet_lite import EfficientNetLiteEncoder, load_efficientnet_lite0, load_frame
+from mediafm_ray.models.loading import MicroBatches
 from mediafm_ray.models.options import VideoEncoderConfig
 
 CLIPS = Path(__file__).parents[3] / "shared" / "corpus" / "clips"
@@ -117,6 +118,17 @@ def test_a_shot_is_the_mean_of_its_frames(encoder: EfficientNetLiteEncoder, foot
     jpegs = footage["bikes"][:4]
     one_by_one = encoder.encode([[jpeg] for jpeg in jpegs]).embeddings_SD
     np.testing.assert_allclose(encoder.encode([jpegs]).embeddings_SD[0], one_by_one.mean(axis=0), rtol=1e-6, atol=1e-7)
+
+
+def test_frames_that_share_a_batch_have_the_numbers_they_have_alone(
+    encoder: EfficientNetLiteEncoder, footage: dict[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a GPU."""
+    shots = [footage["bikes"][:3], [], footage["carphone_pristine"][:1], footage["bikes"][3:5]]
+    alone = encoder.encode(shots).embeddings_SD
+    monkeypatch.setattr(encoder, "alone", False)
+    monkeypatch.setattr(encoder, "micro_batches", MicroBatches(encoder.device, 4))
+    np.testing.assert_allclose(encoder.encode(shots).embeddings_SD, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_the_frame_is_the_central_square_in_rgb() -> None:

@@ -96,6 +96,19 @@ def test_a_remote_folder_is_copied_once_and_has_the_digest_of_the_original(tmp_p
     assert (copy / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_weights_of_another_digest_are_refused(tmp_path: Path, cache: Path) -> None:
+    original = make_checkpoint(tmp_path / "original")
+    digest = weights.digest(str(original))
+    for address in (str(original), f"file://{original}"):
+        assert weights.resolve(f"{address}#sha256={digest}") == weights.resolve(address)
+        assert weights.digest(f"{address}#sha256={digest}") == digest
+    (original / "model.safetensors").write_bytes(b"other")
+    for address in (str(original), f"file://{original}"):
+        for function in (weights.resolve, weights.digest):
+            with pytest.raises(weights.WeightsError, match=f"not {digest}: they were changed or damaged"):
+                function(f"{address}#sha256={digest}")
+
+
 def test_changed_remote_weights_are_fetched_anew(tmp_path: Path, cache: Path) -> None:
     original = make_checkpoint(tmp_path / "original")
     first = weights.resolve(f"file://{original}")
