@@ -33,8 +33,8 @@ from mediafm_ray.spec import ShotSpan
 TOLERANCE = 2  # frames
 THREADS = 2
 ROUNDS = 5  # of interleaved timings
-TIMED_FRAMES = 800  # a multiple of what the fast windows give on THREADS threads
-GFLOP_PER_FRAME = 0.84  # of the network: its multiplications and additions for one frame of one window
+TIMED_FRAMES = 400  # a multiple of what the fast windows give on THREADS threads
+GFLOP_PER_FRAME = 0.83  # of the network: 416 million multiply-adds for one frame of one window
 GRADUAL_KINDS = ("dissolve", "fade", "wipe", "gradual")
 
 Interval = tuple[int, int]  # last frame before, first frame after
@@ -129,8 +129,8 @@ def by_kind(shots: list[ShotSpan]) -> list[tuple[str, Interval]]:
     return [(shot.boundary_kind, (shot.start_frame - 1, shot.start_frame)) for shot in shots[1:]]
 
 
-def f1(found: int, missed: int, false: int) -> float:
-    return 2 * found / (2 * found + missed + false) if found else 0.0
+def f1(found: int, missed: int, false: int) -> str:
+    return f"{2 * found / (2 * found + missed + false):.3f}" if found + missed + false else "  -  "
 
 
 def print_quality(name: str, found_in: dict[Clip, list[tuple[str, Interval]]]) -> None:
@@ -149,7 +149,7 @@ def print_quality(name: str, found_in: dict[Clip, list[tuple[str, Interval]]]) -
         cells = []
         for wanted in (("cut",), GRADUAL_KINDS, ("cut", *GRADUAL_KINDS)):
             counts = [sum(counter[kind] for kind in wanted) for counter in (hits, misses, false_kinds)]
-            cells.append("{:.3f} ({:3d} {:2d} {:2d})".format(f1(*counts), *counts))
+            cells.append("{} ({:3d} {:2d} {:2d})".format(f1(*counts), *counts))
         print(f"{group:6s} {name:26s} {'   '.join(cells)}")
 
 
