@@ -2,8 +2,9 @@
 
     python -m mediafm_ray.models.tiny FOLDER
 
-writes FOLDER/video (CLIP), FOLDER/audio (wav2vec2), FOLDER/text (a BERT) and FOLDER/temporal (a temporal transformer). They mean
-nothing: they let the whole recipe run on a CPU, in tests and when trying a cluster.
+writes FOLDER/video (CLIP), FOLDER/temporal (a temporal transformer), FOLDER/audio (wav2vec2), FOLDER/text (a BERT) and
+FOLDER/contextualiser (for their 2304 fused dimensions). They mean nothing: they let the whole recipe run on a CPU, in tests and when
+trying a cluster.
 """
 
 from __future__ import annotations
@@ -117,7 +118,14 @@ def make_contextualiser(folder: Path, fused_dim: int = 3 * DIM, metadata_dim: in
 
 
 def main(folder: Path) -> None:
-    for name, make in {"video": make_clip, "audio": make_wav2vec2, "text": make_bert, "temporal": make_temporal}.items():
+    makers: dict[str, Callable[[Path], None]] = {
+        "video": make_clip,
+        "temporal": make_temporal,
+        "audio": make_wav2vec2,
+        "text": make_bert,
+        "contextualiser": make_contextualiser,
+    }
+    for name, make in makers.items():
         make(folder / name)
         print(folder / name)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mediafm_ray.models import encoder, weights
+from mediafm_ray.models import encoder, sentence, weights
 from mediafm_ray.models.options import TextEncoderConfig
 from mediafm_ray.models.sentence import SentenceEncoder
 
@@ -52,6 +52,13 @@ def test_long_text_is_cut_at_the_checkpoints_own_length(built: SentenceEncoder) 
     cut, longer, shorter = built.encode([word * 254, word * 5000, word * 253]).embeddings_SD
     assert cut.tobytes() == longer.tobytes()
     assert cut.tobytes() != shorter.tobytes()
+
+
+def test_texts_that_share_a_batch_have_the_numbers_they_have_alone(built: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU: texts of different lengths padded to one."""
+    alone = built.encode(TEXTS).embeddings_SD
+    monkeypatch.setitem(sentence.TEXTS_PER_CALL, "cpu", 3)
+    np.testing.assert_allclose(built.encode(TEXTS).embeddings_SD, alone, rtol=0, atol=1e-5)
 
 
 def copied(folder: Path, to: Path) -> Path:
