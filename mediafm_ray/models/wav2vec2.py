@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,26 @@ KINDS = ("wav2vec2", "hubert", "wavlm")  # model_type of config.json
 SHORTEST = SAMPLE_RATE // 5  # samples, 9 time steps; the first norm leaves nothing of a sound of a single step
 VARIANCE_FLOOR = 1e-7  # of the checkpoints' own feature extractor
 INT16_SCALE = 32768.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a shot: int16 samples as they came, and what makes them a network's input. Converted when its turn comes, to save memory."""
+
+    samples_N: np.ndarray
+    mean: float  # of the whole shot, full scale = 1
+    deviation: float
+
+    @property
+    def length(self) -> int:
+        """Samples of ``sound()``."""
+        return max(len(self.samples_N), SHORTEST)
+
+    def sound(self) -> np.ndarray:
+        """(length,) float32, as the checkpoint's feature extractor gives it; what is shorter than 0.2 s in the middle of zeros."""
+        sound_N = (self.samples_N / INT16_SCALE - self.mean) / self.deviation  # float64
+        missing = self.length - len(sound_N)
+        return np.pad(sound_N, (missing // 2, missing - missing // 2)).astype(np.float32)
 
 
 class Wav2Vec2Encoder:
@@ -76,38 +97,34 @@ class Wav2Vec2Encoder:
         """See AudioEncoder. Raises ValueError for an odd number of bytes."""
         embeddings_SD = np.zeros((len(shots), self.dim), np.float64)
         present_S = np.array([len(samples) > 0 for samples in shots], bool)
-        pieces: list[np.ndarray] = []
+        pieces: list[Piece] = []
         places: list[tuple[int, float]] = []  # of each piece: its shot, and its share of it
         for shot, samples in enumerate(shots):
             if len(samples) % 2:
                 raise ValueError(f"the audio of shot {shot} has {len(samples)} bytes: int16 samples take an even number")
             if samples:
-                prepared_N = self._prepare(np.frombuffer(samples, "<i2"))
-                for piece_N in self._cut(prepared_N):
-                    pieces.append(piece_N)
-                    places.append((shot, len(piece_N) / len(prepared_N)))
+                samples_N = np.frombuffer(samples, "<i2")
+                for piece in self._cut(samples_N):
+                    pieces.append(piece)
+                    places.append((shot, len(piece.samples_N) / len(samples_N)))
         for (shot, share), embedding_D in zip(places, self._embed(pieces), strict=True):
             embeddings_SD[shot] += share * embedding_D
         return Encoded(embeddings_SD.astype(np.float32), present_S)
 
-    def _prepare(self, samples_N: np.ndarray) -> np.ndarray:
-        """Int16 samples to float32 as the checkpoint's feature extractor makes them, at least 0.2 s of them."""
-        sound_N = samples_N / INT16_SCALE  # float64
+    def _cut(self, samples_N: np.ndarray) -> list[Piece]:
+        mean, deviation = 0.0, 1.0
         if self.normalise:
-            sound_N = (sound_N - sound_N.mean()) / np.sqrt(sound_N.var() + VARIANCE_FLOOR)
-        missing = max(0, SHORTEST - len(sound_N))
-        return np.pad(sound_N, (missing // 2, missing - missing // 2)).astype(np.float32)
+            mean = float(samples_N.mean(dtype=np.float64)) / INT16_SCALE
+            deviation = float(np.sqrt(samples_N.var(dtype=np.float64) / INT16_SCALE**2 + VARIANCE_FLOOR))
+        count = -(-len(samples_N) // self.longest)
+        bounds = [index * len(samples_N) // count for index in range(count + 1)]
+        return [Piece(samples_N[start:end], mean, deviation) for start, end in itertools.pairwise(bounds)]
 
-    def _cut(self, sound_N: np.ndarray) -> list[np.ndarray]:
-        count = -(-len(sound_N) // self.longest)
-        bounds = [index * len(sound_N) // count for index in range(count + 1)]
-        return [sound_N[start:end] for start, end in itertools.pairwise(bounds)]
-
-    def _embed(self, pieces: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _embed(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
         if self.alone:
-            return self.workers.map(lambda piece_N: self._embed_batch([piece_N])[0], pieces)
+            return self.workers.map(lambda piece: self._embed_batch([piece])[0], pieces)
         # longest first: the first micro-batch measures the most memory, and like lengths share a call
-        order = sorted(range(len(pieces)), key=lambda index: -len(pieces[index]))
+        order = sorted(range(len(pieces)), key=lambda index: -pieces[index].length)
         computed = self.micro_batches.compute(self._embed_batch, [pieces[index] for index in order])
         embeddings: list[Any] = [None] * len(pieces)
         for index, embedding_D in zip(order, computed, strict=True):
@@ -115,12 +132,12 @@ class Wav2Vec2Encoder:
         return embeddings
 
     @torch.inference_mode()
-    def _embed_batch(self, pieces: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """(N,) float32 pieces to a (D,) float32 embedding each."""
-        lengths_B = np.array([len(piece_N) for piece_N in pieces])
+    def _embed_batch(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
+        """A (D,) float32 embedding of each piece."""
+        lengths_B = np.array([piece.length for piece in pieces])
         sounds_BN = np.zeros((len(pieces), lengths_B.max()), np.float32)
-        for row, piece_N in enumerate(pieces):
-            sounds_BN[row, : len(piece_N)] = piece_N
+        for row, piece in enumerate(pieces):
+            sounds_BN[row, : piece.length] = piece.sound()
         padded = bool((lengths_B < lengths_B.max()).any())
         if self.norm is not None:
             self.norm.lengths_B = torch.from_numpy(lengths_B).to(self.device) if padded else None

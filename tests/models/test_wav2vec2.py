@@ -131,7 +131,9 @@ def test_a_pretraining_checkpoint_in_torch_format_loads(tmp_path: Path) -> None:
     assert any(name.endswith("weight_g") for name in state)
     torch.save(state, tmp_path / "pytorch_model.bin")
     built = build(tmp_path)
-    inputs = torch.tensor(built._prepare(sound(5, 9000)))[None]
+    inputs = AutoFeatureExtractor.from_pretrained(tmp_path)(sound(5, 9000) / 32768, sampling_rate=SAMPLE_RATE, return_tensors="pt")[
+        "input_values"
+    ].float()
     with torch.inference_mode():
         expected = pretraining.wav2vec2(inputs).last_hidden_state[0].mean(dim=0).numpy()
     np.testing.assert_allclose(built.encode([sound(5, 9000).tobytes()]).embeddings_SD[0], expected, rtol=1e-3, atol=1e-4)
