@@ -63,6 +63,9 @@ class _ToParent:
     def shot(self, span: ShotSpan, start_s: float, end_s: float, frames: Sequence[bytes], thumbnail: bytes) -> None:
         self.channel.send("shot", {"span": asdict(span), "start_s": start_s, "end_s": end_s}, [thumbnail, *frames])
 
+    def alive(self) -> None:
+        self.channel.send("alive")
+
     def _spans(self) -> list[ShotSpan]:
         header, _ = self.channel.receive()
         if header["kind"] != "spans":

@@ -4,7 +4,8 @@ Damage is a share of the title's picture time, 0 to 1:
 
     lost        packets that could not be decoded; holes in the time of the pictures, with a sign that they are a loss;
                 the end that the container declares and the file does not have
-    damaged     pictures that the decoder marks as corrupt or says it has concealed errors in
+    damaged     pictures that the decoder marks as corrupt or says it has concealed errors in; where it says neither, its
+                complaints
 
 A hole alone may be how a variable frame rate looks (slides, screen recordings), and is then a remark and no damage. It is a
 loss when demuxer or decoder report anything wrong, when the sound has a gap at the same time, or when all other pictures
@@ -27,7 +28,7 @@ MAX_HOLES = 10_000  # remembered one by one
 LATE_PICTURE_S = 0.25  # pictures that start this much later than the container declares are worth a remark
 CONCEALED = re.compile(rb"\] concealing \d+ DC")  # how FFmpeg's decoders say that they made up a part of one picture
 NO_MEMORY = re.compile(rb"Cannot allocate memory|get_buffer\(\) failed|alloc\w* failed")
-TROUBLE = re.compile(rb"error|invalid|corrupt|damaged|missing|prematurely|truncat", re.IGNORECASE)
+TROUBLE = re.compile(rb"error|invalid|corrupt|damaged|missing|prematurely|truncat|outside|overread|CABAC_MAX|not find ref", re.IGNORECASE)
 
 
 class DecoderLog:
@@ -42,24 +43,31 @@ class DecoderLog:
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
+        self.video_codec = b""  # whose lines count as errors of the picture; set when the video is known
         self.position = os.fstat(descriptor).st_size
         self.out_of_memory = False  # whether FFmpeg has said so
 
-    def news(self) -> tuple[int, int]:
-        """Since the last call: pictures in which errors were concealed, and lines that speak of errors at all."""
-        concealed = errors = 0
+    def grown(self) -> bool:
+        """Whether FFmpeg has written anything since the last call of ``news``."""
+        return os.fstat(self.descriptor).st_size > self.position
+
+    def news(self) -> tuple[int, int, int]:
+        """Since the last call: pictures with concealed errors; the video decoder's lines about errors; all such lines."""
+        concealed = of_video = errors = 0
         rest = b""
         while piece := os.pread(self.descriptor, 1 << 20, self.position):
             self.position += len(piece)
             *lines, rest = (rest + piece).split(b"\n")
             concealed += sum(1 for line in lines if CONCEALED.search(line))
             self.out_of_memory |= any(NO_MEMORY.search(line) for line in lines)
-            errors += sum(1 for line in lines if TROUBLE.search(line))
+            troubled = [line for line in lines if TROUBLE.search(line)]
+            errors += len(troubled)
+            of_video += sum(1 for line in troubled if line.startswith(b"[" + self.video_codec + b" @"))
             rest = rest[:4096]
         if self.position > self.MAX_BYTES:
             os.ftruncate(self.descriptor, 0)
             self.position = 0
-        return concealed, errors
+        return concealed, of_video, errors
 
 
 @dataclass
@@ -73,6 +81,7 @@ class Damage:
     concealed_frames: int = 0  # pictures with concealed errors, as the decoder's log says
     holes: list[tuple[int, int]] = field(default_factory=list)  # from when until when no picture came where one was due, ticks
     hole_ticks: int = 0  # their sum
+    complaints: int = 0  # packets at which the video decoder wrote of errors
     trouble: int = 0  # signs that something is wrong with the file
 
     def see(self, what: str) -> None:
@@ -109,7 +118,7 @@ class Damage:
         usual_ticks = max((end_ticks - self.hole_ticks) / frames, 1)
         # a lost packet leaves a hole: the same loss seen twice
         lost = max(self.lost_frames, hole_ticks / usual_ticks) + missing_end_ticks / usual_ticks
-        damaged = max(self.corrupt_frames, self.concealed_frames)
+        damaged = max(self.corrupt_frames, self.concealed_frames) or self.complaints  # some decoders conceal and say nothing else
         return min((lost + damaged) / (frames + lost), 1.0)
 
     def summary(self) -> str:
@@ -121,4 +130,6 @@ class Damage:
         words = [f"{count} {what}" for what, count in self.counts.items()] + self.notes
         if self.concealed_frames:
             words.append(f"{self.concealed_frames} pictures in which the decoder concealed errors")
+        if self.complaints:
+            words.append(f"{self.complaints} video packets of which the decoder complains")
         return words

@@ -96,7 +96,7 @@ class IsolatedReader:
                     return assembly.finish(header)
                 elif kind == "error":
                     raise _Refused(header["reason"])
-                elif kind != "no more pictures":
+                elif kind not in ("no more pictures", "alive"):
                     raise WireError(f"unknown message {kind}")
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise WireError(f"a message of kind {kind} is not well formed") from error

@@ -42,8 +42,10 @@ class MediaConfig:
     max_pixels: int = recipe(67_108_864, "pixels of a frame, at most (8K is 33 million); a larger picture fails the title")
     max_hours: float = recipe(24.0, "length of a title, at most")
     memory_limit_gb: float = resource(4.0, "address space of the reading process in GB (RLIMIT_AS); beyond it the title fails")
-    no_progress_timeout_s: float = resource(120.0, "a reading process that is silent for this long is killed and the title fails")
-    threads: int = resource(0, "decoder threads of one reading process; 0 = share the cores of the machine, 2 at most")
+    no_progress_timeout_s: float = resource(120.0, "a reading process without progress for this long is killed and the title fails")
+    threads: int = resource(
+        1, "decoder threads of one reading process; with more, what a decoder makes up in damaged H.264 depends on their timing"
+    )
     read_ahead_mb: int = resource(8, "bytes asked for at once from object storage, in MB")
     storage_options: dict[str, Any] = resource(  # noqa: RUF009
         {}, "options of the file system of remote videos (fsspec), e.g. endpoint_url"

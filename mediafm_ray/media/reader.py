@@ -14,6 +14,7 @@ integer count of the video stream's ticks since its first time stamp.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -33,6 +34,7 @@ MAX_SOUND_WAITING = 2_000  # frames of sound that wait until the first picture t
 JUMP_BACK_S = 1.0  # a time stamp this far before its predecessor starts a new count: the recording was joined there
 MAX_LAST_FRAME_S = 60.0  # how long the last frame is shown, at most, whatever it says
 MISSING_END_S = 0.25  # a declared end this much after the last picture is rounding, or the tail of the sound
+SIGN_OF_LIFE_S = 2.0  # how often slow pictures are reported
 MAX_CUES = 100_000  # of a subtitle stream
 
 
@@ -53,6 +55,10 @@ class Exchange(Protocol):
 
     def shot(self, span: ShotSpan, start_s: float, end_s: float, frames: Sequence[bytes], thumbnail: bytes) -> None:
         """Hand over a shot."""
+        ...
+
+    def alive(self) -> None:
+        """Say that there is progress, though nothing to hand over."""
         ...
 
 
@@ -106,6 +112,7 @@ class _Pass:
         self.painter = picture.Painter(frames.size, self.pixel_aspect)
         self.candidates = sampling.CandidateBuffer(discard=self.painter.discard)
 
+        self.last_sign = time.monotonic()
         self.block: list[np.ndarray] = []
         self.frame_count = 0
         self.packet_count = 0  # of video
@@ -125,7 +132,9 @@ class _Pass:
         if self.timed_text_config.embedded and not self.cues:
             self.text = streams.choose_text(self.container, self.timed_text_config)
         self.video.thread_type = "AUTO"
-        self.video.codec_context.thread_count = self.media.threads or 2
+        self.video.codec_context.thread_count = self.media.threads
+        if self.log is not None:
+            self.log.video_codec = self.video.codec_context.name.encode()
         if self.audio is not None:
             self.audio.codec_context.thread_count = 1
         wanted = [stream for stream in (self.video, self.audio, self.text) if stream is not None]
@@ -137,6 +146,8 @@ class _Pass:
                 self.packet_count += bool(packet.size)
                 for frame in self._decoded(packet):
                     self._picture(frame)
+                if self.log is not None and self.log.grown():
+                    self._read_log(self.log)
             elif packet.stream is self.audio:
                 for sounding in self._decoded(packet):
                     self._sound(sounding)
@@ -204,6 +215,9 @@ class _Pass:
         self.frame_count += 1
         if len(self.block) == BLOCK_FRAMES:
             self._hand_over_block()
+        elif time.monotonic() - self.last_sign > SIGN_OF_LIFE_S:  # pictures that take seconds each
+            self.last_sign = time.monotonic()
+            self.exchange.alive()
 
     def _note_oddities(self, frame: av.VideoFrame) -> None:
         if frame.is_corrupt:
@@ -274,12 +288,11 @@ class _Pass:
         block_THWC = np.stack(self.block)
         self.block = []
         self._settle(self.exchange.pictures(block_THWC))
-        if self.log is not None:
-            self._read_log(self.log)
 
     def _read_log(self, log: DecoderLog) -> None:
-        concealed, errors = log.news()
+        concealed, of_video, errors = log.news()
         self.damage.concealed_frames += concealed
+        self.damage.complaints += bool(of_video)
         self.damage.trouble += errors
         if log.out_of_memory:
             raise MemoryError

@@ -288,6 +288,9 @@ def test_reading_needs_neither_sidecar_nor_isolation(tmp_path):
         def no_more_pictures(self):
             return self.detector.finish()
 
+        def alive(self):
+            pass
+
         def sound(self, samples_N):
             raise AssertionError("there is no sound")
 

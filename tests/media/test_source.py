@@ -76,9 +76,7 @@ def test_remote_file_is_read_by_ranges_and_gives_the_same(served):
     reader = IsolatedReader(FramesConfig(), TimedTextConfig(), MediaConfig(read_ahead_mb=1))
     try:
         local = reader.read(Title("a", str(made.path), (TimedTextSource(str(folder / "a film.srt")),)), KnownCuts(made.cuts))
-        remote = reader.read(
-            Title("a", f"{address}/a%20film.mkv", (TimedTextSource(f"{address}/a%20film.srt"),)), KnownCuts(made.cuts)
-        )
+        remote = reader.read(Title("a", f"{address}/a%20film.mkv", (TimedTextSource(f"{address}/a%20film.srt"),)), KnownCuts(made.cuts))
         with pytest.raises(TitleError, match=r"gone\.mp4 does not exist"):
             reader.read(Title("a", f"{address}/gone.mp4"), KnownCuts([]))
     finally:
