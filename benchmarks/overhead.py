@@ -62,10 +62,11 @@ def time_loop(catalog: str, output: str, overrides: list[str]) -> float:
     """Seconds that the stages take in a plain loop, their models loaded before."""
     from mediafm_ray.config import EmbedCatalogConfig, read_config
     from mediafm_ray.pipeline.loop import build_stages, run
-    from mediafm_ray.pipeline.plan import make_plan
+    from mediafm_ray.pipeline.plan import make_plan, prepare_output
 
     config = read_config(EmbedCatalogConfig, [str(PROFILE)], [f"catalog.uri={catalog}", f"output.uri={output}", *overrides])
     plan = make_plan(config)
+    prepare_output(plan, config)
     stages = build_stages(plan, config)
     start = time.perf_counter()
     for title in run(plan.pending, stages):

@@ -56,12 +56,15 @@ class StageConfig:
 
     min_actors: int = resource(1, "actors kept, at least 1")
     max_actors: int = resource(1, "actors at most; 0 = one for every two cores of this machine")
+    titles_per_call: int = resource(1, "titles that an actor takes at once, at most; more fill a GPU where titles are short")
     num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for an actor")
     num_gpus: float = resource(0.0, "GPUs that Ray reserves for an actor; fractions share one")
 
     def __post_init__(self) -> None:
         if self.min_actors < 1 or (self.max_actors and self.max_actors < self.min_actors):
             raise ValueError(f"a stage needs 1 <= min_actors <= max_actors, has {self.min_actors} and {self.max_actors}")
+        if self.titles_per_call < 1:
+            raise ValueError(f"titles_per_call of a stage must be at least 1, is {self.titles_per_call}")
         if self.num_cpus < 0 or self.num_gpus < 0:
             raise ValueError("num_cpus and num_gpus of a stage cannot be negative")
 

