@@ -201,7 +201,7 @@ def test_requests_keep_within_the_limits_and_are_as_few_as_these_allow(server: S
 
 def test_concurrent_requests_are_limited(server: Server, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_api, "INPUTS_PER_REQUEST", 1)
-    server.delay_s = 0.05
+    server.delay_s = 0.2
     build(concurrent_requests=3).encode([f"word {number}" for number in range(12)])
     assert server.most_under_way == 3
 
@@ -243,10 +243,10 @@ def test_a_retry_after_of_hours_is_an_error_at_once(server: Server, build: Any) 
 
 
 def test_a_stalled_request_is_sent_again(server: Server, build: Any) -> None:
-    server.plan = [lambda handler, request: time.sleep(1.0)]
+    server.plan = [lambda handler, request: time.sleep(8.0)]
     started = time.monotonic()
-    build(timeout_s=0.3).encode(["one"])
-    assert time.monotonic() - started < 5
+    build(timeout_s=1.5).encode(["one"])
+    assert time.monotonic() - started < 8
     assert len(server.requests) == 2
 
 
@@ -475,7 +475,7 @@ def test_a_vocabulary_that_cannot_be_had_is_said_and_bounded(caplog: pytest.LogC
     assert "no network" in caplog.text
     assert counter.count("映画") == 6
     monkeypatch.setattr(text_api, "VOCABULARY_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: time.sleep(1))
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: time.sleep(5))
     started = time.monotonic()
     assert not TokenCounter("text-embedding-3-large").exact
-    assert time.monotonic() - started < 0.8
+    assert time.monotonic() - started < 4
