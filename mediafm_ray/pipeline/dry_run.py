@@ -23,10 +23,9 @@ def describe_cost(plan: Plan, config: EmbedCatalogConfig) -> str:
     usd, exact = 0.0, True
     for index in range(plan.pending.num_rows):
         title = TitleRow(plan.pending.slice(index, 1)).title()
-        for batch in (list(_cues(title, config)), [metadata_text(title.synopsis, list(title.tags))]):
-            one = estimate(config.text, batch)
-            texts, requests, tokens = texts + one.texts, requests + one.requests, tokens + one.tokens
-            usd, exact = usd + one.usd, exact and one.exact
+        one = estimate(config.text, [*_cues(title, config), metadata_text(title.synopsis, list(title.tags))])
+        texts, requests, tokens = texts + one.texts, requests + one.requests, tokens + one.tokens
+        usd, exact = usd + one.usd, exact and one.exact
     count = f"{tokens} tokens" if exact else f"at most {tokens} tokens (the vocabulary to count them is not at hand)"
     price = f"${usd:.4f} at ${config.text.price_per_million_tokens:g} a million"
     return f"{pending}; {texts} texts in {requests} requests, {count}, about {price}; subtitles inside the videos are not counted"

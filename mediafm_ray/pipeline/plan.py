@@ -112,7 +112,7 @@ def checkpoint_name(config: EmbedCatalogConfig, model: Model) -> str:
                 f"contextualiser.checkpoint={address}: its {key} is {shape.get(key)}, and {made_by} of this configuration give {dim}: "
                 "use the encoders that it was trained with, or another checkpoint"
             )
-    return weights.digest(address)[:VERSION_DIGITS]
+    return weights.checkpoint_digest(address)[:VERSION_DIGITS]
 
 
 def _recipe(config: Any, weights_sha256: str) -> dict[str, Any]:

@@ -187,12 +187,12 @@ class EncodeText(Stage):
         }
 
     def process(self, row: TitleRow) -> Mapping[str, Any]:
-        texts = self.encoder.encode([shot["text"] for shot in row["shots"]])
-        metadata = self.encoder.encode([metadata_text(row["synopsis"], row["tags"])])
+        shots = [shot["text"] for shot in row["shots"]]
+        encoded = self.encoder.encode([*shots, metadata_text(row["synopsis"], row["tags"])])  # one call: one request where an API is asked
         return {
-            "text_embeddings": vectors_cell(texts.embeddings_SD),
-            "has_text": texts.present_S.tolist(),
-            "metadata_embedding": metadata.embeddings_SD[0].tolist() if metadata.present_S[0] else None,
+            "text_embeddings": vectors_cell(encoded.embeddings_SD[:-1]),
+            "has_text": encoded.present_S[:-1].tolist(),
+            "metadata_embedding": encoded.embeddings_SD[-1].tolist() if encoded.present_S[-1] else None,
         }
 
 
