@@ -249,6 +249,7 @@ LONGEST_WIPE = 40  # frames
 WIPE_CHANGE = 24.0  # levels of 255: positions of two shots differ by more
 WIPE_SHARE = 0.25  # of the positions that differ: so many change at once, the others move as well
 WIPE_FIT = 0.9  # the share of the variance of the times of change that the linear function explains
+CHANNEL_MEAN = np.full(3, 1 / 3, np.float32)  # a product with it is several times faster than numpy's mean over 3 channels
 RETURNED = 0.5  # a picture came back when it differs from the one before by less than this share of the change itself
 
 
@@ -342,7 +343,7 @@ class _Wipes:
 
 
 def _change(frame_SC: np.ndarray, other_SC: np.ndarray) -> np.ndarray:
-    return np.abs(other_SC - frame_SC).mean(axis=1)
+    return np.abs(other_SC - frame_SC) @ CHANNEL_MEAN
 
 
 # (S, 3): 1, row, column of every position, the latter two from 0 to 1
@@ -354,6 +355,16 @@ _PLACES_S3 = np.stack(
     ],
     axis=1,
 )
+
+
+def _are_empty(frames_THWC: np.ndarray) -> list[bool]:
+    """Whether each frame is of one colour. In integers: exact, so that it cannot depend on how many frames come at once."""
+    positions = DETECTOR_HEIGHT * DETECTOR_WIDTH
+    sums_TS = frames_THWC.astype(np.int64).reshape(len(frames_THWC), positions, 3) @ np.ones(
+        3, np.int64
+    )  # 3 times the mean of the channels
+    variances_T = positions * (sums_TS**2).sum(axis=1) - sums_TS.sum(axis=1) ** 2  # positions ** 2 times the variance
+    return (variances_T < (3 * EMPTY_CONTRAST * positions) ** 2).tolist()
 
 
 class _Transitions:
@@ -375,12 +386,13 @@ class _Transitions:
         self._run_last = -1  # its last frame so far
         self._run_is_told = False  # the run was too long: its transition is out, the rest of it is no other one
         self._pending: Transition | None = None  # may still merge with the next one
+        self._visible = 0  # frames behind the pending transition that are not empty
         self.flashes: list[int] = []  # frames behind what was taken for a flash; for the caller to take away
 
     def push(self, one_hot_T: np.ndarray, many_hot_T: np.ndarray, frames_THWC: np.ndarray) -> list[Transition]:
         self._one_hot.extend(one_hot_T.tolist())
         self._many_hot.extend(many_hot_T.tolist())
-        self._empty.extend((frames_THWC.mean(axis=3, dtype=np.float32).std(axis=(1, 2)) < EMPTY_CONTRAST).tolist())
+        self._empty.extend(_are_empty(frames_THWC))
         self._frames.extend(frames_THWC.copy())
         self._wipe_fit.extend([0.0] * len(frames_THWC))
         if self._wipes:
@@ -435,9 +447,11 @@ class _Transitions:
                 self._add(Transition(frame, frame + 1, BOUNDARY_CUT, self._one_hot[at]), settled)
         if inside:
             self._run_last = frame
-        if self._pending and frame - self._pending.first_after > LONGEST_TRANSITION:
-            settled.append(self._pending)
-            self._pending = None
+        if self._pending and self._run_first < 0 and frame >= self._pending.first_after:
+            self._visible += not self._empty[at]
+            if self._visible > LONGEST_TRANSITION / 2 or frame - self._pending.first_after > LONGEST_TRANSITION:  # too late to merge
+                settled.append(self._pending)
+                self._pending = None
         self._cursor += 1
         useless = max(self._cursor - self._behind - self._oldest, 0)
         if useless >= self._behind:  # now and then, not for every frame
@@ -498,6 +512,7 @@ class _Transitions:
             return
         before = self._pending
         self._pending = found
+        self._visible = 0
         if before is None:
             return
         if self._is_empty_between(before, found):
@@ -635,10 +650,12 @@ class ShotDetector:
     bfloat16 where the processor has instructions for it (in float32 where not); probabilities differ by up to a few hundredths.
     On a CPU every window is computed alone, by one thread: probabilities depend neither on other titles nor on the number of threads.
 
-    Raises weights.WeightsError when the weights are not there or are not TransNet V2's, ValueError for a device that is not there.
+    Raises weights.WeightsError when the weights are not there or are not TransNet V2's, ValueError for a device that is not there or a
+    configuration without sense.
     """
 
     def __init__(self, config: DetectorConfig) -> None:
+        _check(config)
         self.config = config
         self.windowing = REFERENCE_WINDOWS if config.exact else WIDE_WINDOWS
         device = open_device(config.device)
@@ -682,6 +699,23 @@ class ShotDetector:
         one_hot_BT, many_hot_BT = self._network(torch.from_numpy(np.stack(windows)))
         predicted_B2T = torch.stack([one_hot_BT, many_hot_BT], dim=1).cpu().numpy()
         return list(predicted_B2T[:, :, self.windowing.margin : -self.windowing.margin])
+
+
+def _check(config: DetectorConfig) -> None:
+    if not 0 < config.threshold < 1:
+        raise ValueError(f"detector.threshold is a probability between 0 and 1, not {config.threshold}")
+    if not 0 < config.spike <= 1:
+        raise ValueError(f"detector.spike is a difference of probabilities above 0 and up to 1 (off), not {config.spike}")
+    for name in ("flash_frames", "shortest_shot", "longest_shot"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"detector.{name} is a number of frames, 0 (off) or more, not {getattr(config, name)}")
+    if config.longest_shot and config.longest_shot < 2 * config.shortest_shot:
+        raise ValueError(
+            f"detector.longest_shot ({config.longest_shot}) must be at least twice detector.shortest_shot ({config.shortest_shot}): "
+            "the halves of a shot that is split are shots, too"
+        )
+    if config.batch < 1:
+        raise ValueError(f"detector.batch must be 1 window or more, not {config.batch}")
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -201,6 +201,21 @@ def test_shots_settle_soon_after_they_end_and_state_stays_bounded() -> None:
     assert max(sizes[25:]) <= 1.05 * max(sizes[:25])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"threshold": 1.5}, "threshold"),
+        ({"spike": 0.0}, "spike"),
+        ({"flash_frames": -1}, "flash_frames"),
+        ({"shortest_shot": 20, "longest_shot": 30}, "longest_shot"),
+        ({"batch": 0}, "batch"),
+    ],
+)
+def test_a_configuration_without_sense_is_refused_by_name(wrong: dict[str, float], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ShotDetector(dataclasses.replace(CONFIG, **wrong))
+
+
 # ------------------------------------------------------------------------------------------------- real footage and the network
 
 
