@@ -8,7 +8,7 @@ from mediafm_ray.config import EmbedCatalogConfig
 from mediafm_ray.media import source, timed_text
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.rows import TitleRow
-from mediafm_ray.pipeline.stages import metadata_text
+from mediafm_ray.pipeline.stages import media_options, metadata_text
 from mediafm_ray.spec import Title, TitleError
 
 
@@ -35,7 +35,7 @@ def _cues(title: Title, config: EmbedCatalogConfig) -> Iterator[str]:
     """The texts of the sidecar that would be used; a title whose timed text cannot be read has none."""
     for one in timed_text.by_fit(title.timed_text, config.timed_text):
         try:
-            data = source.read_whole(one.uri, config.media, timed_text.MAX_BYTES)
+            data = source.read_whole(one.uri, media_options(config.media, one.uri, config.storage), timed_text.MAX_BYTES)
             cues, _ = timed_text.parse(data, source.file_name(one.uri), config.timed_text, one.language, one.kind)
         except TitleError:  # the run will warn of it, and use the next
             continue

@@ -60,7 +60,8 @@ def read_plan(plan: Plan, config: EmbedCatalogConfig) -> Dataset:
 def detect_shots(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:
     """Find the shots of each title, and read the frames, audio and text of each shot, in one pass over the video."""
     pool = config.resources.detect_shots
-    return _actors(titles, pool, stages.DetectShots, with_threads(config.detector, pool), config.frames, config.timed_text, config.media)
+    detector = with_threads(config.detector, pool)
+    return _actors(titles, pool, stages.DetectShots, detector, config.frames, config.timed_text, config.media, config.storage)
 
 
 def encode_video(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:

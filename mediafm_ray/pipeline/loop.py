@@ -17,7 +17,9 @@ def build_stages(plan: Plan, config: EmbedCatalogConfig) -> list[Stage]:
     """Every stage of the graph, with its models loaded, in order."""
     resources = config.resources
     found: list[Stage] = [
-        stages.DetectShots(with_threads(config.detector, resources.detect_shots), config.frames, config.timed_text, config.media),
+        stages.DetectShots(
+            with_threads(config.detector, resources.detect_shots), config.frames, config.timed_text, config.media, config.storage
+        ),
         stages.EncodeVideo(with_threads(config.video, resources.encode_video)),
         stages.EncodeAudio(with_threads(config.audio, resources.encode_audio)),
         stages.EncodeText(with_threads(config.text, resources.encode_text)),

@@ -48,7 +48,7 @@ from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
-from mediafm_ray.storage.store import StorageConfig
+from mediafm_ray.storage.store import StorageConfig, fsspec_options
 
 OK = "ok"
 FAILED = "failed"
@@ -75,11 +75,14 @@ class DetectShots(Stage):
     name = "detect_shots"
     takes = ("title_id", "video", "timed_text")
 
-    def __init__(self, detector: DetectorConfig, frames: FramesConfig, timed_text: TimedTextConfig, media: MediaConfig):
+    def __init__(
+        self, detector: DetectorConfig, frames: FramesConfig, timed_text: TimedTextConfig, media: MediaConfig, storage: StorageConfig
+    ):
         from mediafm_ray.media.isolation import IsolatedReader
         from mediafm_ray.models.transnet import ShotDetector
 
         self.detector = ShotDetector(detector)
+        self.media, self.storage = media, storage
         self.reader = IsolatedReader(frames, timed_text, media)
 
     @property
@@ -87,7 +90,9 @@ class DetectShots(Stage):
         return {"shots": SHOTS, "frames": FRAMES, "audio": AUDIO, "media": pa.string()}
 
     def process(self, row: TitleRow) -> Mapping[str, Any]:
-        media = self.reader.read(row.title(), self.detector.stream())
+        title = row.title()
+        self.reader.media = media_options(self.media, title.video, self.storage)
+        media = self.reader.read(title, self.detector.stream())
         shots = [
             {
                 **dataclasses.asdict(shot.span),
@@ -114,6 +119,11 @@ class DetectShots(Stage):
             "audio": list_cell(packed_array(media.audio)),
             "media": to_json(facts),
         }
+
+
+def media_options(media: MediaConfig, uri: str, storage: StorageConfig) -> MediaConfig:
+    """The media layer's configuration for a video at a URI: it reaches object storage as the storage layer does."""
+    return dataclasses.replace(media, storage_options={**fsspec_options(uri, storage), **media.storage_options})
 
 
 class EncodeVideo(Stage):

@@ -71,13 +71,14 @@ def open_filesystem(uri: str, config: StorageConfig) -> tuple[Any, str]:
     if scheme == "file":
         return LocalFileSystem(), absolute(uri)
     try:
-        return fsspec.core.url_to_fs(uri, **_options_of(scheme, config))
+        return fsspec.core.url_to_fs(uri, **fsspec_options(uri, config))
     except ImportError as error:
         raise StorageError(f"{uri}: {error}; install the fsspec package of this kind of storage") from error
 
 
-def _options_of(scheme: str, config: StorageConfig) -> dict[str, Any]:
-    if scheme != "s3":
+def fsspec_options(uri: str, config: StorageConfig) -> dict[str, Any]:
+    """What fsspec needs beside the URI to open it: for s3:// the endpoint, timeouts and retries; nothing else has options here."""
+    if scheme_of(uri) != "s3":
         return {}
     return {
         "endpoint_url": config.endpoint_url or None,
