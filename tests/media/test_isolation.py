@@ -59,12 +59,12 @@ def test_crash_is_the_titles_error_and_the_next_title_is_read(long_video, blow):
 
 
 def test_hang_ends_after_the_timeout(long_video):
-    reader = reader_with(no_progress_timeout_s=1.0)
+    reader = reader_with(no_progress_timeout_s=5.0)
     try:
         started = time.monotonic()
-        with pytest.raises(TitleError, match="no progress for 1 s"):
+        with pytest.raises(TitleError, match="no progress for 5 s"):
             reader.read(Title("a", str(long_video.path)), Interfering(lambda: os.kill(reader.process.pid, signal.SIGSTOP)))
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 40
         assert reader.process is None
         assert reader.read(Title("a", str(long_video.path)), KnownCuts([])).frame_count == 600
     finally:
@@ -74,7 +74,7 @@ def test_hang_ends_after_the_timeout(long_video):
 def test_hang_before_the_title_is_even_opened(tmp_path, long_video):
     """A named pipe that nobody writes to: opening it blocks for ever."""
     os.mkfifo(tmp_path / "pipe.mp4")
-    reader = reader_with(no_progress_timeout_s=2.0)
+    reader = reader_with(no_progress_timeout_s=5.0)
     try:
         with pytest.raises(TitleError, match=r"pipe\.mp4"):
             reader.read(Title("a", str(tmp_path / "pipe.mp4")), KnownCuts([]))
@@ -84,9 +84,9 @@ def test_hang_before_the_title_is_even_opened(tmp_path, long_video):
 
 
 def test_time_of_the_detector_is_not_lack_of_progress(long_video):
-    reader = reader_with(no_progress_timeout_s=1.5)
+    reader = reader_with(no_progress_timeout_s=5.0)
     try:
-        assert reader.read(Title("a", str(long_video.path)), Interfering(lambda: time.sleep(3))).frame_count == 600
+        assert reader.read(Title("a", str(long_video.path)), Interfering(lambda: time.sleep(6))).frame_count == 600
     finally:
         reader.close()
 
