@@ -21,7 +21,7 @@ class DetectorConfig:
     flash_frames: int = recipe(4, "a picture that is back after so many frames was not left: no boundary; 0 = off")
     shortest_shot: int = recipe(0, "frames; of two boundaries closer than this only the more probable one stays; 0 = off")
     longest_shot: int = recipe(0, "frames; a longer shot is split evenly (boundary_kind: split); 0 = off")
-    exact: bool = recipe(True, "windows and float32 exactly as in the reference (slower)")
+    exact: bool = recipe(False, "windows and float32 exactly as in the reference (slower)")
     device: str = resource("cpu", "torch device: cpu, cuda")
     threads: int = resource(0, "CPU threads of one detector; 0 = share the cores of the machine among the actors")
     batch: int = resource(4, "windows that a GPU computes at once")

@@ -39,6 +39,7 @@ SHOTS = pa.list_(
             ("boundary_probability", pa.float32()),
             ("transition_start_frame", pa.int64()),
             ("transition_end_frame", pa.int64()),
+            ("dropped_boundaries", pa.int32()),
             ("text", pa.string()),
             ("language", pa.string()),
             ("thumbnail", pa.binary()),

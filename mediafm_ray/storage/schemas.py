@@ -35,6 +35,7 @@ def shots_schema(fused_dim: int) -> pa.Schema:
             pa.field("boundary_probability", pa.float32(), nullable=False),
             pa.field("transition_start_frame", pa.int64(), nullable=False),
             pa.field("transition_end_frame", pa.int64(), nullable=False),
+            pa.field("dropped_boundaries", pa.int32(), nullable=False),
             pa.field("text", pa.string(), nullable=False),
             pa.field("language", pa.string(), nullable=False),
             pa.field("has_video", pa.bool_(), nullable=False),

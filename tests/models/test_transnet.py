@@ -40,7 +40,7 @@ def real_frames(count: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def detector() -> ShotDetector:
-    return ShotDetector(DetectorConfig())
+    return ShotDetector(DetectorConfig(exact=True))
 
 
 @pytest.mark.parametrize("count", [101, pytest.param(250, marks=pytest.mark.slow)])

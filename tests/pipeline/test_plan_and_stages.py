@@ -26,6 +26,7 @@ SHOT = {
     "boundary_probability": 1.0,
     "transition_start_frame": 0,
     "transition_end_frame": 0,
+    "dropped_boundaries": 0,
     "text": "",
     "language": "",
     "thumbnail": b"",

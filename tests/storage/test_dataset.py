@@ -48,6 +48,7 @@ def shots_of(title_id, count=3, seed=0):
         "boundary_probability": [1.0] * count,
         "transition_start_frame": [0] * count,
         "transition_end_frame": [0] * count,
+        "dropped_boundaries": [0] * count,
         "text": ["hello"] * count,
         "language": ["en"] * count,
         "has_video": [True] * count,
