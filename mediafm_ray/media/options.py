@@ -23,10 +23,10 @@ class FramesConfig:
 class TimedTextConfig:
     """Which timed text becomes the text of a shot."""
 
-    languages: list[str] = recipe(  # noqa: RUF009 (recipe makes a default factory of a list)
+    languages: list[str] = recipe(
         [], "languages in order of preference (BCP 47 prefixes, e.g. [en, de]); the first that a title has is used; empty = any"
     )
-    kinds: list[str] = recipe(  # noqa: RUF009
+    kinds: list[str] = recipe(
         ["", "captions", "subtitles"], "kinds used, in order of preference: captions, subtitles, descriptions, forced; '' = kind unknown"
     )
     embedded: bool = recipe(True, "use subtitle streams inside the video when no sidecar fits")
@@ -47,6 +47,4 @@ class MediaConfig:
         1, "decoder threads of one reading process; with more, what a decoder makes up in damaged H.264 depends on their timing"
     )
     read_ahead_mb: int = resource(8, "bytes asked for at once from object storage, in MB")
-    storage_options: dict[str, Any] = resource(  # noqa: RUF009
-        {}, "options of the file system of remote videos (fsspec), e.g. endpoint_url"
-    )
+    storage_options: dict[str, Any] = resource({}, "options of the file system of remote videos (fsspec), e.g. endpoint_url")
