@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -112,16 +113,16 @@ def make_titles(folder: Path, count: int, seconds: float, footage: Path) -> None
 
 
 def _loop_pictures(source: Path, target: Path, seconds: float) -> None:
+    with av.open(str(source)) as reader:
+        rate = reader.streams.video[0].average_rate or Fraction(25)
     with av.open(str(target), "w") as writer:
-        stream = None
+        stream = writer.add_stream("libx264", rate=rate, options={"preset": "veryfast"})
+        stream.pix_fmt = "yuv420p"
         frames = 0
-        while stream is None or frames / stream.rate < seconds:
+        while frames / rate < seconds:
             with av.open(str(source)) as reader:
                 for frame in reader.decode(video=0):
-                    if stream is None:
-                        stream = writer.add_stream("libx264", rate=reader.streams.video[0].average_rate, options={"preset": "veryfast"})
-                        stream.width, stream.height = frame.width // 2 * 2, frame.height // 2 * 2
-                        stream.pix_fmt = "yuv420p"
+                    stream.width, stream.height = frame.width // 2 * 2, frame.height // 2 * 2
                     frame.pts = None
                     writer.mux(stream.encode(frame))
                     frames += 1
