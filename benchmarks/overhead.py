@@ -114,15 +114,15 @@ def make_titles(folder: Path, count: int, seconds: float, footage: Path) -> None
 
 def _loop_pictures(source: Path, target: Path, seconds: float) -> None:
     with av.open(str(source)) as reader:
-        rate = reader.streams.video[0].average_rate or Fraction(25)
+        pictures = reader.streams.video[0]
+        rate, width, height = pictures.average_rate or Fraction(25), pictures.width // 2 * 2, pictures.height // 2 * 2
     with av.open(str(target), "w") as writer:
         stream = writer.add_stream("libx264", rate=rate, options={"preset": "veryfast"})
-        stream.pix_fmt = "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         frames = 0
         while frames / rate < seconds:
             with av.open(str(source)) as reader:
                 for frame in reader.decode(video=0):
-                    stream.width, stream.height = frame.width // 2 * 2, frame.height // 2 * 2
                     frame.pts = None
                     writer.mux(stream.encode(frame))
                     frames += 1
