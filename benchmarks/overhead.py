@@ -123,7 +123,7 @@ def _loop_pictures(source: Path, target: Path, seconds: float) -> None:
         while frames / rate < seconds:
             with av.open(str(source)) as reader:
                 for frame in reader.decode(video=0):
-                    frame.pts = None
+                    frame.pts, frame.time_base = frames, 1 / rate
                     writer.mux(stream.encode(frame))
                     frames += 1
         writer.mux(stream.encode(None))
