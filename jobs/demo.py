@@ -77,4 +77,7 @@ def make_catalog(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(__doc__ or "", EmbedCatalogConfig, lambda _: main(Path("demo")), []))
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        sys.exit(__doc__)
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    sys.exit(run_job(__doc__ or "", EmbedCatalogConfig, lambda _: main(folder), []))

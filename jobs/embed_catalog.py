@@ -3,7 +3,8 @@
     python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri=videos/ output.uri=embeddings/
 
 What is committed already is skipped; a killed run is finished by running the same command again.
-Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or catalog.
+Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or catalog, nothing
+was started; 3: the run ended before its titles did.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+import traceback
 
-from mediafm_ray.config import EmbedCatalogConfig
-from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, run_job
+from mediafm_ray.config import ConfigError, EmbedCatalogConfig
+from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, run_job
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
 from mediafm_ray.pipeline.report import Console, Tally, follow, summary, summary_table, write_summary
@@ -29,12 +31,20 @@ def main(config: EmbedCatalogConfig) -> int:
         console.say(describe_cost(plan, config))
         return EXIT_OK
     prepare_output(plan, config)
-    tally = embed(plan, config, console) if plan.pending.num_rows else Tally(0)
+    tally = Tally(plan.pending.num_rows)
+    if tally.planned:
+        try:
+            embed(plan, config, console, tally)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
+            traceback.print_exc()
+            tally.aborted = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}"
     return report(plan, tally, time.monotonic() - start, config, console)
 
 
-def embed(plan: Plan, config: EmbedCatalogConfig, console: Console) -> Tally:
-    """The recipe, step by step, over the pending titles."""
+def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally) -> None:
+    """The recipe, step by step, over the pending titles; ``tally`` counts how they end."""
     from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
     from mediafm_ray.pipeline.cluster import check_room, connected
 
@@ -49,7 +59,7 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console) -> Tally:
         titles = graph.fuse(titles, plan, config)
         titles = graph.contextualise(titles, plan, config)
         results = graph.write(titles, plan, config)
-        return follow(graph.blocks(results), plan.pending.num_rows, begun, console)
+        follow(graph.blocks(results), tally, begun, console)
 
 
 def say_plan(plan: Plan, console: Console) -> None:
@@ -60,6 +70,10 @@ def say_plan(plan: Plan, console: Console) -> None:
     )
     if plan.failed_before:
         console.say(f"{plan.failed_before} titles failed before and are passed over (run.retry_failed=false)")
+    if plan.only_contextual:
+        console.say(
+            f"{plan.only_contextual} of them lack only this checkpoint's contextual embeddings; their shots are computed again, too"
+        )
     if not plan.checkpoint:
         console.say("no contextualiser.checkpoint is set: writing fused (raw) embeddings only")
 
@@ -72,6 +86,9 @@ def report(plan: Plan, tally: Tally, wall_s: float, config: EmbedCatalogConfig, 
     store = Store(config.output.uri, config.storage)
     write_summary(store, content)
     console.write_log(store)
+    if tally.aborted:
+        console.say(f"error: the run ended early, {tally.lost} titles were not done: {tally.aborted}; run the same command again")
+        return EXIT_ABORTED
     if tally.lost:
         console.say(f"error: {tally.lost} titles were planned and never came back; run the same command again")
         return EXIT_FAILED_TITLES

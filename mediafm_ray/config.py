@@ -85,7 +85,13 @@ class ResourcesConfig:
     write_num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for a writing task")
     ray_address: str = resource("", "Ray cluster to join; empty = RAY_ADDRESS if it is set, else a Ray of its own on this machine")
     object_store_gb: float = resource(0.0, "object store of a Ray of its own, in GB; 0 = Ray's default (30 % of the memory)")
-    no_progress_timeout_s: float = resource(1800.0, "seconds without any progress until the job stops with an error")
+    no_progress_timeout_s: float = resource(
+        21600.0, "seconds in which no title gets from one stage to the next until the job stops; longer than the longest title takes"
+    )
+
+    def __post_init__(self) -> None:
+        if self.write_num_cpus < 0 or self.object_store_gb < 0 or self.no_progress_timeout_s < 0:
+            raise ValueError("resources.write_num_cpus, object_store_gb and no_progress_timeout_s cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         except Exception as error:
-            raise ConfigError(f"{override}: {_first_line(error)}") from error
+            raise ConfigError(f"{key}=...: {_first_line(error)}") from error  # the value may be a secret
     try:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:

@@ -32,11 +32,24 @@ def test_later_files_and_overrides_win(tmp_path):
         (["resources.encode_video.min_actors=3"], "min_actors"),
         (["catalog.uri"], "key=value"),
         (["frames=3"], "frames"),
+        (["frames.per_shot=0"], "frames.per_shot"),
+        (["frames.jpeg_quality=500"], "frames.jpeg_quality"),
+        (["detector.threshold=7"], "detector.threshold"),
+        (["fusion.modality_norm=l3"], "fusion.modality_norm"),
+        (["media.max_damage=2"], "media.max_damage"),
+        (["resources.write_num_cpus=-3"], "write_num_cpus"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(overrides, named):
     with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
         read(*overrides)
+
+
+def test_a_value_on_the_command_line_is_not_repeated_in_errors():
+    with pytest.raises(ConfigError) as caught:
+        read("media.storage_optons.secret=hunter2")
+    assert "media.storage_optons" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_mistake_in_a_file_names_file_and_key(tmp_path):

@@ -18,6 +18,12 @@ class FramesConfig:
     thumbnail_width: int = recipe(160, "width in pixels of the JPEG of a shot's middle frame, for people; 0 leaves it out")
     thumbnail_quality: int = recipe(80, "JPEG quality of that thumbnail, 1 to 95")
 
+    def __post_init__(self) -> None:
+        if self.per_shot < 1 or self.size < 16 or self.thumbnail_width < 0:
+            raise ValueError("frames.per_shot must be at least 1, frames.size at least 16, frames.thumbnail_width not negative")
+        if not 1 <= self.jpeg_quality <= 95 or not 1 <= self.thumbnail_quality <= 95:
+            raise ValueError("frames.jpeg_quality and frames.thumbnail_quality must be between 1 and 95")
+
 
 @dataclass(frozen=True)
 class TimedTextConfig:
@@ -48,3 +54,11 @@ class MediaConfig:
     )
     read_ahead_mb: int = resource(8, "bytes asked for at once from object storage, in MB")
     storage_options: dict[str, Any] = resource({}, "options of the file system of remote videos (fsspec), e.g. endpoint_url")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_damage <= 1:
+            raise ValueError(f"media.max_damage must be between 0 and 1, is {self.max_damage}")
+        positive = ("max_pixels", "max_hours", "memory_limit_gb", "no_progress_timeout_s", "read_ahead_mb")
+        wrong = [name for name in positive if getattr(self, name) <= 0]
+        if wrong or self.threads < 0:
+            raise ValueError(f"media.{wrong[0] if wrong else 'threads'} must be positive")

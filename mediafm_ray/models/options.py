@@ -26,6 +26,22 @@ class DetectorConfig:
     threads: int = resource(0, "CPU threads of one detector; 0 = share the cores of the machine among the actors")
     batch: int = resource(4, "windows that a GPU computes at once")
 
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"detector.threshold is a probability between 0 and 1, not {self.threshold}")
+        if not 0 < self.spike <= 1:
+            raise ValueError(f"detector.spike is a difference of probabilities above 0 and up to 1 (off), not {self.spike}")
+        for name in ("flash_frames", "shortest_shot", "longest_shot"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"detector.{name} is a number of frames, 0 (off) or more, not {getattr(self, name)}")
+        if self.longest_shot and self.longest_shot < 2 * self.shortest_shot:
+            raise ValueError(
+                f"detector.longest_shot ({self.longest_shot}) must be at least twice detector.shortest_shot ({self.shortest_shot}): "
+                "the halves of a shot that is split are shots, too"
+            )
+        if self.batch < 1:
+            raise ValueError(f"detector.batch must be 1 window or more, not {self.batch}")
+
 
 @dataclass(frozen=True)
 class VideoEncoderConfig:
@@ -92,6 +108,10 @@ class FusionConfig:
     modality_norm: str = recipe(
         "none", "before concatenating: none = as the encoders give them (the MediaFM recipe), l2 = every modality to unit norm"
     )
+
+    def __post_init__(self) -> None:
+        if self.modality_norm not in ("none", "l2"):
+            raise ValueError(f"fusion.modality_norm must be none or l2, is {self.modality_norm!r}")
 
 
 @dataclass(frozen=True)

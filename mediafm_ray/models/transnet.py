@@ -655,7 +655,6 @@ class ShotDetector:
     """
 
     def __init__(self, config: DetectorConfig) -> None:
-        _check(config)
         self.config = config
         self.windowing = REFERENCE_WINDOWS if config.exact else WIDE_WINDOWS
         device = open_device(config.device)
@@ -699,23 +698,6 @@ class ShotDetector:
         one_hot_BT, many_hot_BT = self._network(torch.from_numpy(np.stack(windows)))
         predicted_B2T = torch.stack([one_hot_BT, many_hot_BT], dim=1).cpu().numpy()
         return list(predicted_B2T[:, :, self.windowing.margin : -self.windowing.margin])
-
-
-def _check(config: DetectorConfig) -> None:
-    if not 0 < config.threshold < 1:
-        raise ValueError(f"detector.threshold is a probability between 0 and 1, not {config.threshold}")
-    if not 0 < config.spike <= 1:
-        raise ValueError(f"detector.spike is a difference of probabilities above 0 and up to 1 (off), not {config.spike}")
-    for name in ("flash_frames", "shortest_shot", "longest_shot"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"detector.{name} is a number of frames, 0 (off) or more, not {getattr(config, name)}")
-    if config.longest_shot and config.longest_shot < 2 * config.shortest_shot:
-        raise ValueError(
-            f"detector.longest_shot ({config.longest_shot}) must be at least twice detector.shortest_shot ({config.shortest_shot}): "
-            "the halves of a shot that is split are shots, too"
-        )
-    if config.batch < 1:
-        raise ValueError(f"detector.batch must be 1 window or more, not {config.batch}")
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

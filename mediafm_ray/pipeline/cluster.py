@@ -44,7 +44,12 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
 
 
 def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> None:
-    """Raise ConfigError when the smallest pools leave no CPU for the tasks between them: the graph would starve silently."""
+    """Raise ConfigError when the smallest pools leave no CPU for the tasks between them: the graph would starve silently.
+
+    Only of a Ray of our own: a cluster may be about to grow.
+    """
+    if resources.ray_address or os.environ.get("RAY_ADDRESS"):
+        return
     available = ray.cluster_resources()
     cpus = sum(pool.min_actors * pool.num_cpus for pool in pools.values())
     gpus = sum(pool.min_actors * pool.num_gpus for pool in pools.values())

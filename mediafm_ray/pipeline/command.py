@@ -17,6 +17,7 @@ from mediafm_ray.storage.store import StorageError
 EXIT_OK = 0
 EXIT_FAILED_TITLES = 1
 EXIT_BAD_INPUT = 2  # configuration, catalog, weights or output: nothing was started
+EXIT_ABORTED = 3  # the run ended before its titles did: an actor, the cluster or the program itself failed
 EXIT_INTERRUPTED = 130
 Job = TypeVar("Job")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.spec import digest_of, recipe_of
 from mediafm_ray.storage.catalog import Entry, read_catalog
 from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextual, encode_title
+from mediafm_ray.storage.store import ObjectInfo
 
 ARITHMETIC = 1  # raise it with a change of the code that changes the numbers: it is part of the dataset version
 VERSION_DIGITS = 12  # hex digits of a dataset version
@@ -34,6 +36,8 @@ class Plan:
     done: int  # committed before: nothing to do
     failed_before: int  # passed over because of a failure record (run.retry_failed=false)
     left: int  # pending, but beyond run.max_titles
+    only_contextual: int  # pending whose shots are committed: the checkpoint is what is new
+    leftovers: tuple[str, ...]  # objects that an earlier run should have removed after it committed their successor
 
 
 def describe_model(config: EmbedCatalogConfig) -> Model:
@@ -68,29 +72,52 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
     model = describe_model(config)
     checkpoint = checkpoint_name(config, model)
     output = Output(config.output.uri, model.dataset_version, config.storage)
-    datasets = [SHOTS, *([contextual(checkpoint)] if checkpoint else [])]
-    committed = {dataset: output.list(dataset) for dataset in datasets}
-    failures = output.list(FAILURES)
-    rows, done, failed_before = [], 0, 0
-    objects_of_title = _names_by_title([*committed.values(), failures])
+    listed = {dataset: output.list(dataset) for dataset in output.datasets()}
+    wanted = [listed.get(dataset, {}) for dataset in (SHOTS, *([contextual(checkpoint)] if checkpoint else []))]
+    failures = listed.get(FAILURES, {})
+    rows, leftovers = [], []
+    done = failed_before = only_contextual = 0
+    objects_of_title = _by_title(listed.values())
     for entry in entries:
         key = (encode_title(entry.title.title_id), entry.source)
-        if all(key in objects for objects in committed.values()):
+        others = [info for source, info in objects_of_title.get(key[0], ()) if source != entry.source]
+        if all(key in objects for objects in wanted):
             done += 1
+            # only what is older: another job may just have committed a newer source than this one's catalog knew
+            committed = max(info.modified for info in wanted[0][key])
+            leftovers += [info.name for info in [*others, *failures.get(key, ())] if info.modified <= committed]
         elif key in failures and not config.run.retry_failed:
             failed_before += 1
         else:
-            superseded = [name for source, name in objects_of_title[key[0]] if source != entry.source]
-            rows.append(_row(entry, superseded))
+            only_contextual += key in wanted[0]
+            rows.append(_row(entry, [info.name for info in others]))
     taken = rows[: config.run.max_titles] if config.run.max_titles else rows
-    return Plan(model, checkpoint, plan_table(taken), len(entries), done, failed_before, len(rows) - len(taken))
+    return Plan(
+        model=model,
+        checkpoint=checkpoint,
+        pending=plan_table(taken),
+        titles=len(entries),
+        done=done,
+        failed_before=failed_before,
+        left=len(rows) - len(taken),
+        only_contextual=only_contextual,
+        leftovers=tuple(leftovers),
+    )
 
 
 def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
-    """See that the output can be written, and put model.json there. Raises StorageError."""
+    """See that the output can be written, put model.json there, and finish removals that an earlier run did not get to.
+
+    Raises StorageError, and ConfigError for an embeddings API without a key.
+    """
+    text = config.text
+    if plan.pending.num_rows and text.encoder == "openai" and not text.base_url and not os.environ.get(text.api_key_variable):
+        raise ConfigError(f"text.encoder=openai needs a key: set the environment variable {text.api_key_variable}")
     output = Output(config.output.uri, plan.model.dataset_version, config.storage)
     output.store.check_writable()
     output.write_model(plan.model)
+    for name in plan.leftovers:
+        output.store.delete(name)
 
 
 def checkpoint_name(config: EmbedCatalogConfig, model: Model) -> str:
@@ -122,11 +149,12 @@ def _recipe(config: Any, weights_sha256: str) -> dict[str, Any]:
     return {**fields, "weights_sha256": weights_sha256}
 
 
-def _names_by_title(listings: list[dict[tuple[str, str], list[Any]]]) -> Mapping[str, list[tuple[str, str]]]:
-    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+def _by_title(listings: Iterable[Mapping[tuple[str, str], list[ObjectInfo]]]) -> Mapping[str, list[tuple[str, ObjectInfo]]]:
+    """The objects of every title, in all datasets, with their sources."""
+    found: dict[str, list[tuple[str, ObjectInfo]]] = defaultdict(list)
     for listing in listings:
         for (title, source), infos in listing.items():
-            found[title] += [(source, info.name) for info in infos]
+            found[title] += [(source, info) for info in infos]
     return found
 
 

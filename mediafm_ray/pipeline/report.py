@@ -17,12 +17,13 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from mediafm_ray.pipeline.plan import Plan
-from mediafm_ray.storage.store import Store
+from mediafm_ray.storage.store import Store, public_uri
 
 SUMMARY = "run-summary.json"
 LOG = "run.log"
 MAX_FAILURES_SHOWN = 20
-SECRET = re.compile("secret|password|token$|credential|api_key|access_key|^key$", re.IGNORECASE)
+SECRET = re.compile("secret|password|token$|credential|api_key$|access_key|^key$", re.IGNORECASE)
+HARMLESS_OPTIONS = ("anon", "endpoint_url", "region", "use_ssl")
 REDACTED = "(redacted)"
 VERSIONS_OF = ("mediafm_ray", "ray", "torch", "transformers", "pyarrow", "av", "numpy")
 
@@ -55,6 +56,7 @@ class Tally:
     shots: int = 0
     video_s: float = 0.0
     bytes_written: int = 0
+    aborted: str = ""  # why the run ended before its titles did
     startup_s: float = 0.0  # until the first title could have begun: Ray, its actors, their models
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     failures: list[dict[str, str]] = field(default_factory=list)
@@ -77,7 +79,7 @@ class Tally:
         error = result["error"]
         if error is not None:
             self.failed += 1
-            self.failures.append({"title_id": result["title_id"], **error})
+            self.failures.append({"title_id": result["title_id"], **{key: value for key, value in error.items() if key != "traceback"}})
             return
         self.ok += 1
         self.shots += result["shot_count"]
@@ -87,9 +89,8 @@ class Tally:
             self.warned.append({"title_id": result["title_id"], "warnings": result["warnings"]})
 
 
-def follow(results: Iterator[pa.Table], planned: int, begun: float, console: Console) -> Tally:
+def follow(results: Iterator[pa.Table], tally: Tally, begun: float, console: Console) -> None:
     """Count the results as they come, and say a line for each title. ``begun``: time.monotonic() when Ray's start began."""
-    tally = Tally(planned)
     for table in results:
         for result in table.to_pylist() if table.num_columns else []:
             tally.add(result)
@@ -99,7 +100,6 @@ def follow(results: Iterator[pa.Table], planned: int, begun: float, console: Con
             console.say(progress_line(result, tally, elapsed_s - tally.startup_s))
             for warning in result["warnings"] or []:
                 console.say(f"        warning: {result['title_id']}: {warning}")
-    return tally
 
 
 def progress_line(result: Mapping[str, Any], tally: Tally, elapsed_s: float) -> str:
@@ -126,6 +126,7 @@ def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) 
             "skipped_failed_before": plan.failed_before,
             "left_by_max_titles": plan.left,
         },
+        "aborted": tally.aborted or None,
         "failures": tally.failures,
         "warnings": tally.warned,
         "shots": tally.shots,
@@ -144,10 +145,16 @@ def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) 
 
 
 def redacted(config: Any) -> Any:
-    """A configuration without the values of keys that look like secrets."""
+    """A configuration without the values of keys that look like secrets; of storage options only those known to be harmless."""
     if isinstance(config, Mapping):
-        return {key: REDACTED if value and SECRET.search(key) else redacted(value) for key, value in config.items()}
-    return config
+        return {key: _redacted_value(key, value) for key, value in config.items()}
+    return public_uri(config) if isinstance(config, str) else config
+
+
+def _redacted_value(key: str, value: Any) -> Any:
+    if key == "storage_options" and isinstance(value, Mapping):
+        return {name: option if name in HARMLESS_OPTIONS else REDACTED for name, option in value.items()}
+    return REDACTED if value and SECRET.search(key) else redacted(value)
 
 
 def summary_table(content: Mapping[str, Any], output_uri: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -24,8 +25,9 @@ import pyarrow as pa
 from mediafm_ray.spec import Packed, TimedTextSource, Title, TitleError
 
 log = logging.getLogger(__name__)
+MAX_TRACEBACK_PARTS = 6  # the last frames and the error itself
 
-ERROR = pa.struct([("stage", pa.string()), ("type", pa.string()), ("message", pa.string())])
+ERROR = pa.struct([("stage", pa.string()), ("type", pa.string()), ("message", pa.string()), ("traceback", pa.string())])
 SECONDS = pa.list_(pa.struct([("stage", pa.string()), ("seconds", pa.float64())]))
 TIMED_TEXT = pa.list_(pa.struct([("uri", pa.string()), ("language", pa.string()), ("kind", pa.string())]))
 SHOTS = pa.list_(
@@ -237,10 +239,11 @@ class Stage(ABC):
 
 def error_value(stage: str, failure: BaseException) -> dict[str, str]:
     """A failure as the value of the column ``error``: a person reads the message."""
-    message = str(failure) or repr(failure)
-    if not isinstance(failure, TitleError):
+    message, frames = str(failure) or repr(failure), ""
+    if not isinstance(failure, TitleError):  # a defect, or trouble outside the title: where it was matters, too
         message = f"{type(failure).__name__}: {message}"
-    return {"stage": stage, "type": type(failure).__name__, "message": message}
+        frames = "".join(traceback.format_exception(failure)[-MAX_TRACEBACK_PARTS:])
+    return {"stage": stage, "type": type(failure).__name__, "message": message, "traceback": frames}
 
 
 def plan_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:

@@ -48,7 +48,7 @@ from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
-from mediafm_ray.storage.store import StorageConfig, fsspec_options
+from mediafm_ray.storage.store import StorageConfig, fsspec_options, public_uri
 
 OK = "ok"
 FAILED = "failed"
@@ -282,12 +282,10 @@ class WriteTitle(Stage):
         files[SHOTS_DATASET] = self._shots_file(row, shots, media)
         for dataset, content in files.items():
             self.output.write(dataset, title_id, source, content)
-        for name in [*row["superseded"], object_name(FAILURES, title_id, source)]:
-            self.output.store.delete(name)
         return {
             "shot_count": len(shots),
             "duration_s": media["duration_s"],
-            "warnings": media["warnings"],
+            "warnings": media["warnings"] + self._remove([*row["superseded"], object_name(FAILURES, title_id, source)]),
             "bytes_written": sum(map(len, files.values())),
         }
 
@@ -308,6 +306,16 @@ class WriteTitle(Stage):
         kept = ["title_id", "source", "seconds", *self.adds]
         return table.select(kept).append_column("error", pa.array(errors, table.schema.field("error").type))
 
+    def _remove(self, names: Sequence[str]) -> list[str]:
+        """Remove what the committed title supersedes; what cannot be removed is a warning, for the title is done."""
+        warnings = []
+        for name in names:
+            try:
+                self.output.store.delete(name)
+            except Exception as error:  # fsspec implementations raise many kinds
+                warnings.append(f"{name} is superseded and could not be removed ({error}); the next run will try again")
+        return warnings
+
     def _record_failure(self, row: TitleRow, error: Mapping[str, str]) -> None:
         name = object_name(FAILURES, row.title_id, row["source"])
         try:
@@ -317,8 +325,8 @@ class WriteTitle(Stage):
         record = {
             "title_id": row.title_id,
             "source": row["source"],
-            "video": row["video"],
-            **error,
+            "video": public_uri(row["video"]),
+            **{key: value for key, value in error.items() if value},
             "attempts": attempts + 1,
             "dataset_version": self.model.dataset_version,
         }
@@ -362,7 +370,7 @@ class WriteTitle(Stage):
         return {
             "title_id": row.title_id,
             "source": row["source"],
-            "video": row["video"],
+            "video": public_uri(row["video"]),
             "dataset_version": self.model.dataset_version,
             "dims": dict(self.model.dims),
             "spans": {name: list(span) for name, span in self.model.spans.items()},

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,8 @@ from mediafm_ray.storage.store import (
     scheme_of,
 )
 
+log = logging.getLogger(__name__)
+
 VIDEO_ENDINGS = frozenset(
     (
         *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
@@ -50,6 +53,7 @@ CSV_LIST_SEPARATOR = ";"
 MAX_TITLE_ID_BYTES = 1024  # of UTF-8
 MAX_PROBLEMS_SHOWN = 50
 STAT_THREADS = 16
+UNLISTED_SCHEMES = ("file", "http", "https")  # a stat each: listing a local folder is no gain, a web server has no listing
 SOURCE_DIGITS = 16  # hex digits of a source digest
 
 
@@ -129,9 +133,14 @@ def _read_folder(uri: str, config: StorageConfig) -> list[Entry]:
     if not by_stem:
         raise CatalogError(uri, [f"no video file below this folder (endings known: {' '.join(sorted(VIDEO_ENDINGS))})"])
     sidecars = _sidecars_of(by_stem, objects)
+    described = [stem for stem in by_stem if f"{stem}.json" in objects]
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        found_metadata = dict(
+            zip(described, pool.map(lambda stem: _read_metadata(store, f"{stem}.json", problems), described), strict=True)
+        )
     entries = []
     for stem, name in by_stem.items():
-        metadata = _read_metadata(store, f"{stem}.json", problems) if f"{stem}.json" in objects else {}
+        metadata = found_metadata.get(stem, {})
         texts = sidecars.get(stem, [])
         title = Title(
             title_id=stem,
@@ -184,7 +193,10 @@ def _read_metadata(store: Store, name: str, problems: list[str]) -> dict[str, An
         problems.append(f"{name}: must be a JSON object with synopsis and tags, is {type(content).__name__}")
         return {}
     synopsis, tags = content.get("synopsis"), content.get("tags")
-    problems.extend(f"{name}: {problem}" for problem in _problems_of_metadata(synopsis, tags))
+    wrong = _problems_of_metadata(synopsis, tags)
+    if wrong:
+        problems.extend(f"{name}: {problem}" for problem in wrong)
+        return {}
     return {"synopsis": synopsis or "", "tags": tuple(tags or ())}
 
 
@@ -200,13 +212,14 @@ def _read_table(uri: str, kind: str, config: StorageConfig) -> list[Entry]:
     titles: list[Title] = []
     seen: dict[str, str] = {}
     for where, row in rows:
+        title_id = row.get("title_id")
+        if isinstance(title_id, str) and title_id.strip():
+            if title_id in seen:
+                problems.append(f"{where}: title_id {title_id!r} is already that of {seen[title_id]}")
+            seen.setdefault(title_id, where)
         title = _title_of(where, row, base, problems)
-        if title is None:
-            continue
-        if title.title_id in seen:
-            problems.append(f"{where}: title_id {title.title_id!r} is already that of {seen[title.title_id]}")
-        seen.setdefault(title.title_id, where)
-        titles.append(title)
+        if title is not None:
+            titles.append(title)
     if not titles and not problems:
         problems.append("the table has no rows")
     if problems:
@@ -226,6 +239,8 @@ def _title_of(where: str, row: Mapping[str, Any], base: str, problems: list[str]
             wrong.append(f"{name} is empty")
         elif not isinstance(value, str):
             wrong.append(f"{name} must be a string, is {type(value).__name__} ({value!r})")
+        elif not value.strip():
+            wrong.append(f"{name} is empty (white space)")
     if isinstance(title_id, str):
         wrong.extend(_problems_of_id(title_id))
     timed_text, synopsis, tags = row.get("timed_text"), row.get("synopsis"), row.get("tags")
@@ -233,6 +248,7 @@ def _title_of(where: str, row: Mapping[str, Any], base: str, problems: list[str]
     wrong.extend(_problems_of_metadata(synopsis, tags))
     uris = [video] if isinstance(video, str) else []
     uris += [uri for uri in timed_text if isinstance(uri, str)] if isinstance(timed_text, (list, tuple)) else []
+    wrong.extend(f"{uri!r} is no URI: it has characters that none has" for uri in uris if not _is_clean(uri))
     wrong.extend(
         f"{uri}: the scheme {scheme_of(uri)}:// is not allowed; use a path or one of {', '.join(ALLOWED_SCHEMES)}"
         for uri in uris
@@ -257,15 +273,19 @@ def _marks_of(uri: str) -> tuple[str, str]:
 
 
 def _problems_of_id(title_id: str) -> list[str]:
-    try:
-        size = len(title_id.encode())
-    except UnicodeEncodeError:
-        return ["title_id is not valid Unicode"]
-    if size > MAX_TITLE_ID_BYTES:
-        return [f"title_id has {size} bytes; the limit is {MAX_TITLE_ID_BYTES}"]
-    if any(ord(character) < 32 for character in title_id):
-        return ["title_id has control characters"]
-    return []
+    if not _is_clean(title_id):
+        return ["title_id has control characters or is not valid Unicode"]
+    size = len(title_id.encode())
+    return [f"title_id has {size} bytes; the limit is {MAX_TITLE_ID_BYTES}"] if size > MAX_TITLE_ID_BYTES else []
+
+
+def _is_clean(text: str) -> bool:
+    """Whether text is valid Unicode (JSON may hold half a surrogate pair) without control characters."""
+    return not any(ord(character) < 32 or 0xD800 <= ord(character) <= 0xDFFF for character in text)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
 def _problems_of_list(name: str, value: Any) -> list[str]:
@@ -283,21 +303,24 @@ def _problems_of_metadata(synopsis: Any, tags: Any) -> list[str]:
     wrong = _problems_of_list("tags", tags)
     if synopsis is not None and not isinstance(synopsis, str):
         wrong.append(f"synopsis must be a string, is {type(synopsis).__name__}")
+    if not wrong and not all(map(_is_unicode, [synopsis or "", *(tags or ())])):
+        wrong.append("synopsis or tags are not valid Unicode")
     return wrong
 
 
 def _parquet_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
     try:
-        table = pq.read_table(pa.BufferReader(content))
-    except pa.ArrowException as error:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        names = file.schema_arrow.names
+        missing = [name for name in ("title_id", "video") if name not in names]
+        if missing:
+            problems.extend(f"the column {name} is missing (there are: {', '.join(names)})" for name in missing)
+            return []
+        table = file.read([name for name in ("title_id", "video", "timed_text", "synopsis", "tags") if name in names])
+    except (pa.ArrowException, OSError) as error:
         problems.append(f"not a readable Parquet file: {error}")
         return []
-    columns = [name for name in ("title_id", "video", "timed_text", "synopsis", "tags") if name in table.column_names]
-    missing = [name for name in ("title_id", "video") if name not in columns]
-    if missing:
-        problems.extend(f"the column {name} is missing (there are: {', '.join(table.column_names)})" for name in missing)
-        return []
-    return [(f"row {number}", row) for number, row in enumerate(table.select(columns).to_pylist(), start=1)]
+    return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
 
 
 def _csv_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -346,18 +369,33 @@ def _jsonl_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str
 
 
 def _stat(uris: list[str], config: StorageConfig) -> dict[str, ObjectInfo | None]:
-    """What is known of each object, without opening any: one listing a folder on object storage, a stat each locally."""
+    """What is known of each object, without opening any: one listing a folder on object storage, a stat each elsewhere.
+
+    An object that cannot be looked at is None, like one that is not there: its title fails when its turn comes.
+    """
     by_folder: dict[str, list[str]] = defaultdict(list)
     for uri in uris:
         by_folder[uri.rsplit("/", 1)[0] if "/" in uri else "."].append(uri)
 
     def look(folder: str) -> dict[str, ObjectInfo | None]:
-        store = Store(folder, config)
         names = {uri: uri.rsplit("/", 1)[-1] for uri in by_folder[folder]}
-        if store.is_local or len(names) == 1:
-            return {uri: store.info(name) for uri, name in names.items()}
-        listed = store.children()
-        return {uri: listed.get(name) for uri, name in names.items()}
+        try:
+            store = Store(folder, config)
+            if len(names) > 1 and scheme_of(folder) not in UNLISTED_SCHEMES:
+                listed = store.children()
+                return {uri: listed.get(name) for uri, name in names.items()}
+        except Exception as error:  # fsspec implementations raise many kinds
+            log.warning("cannot look into %s: %s: %s", folder, type(error).__name__, error)
+            return dict.fromkeys(names)
+        return {uri: _info_or_none(store, uri, name) for uri, name in names.items()}
 
     with ThreadPoolExecutor(STAT_THREADS) as pool:
         return {uri: info for found in pool.map(look, sorted(by_folder)) for uri, info in found.items()}
+
+
+def _info_or_none(store: Store, uri: str, name: str) -> ObjectInfo | None:
+    try:
+        return store.info(name)
+    except Exception as error:  # fsspec implementations raise many kinds; a local name may be too long
+        log.warning("cannot look at %s: %s: %s", uri, type(error).__name__, error)
+        return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,16 @@ class Output:
                 found.setdefault((match["title"], match["source"]), []).append(info)
         return found
 
+    def datasets(self) -> Sequence[str]:
+        """The names of the datasets that are there: shots, contextual-<checkpoint>, ..., failures."""
+        self.store.filesystem.invalidate_cache()
+        try:
+            paths = self.store.filesystem.ls(self.store.root, detail=False)
+        except FileNotFoundError:
+            return []
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        return sorted(name for name in names if name in (SHOTS, FAILURES) or name.startswith(contextual("")))
+
     def write_model(self, model: Model) -> None:
         """Put model.json; the same version always has the same bytes."""
         self.store.write(MODEL, model.to_json())
@@ -168,8 +178,7 @@ class EmbeddingDataset:
 
     def names(self) -> list[str]:
         """The datasets that are there: shots, contextual-<checkpoint>, ..."""
-        found = (path.rstrip("/").rsplit("/", 1)[-1] for path in self.output.store.filesystem.ls(self.output.store.root, detail=False))
-        return sorted(name for name in found if name == SHOTS or name.startswith("contextual-"))
+        return [name for name in self.output.datasets() if name != FAILURES]
 
     def title(self, title_id: str, name: str = SHOTS) -> pa.Table:
         """The shots of one title in order. Raises DatasetError when the title is not committed."""

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from mediafm_ray.config import ConfigError, EmbedCatalogConfig, read_config
+from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.plan import describe_model, make_plan, prepare_output
-from mediafm_ray.pipeline.rows import AUDIO, FLAGS, NORMS, SHOTS, vectors_cell, vectors_type
+from mediafm_ray.pipeline.rows import FLAGS, SHOTS, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import Fuse, WriteTitle, metadata_text
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import EmbeddingDataset, read_failures, title_facts
@@ -93,6 +94,82 @@ def test_a_changed_source_is_computed_anew_and_its_predecessor_removed(config, t
     assert set(compute(config)[1]) == {"a"}
     (after,) = (tmp_path / "out").rglob("a@*.parquet")
     assert before.name != after.name
+
+
+def test_what_a_killed_run_did_not_get_to_remove_is_removed_by_the_next(config, tmp_path):
+    """Killed between the commit and the removal of the superseded object and of the failure record."""
+    compute(config, failing=["a"])
+    (record,) = (tmp_path / "out").rglob("failures/*/a@*.json")
+    kept = record.read_bytes()
+    compute(config)
+    (committed,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+    old = committed.with_name("a@00000000.parquet")
+    old.write_bytes(committed.read_bytes())
+    contextual = tmp_path / "out" / make_plan(config).model.dataset_version / "contextual-000000000000" / committed.parent.name / old.name
+    for path in (contextual, record):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(kept)
+    for path in (old, contextual, record):
+        os.utime(path, (1, 1))
+    assert compute(config)[1] == {}
+    assert committed.exists()
+    assert not any(path.exists() for path in (old, contextual, record))
+
+
+def test_a_newer_object_of_another_source_is_left_to_the_job_that_wrote_it(config, tmp_path):
+    compute(config)
+    (committed,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+    newer = committed.with_name("a@ffffffff.parquet")
+    newer.write_bytes(committed.read_bytes())
+    os.utime(newer, (2**33, 2**33))
+    compute(config)
+    assert newer.exists()
+
+
+def test_a_superseded_object_that_cannot_be_removed_is_a_warning(config):
+    plan = make_plan(config)
+    stage = WriteTitle(config.output.uri, plan.model, "", config.storage)
+    row = Fuse(plan.model.dims["fused"], config.fusion)(encoded(plan.pending.slice(0, 1), plan.model))
+
+    def forbidden(name):
+        raise PermissionError("not yours")
+
+    stage.output.store.delete = forbidden
+    (result,) = stage(row).to_pylist()
+    assert result["error"] is None
+    assert any("not yours" in warning for warning in result["warnings"])
+
+
+def test_a_title_that_lacks_only_contextual_embeddings_is_counted(config, tmp_path):
+    compute(config)
+    dims = describe_model(config).dims
+    make_contextualiser(tmp_path / "checkpoint", fused_dim=dims["fused"], metadata_dim=dims["text"])
+    with_checkpoint = dataclasses.replace(
+        config, contextualiser=dataclasses.replace(config.contextualiser, checkpoint=str(tmp_path / "checkpoint"))
+    )
+    plan = make_plan(with_checkpoint)
+    assert (plan.pending.num_rows, plan.only_contextual) == (3, 3)
+
+
+def test_the_api_without_a_key_is_refused_before_anything_starts(config, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    api = dataclasses.replace(config, text=dataclasses.replace(config.text, encoder="openai"))
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        prepare_output(make_plan(api), api)
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    prepare_output(make_plan(api), api)
+
+
+def test_signed_links_leave_no_trace(config, tmp_path):
+    table = tmp_path / "catalog.jsonl"
+    table.write_text(json.dumps({"title_id": "a", "video": "https://user:pass@127.0.0.1:9/a.mp4?X-Amz-Signature=hunter2"}))
+    signed = dataclasses.replace(config, catalog=dataclasses.replace(config.catalog, uri=str(table)))
+    compute(signed)
+    (path,) = (tmp_path / "out").rglob("a@*.parquet")
+    content = path.read_bytes()
+    assert b"https://127.0.0.1:9/a.mp4" in content
+    assert b"hunter2" not in content
+    assert b"pass@" not in content
 
 
 def test_a_changed_source_that_fails_leaves_the_committed_object(config, tmp_path):
@@ -203,8 +280,3 @@ def test_a_checkpoint_of_other_dimensions_is_refused_before_anything_starts(conf
 )
 def test_metadata_text(synopsis, tags, text):
     assert metadata_text(synopsis, tags) == text
-
-
-def test_declared_types_are_those_of_the_design():
-    assert AUDIO.value_type == pa.large_binary()
-    assert NORMS.value_type == pa.float32()

@@ -32,14 +32,15 @@ def test_every_title_has_a_line_and_the_counts_add_up(tmp_path):
     rows = [result("one"), result("two", error="it is empty"), result("three", warnings=["lost 3 frames"])]
     stream = io.StringIO()
     console = Console(stream)
-    tally = follow(iter([pa.Table.from_pylist([row]) for row in rows]), planned=4, begun=0.0, console=console)
+    tally = Tally(4)
+    follow(iter([pa.Table.from_pylist([row]) for row in rows]), tally, begun=0.0, console=console)
     assert (tally.ok, tally.failed, tally.lost, tally.shots, tally.video_s) == (2, 1, 1, 8, 120.0)
     assert tally.seconds_by_stage == {"detect_shots": 6.0, "write": 1.5}
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("[1/4] ok     one: 4 shots, 60.0 s of video | ")
     assert lines[1].startswith("[2/4] FAILED two: detect_shots: it is empty | ")
     assert lines[3].strip() == "warning: three: lost 3 frames"
-    plan = Plan(MODEL, "", plan_table([]), titles=9, done=5, failed_before=0, left=0)
+    plan = Plan(MODEL, "", plan_table([]), titles=9, done=5, failed_before=0, left=0, only_contextual=0, leftovers=())
     content = summary(plan, tally, wall_s=30.0, config={"storage": {"secret_key": "hunter2", "retries": 3}})
     text = summary_table(content, "out/")
     assert "LOST" in text
@@ -56,17 +57,18 @@ def test_every_title_has_a_line_and_the_counts_add_up(tmp_path):
 
 
 def test_an_empty_block_is_no_title():
-    tally = follow(iter([pa.table({})]), planned=0, begun=0.0, console=Console(io.StringIO()))
+    tally = Tally(0)
+    follow(iter([pa.table({})]), tally, begun=0.0, console=Console(io.StringIO()))
     assert (tally.finished, tally.lost) == (0, 0)
 
 
 def test_redaction_keeps_what_is_no_secret():
+    options = {"secret": "s", "account_key": "k", "headers": {"Authorization": "Bearer x"}, "anon": True}
     config = {
-        "text": {"api_key": "k", "max_tokens": 5, "weights": "w"},
-        "media": {"storage_options": {"secret": "s", "key": "k", "anon": True}},
+        "text": {"api_key": "k", "max_tokens": 5, "weights": "w", "base_url": "https://user:pass@host/v1", "api_key_variable": "NAME"},
+        "media": {"storage_options": options},
     }
     assert redacted(config) == {
-        "text": {"api_key": "(redacted)", "max_tokens": 5, "weights": "w"},
-        "media": {"storage_options": {"secret": "(redacted)", "key": "(redacted)", "anon": True}},
+        "text": {"api_key": "(redacted)", "max_tokens": 5, "weights": "w", "base_url": "https://host/v1", "api_key_variable": "NAME"},
+        "media": {"storage_options": dict.fromkeys(options, "(redacted)") | {"anon": True}},
     }
-    assert Tally(0).lost == 0

@@ -138,6 +138,45 @@ def test_a_missing_column_is_named_once(tmp_path):
         read_catalog(str(tmp_path / "broken.parquet"))
 
 
+@pytest.mark.parametrize("tags", ["5", "true", '"x"', "[1]", '["\\ud83d"]'])
+def test_tags_that_are_none(tmp_path, tags):
+    touch(tmp_path / "a.mp4")
+    touch(tmp_path / "a.json", f'{{"tags": {tags}}}'.encode())
+    with pytest.raises(CatalogError, match=r"a\.json: .*tags"):
+        read_catalog(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"title_id": "a", "video": "a\x00.mp4"}, "no URI"),
+        ({"title_id": "a", "video": " "}, "video is empty"),
+        ({"title_id": "\ud83d", "video": "a.mp4"}, "not valid Unicode"),
+        ({"title_id": "a", "video": "a.mp4", "synopsis": "x \ud83d"}, "not valid Unicode"),
+    ],
+)
+def test_text_that_is_none(tmp_path, row, part):
+    table = tmp_path / "c.jsonl"
+    table.write_text(json.dumps(row))
+    with pytest.raises(CatalogError, match=part):
+        read_catalog(str(table))
+
+
+def test_an_object_that_cannot_be_looked_at_fails_later_not_now(tmp_path):
+    table = tmp_path / "c.jsonl"
+    rows = [{"title_id": "long", "video": "a" * 300 + ".mp4"}, {"title_id": "nobody", "video": "http://127.0.0.1:9/a.mp4"}]
+    write_table(table, [*rows, {"title_id": "two", "video": "http://127.0.0.1:9/b.mp4"}])
+    assert [entry.title.title_id for entry in read_catalog(str(table))] == ["long", "nobody", "two"]
+
+
+def test_a_duplicate_beside_another_problem_is_reported_too(tmp_path):
+    table = tmp_path / "c.jsonl"
+    write_table(table, [{"title_id": "a", "video": "a.mp4"}, {"title_id": "a", "video": 3}])
+    with pytest.raises(CatalogError) as caught:
+        read_catalog(str(table))
+    assert len(caught.value.problems) == 2
+
+
 @pytest.mark.parametrize("name", ["absent", "absent.csv", "film.mp4", "empty.csv", "folder"])
 def test_a_catalog_that_is_none(tmp_path, name):
     touch(tmp_path / "film.mp4")
