@@ -13,6 +13,7 @@ from ray.data import DataContext
 from mediafm_ray.config import ConfigError, ResourcesConfig, StageConfig
 
 GB = 10**9
+START_TIMEOUT_S = 600  # for the actors of a Ray of our own to load their models
 LEAST_CPUS = 2  # logical CPUs of a Ray of our own: on one core the stages still have to take turns
 
 
@@ -37,6 +38,8 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
     try:
         context = DataContext.get_current()
         context.enable_progress_bars = False
+        if not address:  # actors that still import torch would take the cores from the first titles; a cluster has others, or grows
+            context.wait_for_min_actors_s = START_TIMEOUT_S
         context.execution_no_progress_timeout_s = resources.no_progress_timeout_s or -1
         yield
     finally:
