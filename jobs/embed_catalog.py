@@ -18,7 +18,7 @@ from mediafm_ray.config import ConfigError, EmbedCatalogConfig
 from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, run_job
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
-from mediafm_ray.pipeline.report import Console, Tally, follow, summary, summary_table, write_summary
+from mediafm_ray.pipeline.report import Console, Tally, follow, reason_of, summary, summary_table, write_summary
 from mediafm_ray.storage.store import Store
 
 
@@ -39,7 +39,7 @@ def main(config: EmbedCatalogConfig) -> int:
             raise
         except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
             traceback.print_exc()
-            tally.aborted = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}"
+            tally.aborted = reason_of(error)
     return report(plan, tally, time.monotonic() - start, config, console)
 
 

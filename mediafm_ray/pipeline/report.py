@@ -25,6 +25,7 @@ MAX_FAILURES_SHOWN = 20
 SECRET = re.compile("secret|password|token$|credential|api_key$|access_key|^key$", re.IGNORECASE)
 HARMLESS_OPTIONS = ("anon", "endpoint_url", "region", "use_ssl")
 REDACTED = "(redacted)"
+RAISED = re.compile(r"[\w.]+(Error|Exception|Exceeded)\w*: ")  # how a traceback ends
 VERSIONS_OF = ("mediafm_ray", "ray", "torch", "transformers", "pyarrow", "av", "numpy")
 
 
@@ -142,6 +143,12 @@ def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) 
         "versions": {"python": platform.python_version(), **_versions()},
         "config": redacted(config),
     }
+
+
+def reason_of(error: BaseException) -> str:
+    """What ended a run, in one line: of an error that Ray carried over, whose text is a traceback, the error that began it."""
+    lines = [line for line in str(error).splitlines() if RAISED.match(line)]
+    return f"{type(error).__name__}: {lines[-1] if lines else ' '.join(str(error).split()) or repr(error)}"
 
 
 def redacted(config: Any) -> Any:

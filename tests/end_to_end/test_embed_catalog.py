@@ -245,6 +245,18 @@ def test_bad_configuration_exits_with_2_before_anything_starts(videos, tmp_path,
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
+def test_a_run_that_ends_early_says_so_and_exits_with_3(videos, tmp_path):
+    """Weights that are there and cannot be loaded: every actor fails."""
+    weights = tmp_path / "weights.pth"
+    weights.write_text("not weights")
+    done = embed(videos, tmp_path / "out", f"detector.weights={weights}")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "WeightsError" in done.stdout.splitlines()[-1]
+    summary = json.loads((tmp_path / "out" / "run-summary.json").read_text())
+    assert summary["titles"]["lost"] == len(GOOD)
+    assert "weights.pth" in summary["aborted"]
+
+
 def test_a_bad_catalog_exits_with_2_and_names_its_rows(tmp_path):
     catalog = tmp_path / "catalog.csv"
     catalog.write_text("title_id,video\na,a.mp4\na,b.mp4\n,c.mp4\n")

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from mediafm_ray.pipeline.plan import Plan
-from mediafm_ray.pipeline.report import SUMMARY, Console, Tally, follow, redacted, summary, summary_table, write_summary
+from mediafm_ray.pipeline.report import SUMMARY, Console, Tally, follow, reason_of, redacted, summary, summary_table, write_summary
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.storage.dataset import Model
 from mediafm_ray.storage.store import Store
@@ -72,3 +72,12 @@ def test_redaction_keeps_what_is_no_secret():
         "text": {"api_key": "(redacted)", "max_tokens": 5, "weights": "w", "base_url": "https://host/v1", "api_key_variable": "NAME"},
         "media": {"storage_options": dict.fromkeys(options, "(redacted)") | {"anon": True}},
     }
+
+
+def test_the_reason_of_an_early_end_is_the_error_that_began_it():
+    carried = RuntimeError(
+        "Traceback (most recent call last):\n  File x\nmediafm_ray.models.weights.WeightsError: no weights at y\nplease\ncheck"
+    )
+    assert reason_of(carried) == "RuntimeError: mediafm_ray.models.weights.WeightsError: no weights at y"
+    assert reason_of(ValueError("two\nlines")) == "ValueError: two lines"
+    assert reason_of(MemoryError()) == "MemoryError: MemoryError()"
