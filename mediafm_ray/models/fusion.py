@@ -20,8 +20,6 @@ import numpy as np
 from mediafm_ray.models.options import FusionConfig
 from mediafm_ray.spec import MODALITIES
 
-MODALITY_NORMS = ("none", "l2")
-
 
 def spans(dims: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """Where each modality lies in a fused vector: ``{"video": (0, 1280), ...}``, half-open, in the order of spec.MODALITIES.
@@ -45,10 +43,8 @@ def fuse(parts: Mapping[str, np.ndarray], config: FusionConfig) -> tuple[np.ndar
 
     Returns the fused (S, D) float32 and its (S,) float32 norm before scaling: ``split`` gives the parts back. A shot with no modality at
     all (all zeros) stays zero and has norm 0. With ``modality_norm: l2`` the parts that come back have unit norm or are zero.
-    Raises ValueError for an unknown configuration or modality, unequal numbers of shots, or values that are not finite.
+    Raises ValueError for an unknown modality, unequal numbers of shots, or values that are not finite.
     """
-    if config.modality_norm not in MODALITY_NORMS:
-        raise ValueError(f"fusion.modality_norm must be one of {', '.join(MODALITY_NORMS)}, not {config.modality_norm!r}")
     counts = {modality: len(part) for modality, part in parts.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(f"every modality must have one embedding a shot; there are {counts}")

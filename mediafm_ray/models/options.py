@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from mediafm_ray.spec import recipe, resource
 
+MODALITY_NORMS = ("none", "l2")
+
 
 @dataclass(frozen=True)
 class DetectorConfig:
@@ -110,8 +112,8 @@ class FusionConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.modality_norm not in ("none", "l2"):
-            raise ValueError(f"fusion.modality_norm must be none or l2, is {self.modality_norm!r}")
+        if self.modality_norm not in MODALITY_NORMS:
+            raise ValueError(f"fusion.modality_norm must be one of {', '.join(MODALITY_NORMS)}, not {self.modality_norm!r}")
 
 
 @dataclass(frozen=True)
