@@ -63,3 +63,8 @@ def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> Non
             f"{resources.write_num_cpus:g} CPU), and Ray has {available.get('CPU', 0):g} and {available.get('GPU', 0):g}: "
             "lower resources.*.min_actors, num_cpus or num_gpus"
         )
+
+
+def runs_alone() -> bool:
+    """Whether the Ray that this process is connected to is one machine: ours, or a cluster of one node."""
+    return len(ray.nodes()) == 1

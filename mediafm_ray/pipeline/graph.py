@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -14,9 +15,11 @@ from ray.data.datasource import Datasource, ReadTask
 from mediafm_ray.config import EmbedCatalogConfig, StageConfig
 from mediafm_ray.pipeline import stages
 from mediafm_ray.pipeline.allowance import SharedAllowance
+from mediafm_ray.pipeline.cluster import runs_alone
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.stages import max_actors, with_threads
 
+NICENESS = 10  # of encoders that share their cores with the detector
 TASKS_IN_FLIGHT_PER_ACTOR = 2  # one at work, the next one's row already on its way
 
 
@@ -104,7 +107,7 @@ def write(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
 def _actors(titles: Dataset, pool: StageConfig, stage: Callable[..., stages.Stage], *arguments: Any) -> Dataset:
     """A stage in a pool of actors, each of which loads its model once."""
     return titles.map_batches(
-        stage,
+        _yielding(stage) if _shares_cores(stage, arguments) else stage,
         fn_constructor_args=arguments,
         batch_size=pool.titles_per_call,
         batch_format="pyarrow",
@@ -115,6 +118,22 @@ def _actors(titles: Dataset, pool: StageConfig, stage: Callable[..., stages.Stag
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus or None,
     )
+
+
+def _shares_cores(stage: Callable[..., stages.Stage], arguments: Sequence[Any]) -> bool:
+    """Whether a stage computes on the cores that the detector uses: on one machine without GPU."""
+    on_cpu = all(getattr(argument, "device", "cpu") == "cpu" for argument in arguments)
+    return stage is not stages.DetectShots and on_cpu and runs_alone()
+
+
+def _yielding(stage: Any) -> Any:
+    """The stage at a lower priority: the detector's threads wait for one another, so one that is disturbed costs the time of all."""
+
+    def begin(self: Any, *arguments: Any) -> None:
+        os.nice(NICENESS)
+        stage.__init__(self, *arguments)
+
+    return type(stage.__name__, (stage,), {"__init__": begin})
 
 
 def _tasks(titles: Dataset, config: EmbedCatalogConfig, stage: stages.Stage) -> Dataset:
