@@ -160,6 +160,9 @@ def _colour_histograms(frames_BTHWC: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------- windows: any length of video, bit by bit
 
 
+MOST_WAITING_FRAMES = 600  # of a title: a caller keeps the frames of shots that have not settled, however many threads there are
+
+
 @dataclass(frozen=True)
 class Windowing:
     """How a title is cut into overlapping windows, in frames; the predictions of both margins of a window are thrown away."""
@@ -668,6 +671,7 @@ class ShotDetector:
         self._workers = Workers(config.threads if on_cpu else 1)
         self._together = 1 if on_cpu else config.batch  # windows in one forward pass
         self.wanted_windows = self._workers.threads if on_cpu else config.batch  # what keeps the device busy
+        self.most_waiting = max(1, MOST_WAITING_FRAMES // self.windowing.step)  # windows of one title
 
     def stream(self) -> DetectorStream:
         """A detector at work on one title (spec.ShotStream)."""
@@ -736,7 +740,8 @@ def push_all(streams: Sequence[DetectorStream], frames: Sequence[np.ndarray]) ->
     for stream, frames_THWC in zip(streams, frames, strict=True):
         stream._waiting.extend(stream._windows.push(frames_THWC))
         stream._frames_pushed += len(frames_THWC)
-    if sum(len(stream._waiting) for stream in streams) < max((stream.detector.wanted_windows for stream in streams), default=0):
+    idle = sum(len(stream._waiting) for stream in streams) < max((stream.detector.wanted_windows for stream in streams), default=0)
+    if idle and all(len(stream._waiting) < stream.detector.most_waiting for stream in streams):
         return [[] for _ in streams]
     return _predict_waiting(streams)
 

@@ -308,3 +308,15 @@ def test_titles_with_implausible_shots_are_flagged() -> None:
     assert shot_statistics([200.0]).warning == ""  # a short title may be one shot
     with pytest.raises(ValueError, match="finite"):
         shot_statistics([1.0, float("nan")])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_shots_settle_as_soon_with_many_threads(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller keeps so many frames of shots that have not settled, and no more: the wait must not grow with the threads."""
+    detector = ShotDetector(DetectorConfig(exact=exact, threads=16))
+    step = detector.windowing.step
+    monkeypatch.setattr(detector, "predict_windows", lambda windows: [np.zeros((2, step), np.float32) for _ in windows])
+    stream = detector.stream()
+    for pushed in range(64, 64 * 50, 64):
+        stream.push(np.full((64, 27, 48, 3), 128, np.uint8))
+        assert pushed - stream._frames_predicted <= 600 + step + 64
