@@ -95,8 +95,8 @@ def packed_array(packed: Packed) -> pa.LargeBinaryArray:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(packed), [None, pa.py_buffer(packed.offsets), pa.py_buffer(packed.data)])
 
 
-class ByteStrings(Sequence[memoryview]):
-    """The values of an Arrow array of binaries, each looked at in place when it is asked for: nothing is copied as a whole."""
+class InPlace(Sequence[Any]):
+    """The values of an Arrow array of binaries, or of lists of them, each looked at where it lies: nothing is copied as a whole."""
 
     def __init__(self, values: pa.Array):
         self.values = values
@@ -107,22 +107,8 @@ class ByteStrings(Sequence[memoryview]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        return memoryview(self.values[index].as_buffer())
-
-
-class ListsOfByteStrings(Sequence[ByteStrings]):
-    """The values of an Arrow array of lists of binaries, looked at in place."""
-
-    def __init__(self, values: pa.Array):
-        self.values = values
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        return ByteStrings(self.values[index].values)
+        value = self.values[index]
+        return InPlace(value.values) if isinstance(value, pa.ListScalar) else memoryview(value.as_buffer())
 
 
 class TitleRow:
@@ -148,11 +134,11 @@ class TitleRow:
 
     def byte_strings(self, column: str) -> Sequence[Any]:
         """The byte strings of a column of type AUDIO, in place."""
-        return ByteStrings(self.table.column(column)[0].values)
+        return InPlace(self.table.column(column)[0].values)
 
     def frames(self, column: str) -> Sequence[Sequence[Any]]:
         """The byte strings of each shot, of a column of type FRAMES, in place."""
-        return ListsOfByteStrings(self.table.column(column)[0].values)
+        return InPlace(self.table.column(column)[0].values)
 
     def title(self) -> Title:
         """The title as the catalog gave it."""
