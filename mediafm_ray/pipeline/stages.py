@@ -50,10 +50,6 @@ from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import StorageConfig, fsspec_options, public_uri
 
-OK = "ok"
-FAILED = "failed"
-Threaded = DetectorConfig | VideoEncoderConfig | AudioEncoderConfig | TextEncoderConfig | ContextualiserConfig
-
 
 def with_threads(config: Any, stage: StageConfig) -> Any:
     """A model's configuration with its number of CPU threads decided: what is configured, else its share of the machine."""

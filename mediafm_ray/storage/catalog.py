@@ -281,7 +281,7 @@ def _problems_of_id(title_id: str) -> list[str]:
 
 def _is_clean(text: str) -> bool:
     """Whether text is valid Unicode (JSON may hold half a surrogate pair) without control characters."""
-    return not any(ord(character) < 32 or 0xD800 <= ord(character) <= 0xDFFF for character in text)
+    return _is_unicode(text) and not any(ord(character) < 32 for character in text)
 
 
 def _is_unicode(text: str) -> bool:
