@@ -2,6 +2,7 @@
 
     fused shots -> linear -+-> [CLS] [GLOBAL] shot 1 ... shot N  + positions -> encoder layers -> linear -> contextual shots
     title metadata -> linear -> [GLOBAL]
+    shot times -> log-scaled sinusoids -> linear, added to the shots      (a vector of fixed size forgets how long a shot was; optional)
 
 [CLS] is learned. [GLOBAL] is the title's metadata embedding (synopsis and tags), projected; a learned stand-in where a title has none.
 [MASK] is learned and takes the place of shots that are hidden in training (Devlin et al. 2019, arXiv:1810.04805).
@@ -11,6 +12,7 @@ Shapes
     B  windows (each of one title)
     S  shots; in the model, of the longest window in the batch
     L  S + 2 tokens
+    2  times of a shot in seconds: its duration, and since the start of the shot before it (0 for the first of a title)
     D  dimension of a fused embedding
     M  dimension of a metadata embedding
     H  hidden size
@@ -34,6 +36,9 @@ from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.spec import MAX_SHOTS_PER_WINDOW
 
 SPECIAL_TOKENS = 2  # [CLS] at position 0, [GLOBAL] at position 1
+SHORTEST_TIME_S = 1 / 32  # seconds: times differ by their ratio above it and hardly below it; it is about a frame
+TIME_WAVES_OCTAVES = (64.0, 32.0, 16.0, 8.0, 4.0, 2.0)  # of the sinusoids over log2 of a time; frame to day: 22 octaves
+TIME_FEATURES = 2 * 2 * len(TIME_WAVES_OCTAVES)  # sine and cosine of two times
 
 
 class ContextualiserModelConfig(PreTrainedConfig):
@@ -51,6 +56,8 @@ class ContextualiserModelConfig(PreTrainedConfig):
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
+    time_features: bool = False  # the model is told the times of the shots
+    dataset_version: str = ""  # what it was trained on: 12 hex digits of a dataset's version; empty where that is not known
 
 
 @dataclass
@@ -100,6 +107,7 @@ class Contextualiser(PreTrainedModel):
             raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}")
         self.shot_input = nn.Linear(config.fused_dim, config.hidden_size)
         self.metadata_input = nn.Linear(config.metadata_dim, config.hidden_size)
+        self.time_input = nn.Linear(TIME_FEATURES, config.hidden_size) if config.time_features else None
         self.cls_token = nn.Parameter(torch.empty(config.hidden_size))
         self.no_metadata_token = nn.Parameter(torch.empty(config.hidden_size))
         self.mask_token = nn.Parameter(torch.empty(config.hidden_size))
@@ -132,12 +140,14 @@ class Contextualiser(PreTrainedModel):
         has_metadata_B: Tensor | None = None,
         shots_BS: Tensor | None = None,
         masked_BS: Tensor | None = None,
+        times_BS2: Tensor | None = None,
     ) -> ContextualiserOutput:
         """Contextualise B windows.
 
         ``metadata_BM`` may be left out where no title has any; ``has_metadata_B`` (bool) says which have, all by default. ``shots_BS``
-        (bool) is False where a window is padded, ``masked_BS`` (bool) True where a shot is hidden behind [MASK].
-        Raises ValueError where a window holds more shots than ``config.max_shots``.
+        (bool) is False where a window is padded, ``masked_BS`` (bool) True where a shot is hidden behind [MASK]. ``times_BS2`` (float32,
+        see ``shot_times``) is what a model with ``config.time_features`` needs, and no other looks at; a masked shot's times stay visible.
+        Raises ValueError where a window holds more shots than ``config.max_shots``, or times are needed and missing.
         """
         windows, shots = fused_BSD.shape[:2]
         if shots > self.config.max_shots:
@@ -145,6 +155,10 @@ class Contextualiser(PreTrainedModel):
         shot_BSH = self.shot_input(fused_BSD)
         if masked_BS is not None:
             shot_BSH = torch.where(masked_BS[:, :, None], self.mask_token, shot_BSH)
+        if self.time_input is not None:
+            if times_BS2 is None:
+                raise ValueError("this contextualiser was trained with time features: it needs times_BS2, the times of the shots")
+            shot_BSH = shot_BSH + self.time_input(encode_times(times_BS2).to(shot_BSH.dtype))
         global_BH = self.no_metadata_token.expand(windows, -1)
         if metadata_BM is not None:
             projected_BH = self.metadata_input(metadata_BM)
@@ -160,6 +174,25 @@ class Contextualiser(PreTrainedModel):
             cls_BD=self.shot_output(hidden_BLH[:, 0]),
             hidden_BLH=hidden_BLH,
         )
+
+
+def encode_times(times_BS2: Tensor) -> Tensor:
+    """(B, S, 2) seconds as (B, S, TIME_FEATURES) sinusoids of their logarithm, in float32: a ratio of times is a shift of phases.
+
+    Sinusoids are those of Vaswani et al. 2017 (arXiv:1706.03762, 3.5), over octaves instead of positions.
+    """
+    octaves_BS2 = torch.log2(times_BS2.float().clamp(min=0) + SHORTEST_TIME_S)
+    waves_W = torch.tensor(TIME_WAVES_OCTAVES, device=times_BS2.device)
+    phases_BSF = (2 * torch.pi * octaves_BS2[..., None] / waves_W).flatten(-2)
+    return torch.cat([phases_BSF.sin(), phases_BSF.cos()], dim=-1)
+
+
+def shot_times(start_S: np.ndarray, end_S: np.ndarray) -> np.ndarray:
+    """(S, 2) float32 times of a title's shots from their float64 starts and ends in seconds.
+
+    They belong to the whole title: a window takes its rows, so only the first shot of the title has no shot before it.
+    """
+    return np.stack([end_S - start_S, np.diff(start_S, prepend=start_S[:1])], axis=1).astype(np.float32)
 
 
 def window_starts(shots: int, window: int) -> list[int]:
@@ -192,18 +225,28 @@ class TitleContextualiser:
         self.fused_dim = int(model.config.fused_dim)
         self.metadata_dim = int(model.config.metadata_dim)
 
-    def contextualise(self, fused_SD: np.ndarray, metadata_M: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def contextualise(
+        self, fused_SD: np.ndarray, metadata_M: np.ndarray | None, times_S2: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Contextualise one title: (S, D) float32 fused embeddings and its (M,) float32 metadata embedding, or None without one.
+
+        ``times_S2`` (see ``shot_times``) is for a model that was trained with them; others do not look at it.
 
         Returns the (S, D) float32 contextual embeddings and the (D,) float32 [CLS] embedding. A title of more shots than a window holds is
         read in windows that overlap by half or more: every shot is taken from the window in whose middle it is most nearly,
         and [CLS] is the mean of the windows', weighted by the shots taken from each.
-        Raises ValueError for other dimensions than the checkpoint's, no shots, or input that is not finite.
+        Raises ValueError for other dimensions than the checkpoint's, no shots, missing times, or input that is not finite.
         """
-        self._check(fused_SD, metadata_M)
+        self._check(fused_SD, metadata_M, times_S2)
         shots, window = len(fused_SD), int(self.model.config.max_shots)
         starts = window_starts(shots, window)
-        outputs = self.workers.map(lambda start: self._read_window(fused_SD[start : start + window], metadata_M), starts)
+        times_S2 = times_S2 if self.model.config.time_features else None
+
+        def read_window(start: int) -> tuple[np.ndarray, np.ndarray]:
+            part = slice(start, start + window)
+            return self._read_window(fused_SD[part], metadata_M, None if times_S2 is None else times_S2[part])
+
+        outputs = self.workers.map(read_window, starts)
         owner_S = window_of_shots(shots, window)
         contextual_SD = np.empty((shots, self.fused_dim), np.float32)
         cls_D = np.zeros(self.fused_dim, np.float64)
@@ -214,14 +257,17 @@ class TitleContextualiser:
         return contextual_SD, cls_D.astype(np.float32)
 
     @torch.inference_mode()
-    def _read_window(self, fused_SD: np.ndarray, metadata_M: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _read_window(
+        self, fused_SD: np.ndarray, metadata_M: np.ndarray | None, times_S2: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         # copies: arrays may come reversed or read-only out of an Arrow table
         fused_BSD = torch.from_numpy(np.array(fused_SD, np.float32)[None]).to(self.device)
         metadata_BM = None if metadata_M is None else torch.from_numpy(np.array(metadata_M, np.float32)[None]).to(self.device)
-        output = self.model(fused_BSD, metadata_BM)
+        times_BS2 = None if times_S2 is None else torch.from_numpy(np.array(times_S2, np.float32)[None]).to(self.device)
+        output = self.model(fused_BSD, metadata_BM, times_BS2=times_BS2)
         return output.contextual_BSD[0].cpu().numpy(), output.cls_BD[0].cpu().numpy()
 
-    def _check(self, fused_SD: np.ndarray, metadata_M: np.ndarray | None) -> None:
+    def _check(self, fused_SD: np.ndarray, metadata_M: np.ndarray | None, times_S2: np.ndarray | None) -> None:
         if fused_SD.ndim != 2 or fused_SD.shape[1] != self.fused_dim:
             raise ValueError(
                 f"the contextualiser {self.checkpoint} was trained on fused embeddings of {self.fused_dim} dimensions; these are "
@@ -231,6 +277,13 @@ class TitleContextualiser:
             raise ValueError("a title without shots cannot be contextualised")
         if not np.isfinite(fused_SD).all():
             raise ValueError(f"the fused embedding of shot {int(np.argmin(np.isfinite(fused_SD).all(axis=1)))} is not finite")
+        if self.model.config.time_features and (times_S2 is None or times_S2.shape != (len(fused_SD), 2)):
+            found = "none" if times_S2 is None else f"{times_S2.shape}"
+            raise ValueError(
+                f"the contextualiser {self.checkpoint} was trained with the times of shots: it needs (S, 2) of them, got {found}"
+            )
+        if times_S2 is not None and not np.isfinite(times_S2).all():
+            raise ValueError(f"the times of shot {int(np.argmin(np.isfinite(times_S2).all(axis=1)))} are not finite")
         if metadata_M is None:
             return
         if metadata_M.shape != (self.metadata_dim,):

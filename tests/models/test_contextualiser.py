@@ -15,7 +15,15 @@ import torch
 from transformers import BertConfig, BertModel
 
 from mediafm_ray.models import weights
-from mediafm_ray.models.contextualiser import Contextualiser, ContextualiserModelConfig, TitleContextualiser, window_of_shots, window_starts
+from mediafm_ray.models.contextualiser import (
+    Contextualiser,
+    ContextualiserModelConfig,
+    TitleContextualiser,
+    encode_times,
+    shot_times,
+    window_of_shots,
+    window_starts,
+)
 from mediafm_ray.models.options import ContextualiserConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +39,7 @@ SHAPE = {
 }
 
 
-def make_checkpoint(folder: Path, **changes: float) -> Path:
+def make_checkpoint(folder: Path, **changes: object) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(5)
         Contextualiser(ContextualiserModelConfig(**{**SHAPE, **changes})).save_pretrained(folder)
@@ -130,6 +138,75 @@ def test_a_masked_shot_is_invisible(whole: TitleContextualiser) -> None:
 def test_too_long_a_window_is_refused(windowed: TitleContextualiser) -> None:
     with pytest.raises(ValueError, match="9 shots is longer than the model's 8"):
         windowed.model(torch.tensor(unit_rows(9))[None])
+
+
+# ------------------------------------------------------------------------------------------------------------ times
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> TitleContextualiser:
+    """With time features, and only 8 shots a window."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("timed"), max_shots=8, time_features=True)
+    return TitleContextualiser(ContextualiserConfig(checkpoint=str(folder), threads=2))
+
+
+def test_times_of_shots() -> None:
+    times = shot_times(np.array([0.0, 2.0, 2.5]), np.array([2.0, 2.5, 7.0]))
+    assert times.dtype == np.float32
+    np.testing.assert_array_equal(times, [[2.0, 0.0], [0.5, 2.0], [4.5, 0.5]])
+    assert shot_times(np.array([3.0]), np.array([4.0])).tolist() == [[1.0, 0.0]]
+
+
+def test_times_differ_by_their_ratio() -> None:
+    """Twice as long is about the same step anywhere on the scale, from frames to hours; nothing is infinite at its ends."""
+    seconds = torch.tensor([0.0, 0.04, 0.5, 1.0, 60.0, 3600.0, 24 * 3600.0])
+    codes = encode_times(torch.stack([seconds, torch.zeros(7)], dim=-1)[None])[0]
+    doubled = encode_times(torch.stack([2 * seconds, torch.zeros(7)], dim=-1)[None])[0]
+    assert codes.isfinite().all()
+    steps = (codes - doubled).norm(dim=-1)
+    assert steps[0] == 0
+    assert (steps[2:] / steps[-1] - 1).abs().max() < 0.1
+    distances = torch.cdist(codes, codes) + torch.eye(7) * 9
+    assert distances.min() > 0.3  # no two of these times look alike
+
+
+def test_a_model_with_time_features_sees_them_also_behind_the_mask(timed: TitleContextualiser, windowed: TitleContextualiser) -> None:
+    fused, masked = torch.tensor(unit_rows(6))[None], torch.ones(1, 6, dtype=torch.bool)
+    times = torch.rand(1, 6, 2) * 10
+    other = times.clone()
+    other[0, 3, 0] *= 2
+    with torch.no_grad():
+        seen, changed = (timed.model(fused, masked_BS=masked, times_BS2=seconds).contextual_BSD for seconds in (times, other))
+        with pytest.raises(ValueError, match="needs times_BS2"):
+            timed.model(fused)
+        without = windowed.model(fused, times_BS2=times).contextual_BSD
+        assert torch.equal(without, windowed.model(fused).contextual_BSD)
+    assert (seen - changed).abs().amax(dim=-1).min() > 1e-4
+
+
+def test_a_window_of_a_long_title_keeps_the_titles_times(timed: TitleContextualiser) -> None:
+    fused, end = unit_rows(13), np.cumsum(np.random.default_rng(3).uniform(0.5, 9, 13))
+    times = shot_times(np.concatenate([[0.0], end[:-1]]), end)
+    contextual, _ = timed.contextualise(fused, METADATA, times)
+    last, _ = timed.contextualise(fused[5:], METADATA, times[5:])
+    assert contextual[-1].tobytes() == last[-1].tobytes()
+    other, _ = timed.contextualise(fused, METADATA, times[::-1])
+    assert np.abs(other - contextual).max() > 1e-3
+    for wrong in (None, times[:5]):
+        with pytest.raises(ValueError, match="trained with the times"):
+            timed.contextualise(fused, METADATA, wrong)
+    with pytest.raises(ValueError, match="times of shot 2 are not finite"):
+        timed.contextualise(fused[:3], METADATA, np.array([[1, 0], [1, 1], [np.nan, 1]], np.float32))
+
+
+def test_a_checkpoint_from_before_time_features_loads_as_it_was(folder: Path, whole: TitleContextualiser, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    old = {key: value for key, value in config.items() if key not in ("time_features", "dataset_version")}
+    assert len(old) == len(config) - 2
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    before = TitleContextualiser(ContextualiserConfig(checkpoint=str(tmp_path)))
+    assert before.contextualise(unit_rows(5), METADATA)[0].tobytes() == whole.contextualise(unit_rows(5), METADATA)[0].tobytes()
 
 
 # ----------------------------------------------------------------------------------------------------------- titles
