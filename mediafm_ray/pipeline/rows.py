@@ -155,6 +155,7 @@ class Stage(ABC):
     name: ClassVar[str]
     takes: ClassVar[tuple[str, ...]]  # columns that must be there
     drops: ClassVar[tuple[str, ...]] = ()  # columns of ``takes`` that nobody needs afterwards
+    gains_from_several: ClassVar[bool] = False  # whether ``process_together`` does several titles at less cost than each alone
 
     @property
     @abstractmethod
@@ -174,18 +175,16 @@ class Stage(ABC):
             raise TypeError(f"stage {self.name}: the columns {', '.join(missing)} are missing; there are: {', '.join(table.column_names)}")
         rows = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)]
         well = [row for row in rows if row["error"] is None]
-        together = self._together(well) if len(well) > 1 else {}
+        together = self._together(well) if self.gains_from_several and len(well) > 1 else {}
         parts = [self._one(row, together.get(id(row))) for row in rows]
         return pa.concat_tables(parts) if parts else self._with(table, {}, None, 0.0)
 
     def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any]]:
         """The added columns of several titles, in order. Stages that gain from it (to fill a GPU) do them in one call."""
-        raise NotImplementedError
+        return [self.process(row) for row in rows]
 
     def _together(self, rows: Sequence[TitleRow]) -> dict[int, tuple[Mapping[str, Any], float]]:
         """What one call gives for each row (by identity), with its share of the seconds; empty where every title is to go alone."""
-        if type(self).process_together is Stage.process_together:
-            return {}
         start = time.perf_counter()
         try:
             added = self.process_together(rows)

@@ -9,7 +9,8 @@ import base64
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from mediafm_ray.config import StageConfig
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.models.encoder import Encoded, build_audio_encoder, build_text_encoder, build_video_encoder
+from mediafm_ray.models.encoder import build_audio_encoder, build_text_encoder, build_video_encoder
 from mediafm_ray.models.fusion import fuse
 from mediafm_ray.models.options import (
     AudioEncoderConfig,
@@ -122,56 +123,63 @@ def media_options(media: MediaConfig, uri: str, storage: StorageConfig) -> Media
     return dataclasses.replace(media, storage_options={**fsspec_options(uri, storage), **media.storage_options})
 
 
-class EncodeVideo(Stage):
+class EncodeShots(Stage):
+    """What encoding frames and encoding audio have in common: the shots of all titles at hand go through the encoder in one call."""
+
+    modality: ClassVar[str]
+    gains_from_several = True
+    encoder: Any  # models.encoder: dim, encode
+
+    @property
+    def adds(self) -> Mapping[str, pa.DataType]:
+        return {f"{self.modality}_embeddings": vectors_type(self.encoder.dim), f"has_{self.modality}": FLAGS}
+
+    @abstractmethod
+    def shots(self, row: TitleRow) -> Sequence[Any]:
+        """What the encoder takes of each shot of a title."""
+
+    def process(self, row: TitleRow) -> Mapping[str, Any]:
+        return self.process_together([row])[0]
+
+    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any]]:
+        titles = [self.shots(row) for row in rows]
+        encoded = self.encoder.encode([shot for shots in titles for shot in shots])
+        ends = np.cumsum([len(shots) for shots in titles])
+        parts = zip(np.split(encoded.embeddings_SD, ends[:-1]), np.split(encoded.present_S, ends[:-1]), strict=True)
+        return [
+            {f"{self.modality}_embeddings": vectors_cell(vectors_SD), f"has_{self.modality}": present_S.tolist()}
+            for vectors_SD, present_S in parts
+        ]
+
+
+class EncodeVideo(EncodeShots):
     """Step 2: the frames of each shot become its video embedding."""
 
     name = "encode_video"
-    takes = ("frames",)
-    drops = ("frames",)
+    modality = "video"
+    takes = drops = ("frames",)
 
     def __init__(self, config: VideoEncoderConfig):
         self.encoder = build_video_encoder(config)
 
-    @property
-    def adds(self) -> Mapping[str, pa.DataType]:
-        return {"video_embeddings": vectors_type(self.encoder.dim), "has_video": FLAGS}
-
-    def process(self, row: TitleRow) -> Mapping[str, Any]:
-        return self.process_together([row])[0]
-
-    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any]]:
-        shots = [list(row.frames("frames")) for row in rows]
-        return _encoded("video", self.encoder.encode, shots)
+    def shots(self, row: TitleRow) -> Sequence[Any]:
+        """Each shot's JPEG files."""
+        return list(row.frames("frames"))
 
 
-class EncodeAudio(Stage):
+class EncodeAudio(EncodeShots):
     """Step 3: the samples of each shot become its audio embedding."""
 
     name = "encode_audio"
-    takes = ("audio",)
-    drops = ("audio",)
+    modality = "audio"
+    takes = drops = ("audio",)
 
     def __init__(self, config: AudioEncoderConfig):
         self.encoder = build_audio_encoder(config)
 
-    @property
-    def adds(self) -> Mapping[str, pa.DataType]:
-        return {"audio_embeddings": vectors_type(self.encoder.dim), "has_audio": FLAGS}
-
-    def process(self, row: TitleRow) -> Mapping[str, Any]:
-        return self.process_together([row])[0]
-
-    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any]]:
-        shots = [list(row.byte_strings("audio")) for row in rows]
-        return _encoded("audio", self.encoder.encode, shots)
-
-
-def _encoded(modality: str, encode: Callable[[Sequence[Any]], Encoded], titles: Sequence[Sequence[Any]]) -> list[Mapping[str, Any]]:
-    """The shots of several titles through an encoder in one call; the columns of each title."""
-    encoded = encode([shot for shots in titles for shot in shots])
-    ends = np.cumsum([len(shots) for shots in titles])
-    parts = zip(np.split(encoded.embeddings_SD, ends[:-1]), np.split(encoded.present_S, ends[:-1]), strict=True)
-    return [{f"{modality}_embeddings": vectors_cell(vectors_SD), f"has_{modality}": present_S.tolist()} for vectors_SD, present_S in parts]
+    def shots(self, row: TitleRow) -> Sequence[Any]:
+        """Each shot's int16 samples."""
+        return list(row.byte_strings("audio"))
 
 
 class EncodeText(Stage):
