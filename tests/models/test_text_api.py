@@ -386,11 +386,13 @@ def test_tokens_are_counted_where_the_vocabulary_can_be_had(monkeypatch: pytest.
 
 def test_a_vocabulary_that_cannot_be_had_is_said_and_bounded(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
+    text_api._load_vocabulary.cache_clear()  # another test may have tried before
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
     with caplog.at_level(logging.WARNING, text_api.__name__):
         counter = TokenCounter("text-embedding-3-large")
     assert "no network" in caplog.text
     assert counter.count("映画") == 6
+    text_api._load_vocabulary.cache_clear()
     monkeypatch.setattr(text_api, "VOCABULARY_TIMEOUT_S", 0.1)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: time.sleep(5))
     started = time.monotonic()
