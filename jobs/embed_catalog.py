@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 
-from mediafm_ray.config import ConfigError, EmbedCatalogConfig
+from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, run_job
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
@@ -72,13 +72,14 @@ def say_plan(plan: Plan, console: Console) -> None:
         console.say(f"{plan.failed_before} titles failed before and are passed over (run.retry_failed=false)")
     if plan.only_contextual:
         console.say(
-            f"{plan.only_contextual} of them lack only this checkpoint's contextual embeddings; their shots are computed again, too"
+            f"{plan.only_contextual} of them lack only this checkpoint's contextual embeddings; their shots are computed again, too. "
+            "Without opening a video: python -m jobs.contextualise_catalog with the same output.uri and contextualiser.checkpoint"
         )
     if not plan.checkpoint:
         console.say("no contextualiser.checkpoint is set: writing fused (raw) embeddings only")
 
 
-def report(plan: Plan, tally: Tally, wall_s: float, config: EmbedCatalogConfig, console: Console) -> int:
+def report(plan: Plan, tally: Tally, wall_s: float, config: EmbedCatalogConfig | ContextualiseCatalogConfig, console: Console) -> int:
     """Summary on the terminal and in the output; the exit code."""
     content = summary(plan, tally, wall_s, dataclasses.asdict(config))
     console.say()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import textwrap
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -130,6 +131,25 @@ class EmbedCatalogConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 
+@dataclass(frozen=True)
+class StoredDatasetConfig:
+    """Which of the output's datasets to read."""
+
+    version: str = resource("", "dataset version, 12 hex digits; empty = the only one there is")
+
+
+@dataclass(frozen=True)
+class ContextualiseCatalogConfig:
+    """Everything that ``jobs.contextualise_catalog`` takes."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    contextualiser: ContextualiserConfig = field(default_factory=ContextualiserConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
 def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str]) -> Job:
     """A job's configuration from YAML files and ``key=value`` overrides, later ones over earlier ones. Raises ConfigError."""
     merged = OmegaConf.structured(kind)
@@ -137,17 +157,20 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
         if not os.path.isfile(file):
             raise ConfigError(f"--config {file}: there is no such file")
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.load(file))
+            merged = OmegaConf.merge(merged, _without_sections_of_others(kind, OmegaConf.load(file)))
         except (OmegaConfBaseException, OSError, ValueError) as error:
             raise ConfigError(f"--config {file}: {_first_line(error)}") from error
         except Exception as error:  # PyYAML's errors have no common base that OmegaConf exports
             raise ConfigError(f"--config {file}: not readable as YAML: {' '.join(str(error).split())}") from error
     for override in overrides:
-        key, separator, _ = override.partition("=")
+        key, separator, value = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"{override!r}: expected key=value (try --help)")
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            given = OmegaConf.from_dotlist([override])
+            if _type_of(kind, key) is str and OmegaConf.select(given, key) is not None:
+                OmegaConf.update(given, key, _as_text(OmegaConf.select(given, key), value))
+            merged = OmegaConf.merge(merged, given)
         except Exception as error:
             raise ConfigError(f"{key}=...: {_first_line(error)}") from error  # the value may be a secret
     try:
@@ -156,6 +179,28 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
         raise ConfigError(_first_line(error)) from error
     except ValueError as error:  # a dataclass's own check
         raise ConfigError(str(error)) from error
+
+
+def _type_of(kind: Any, key: str) -> Any:
+    """The type of a field, by its full key; None where there is none."""
+    for name in key.split("."):
+        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    return kind
+
+
+def _as_text(parsed: Any, given: str) -> str:
+    """The value of a text field: as YAML reads it (which takes quotes off) or, where that is a number, as it was given (012 is not 12)."""
+    return parsed if isinstance(parsed, str) else given
+
+
+def _without_sections_of_others(kind: type[Any], loaded: Any) -> Any:
+    """What a file says to this job: one file may serve several, so the sections of jobs.embed_catalog are checked and left aside."""
+    own, shared = ({entry.name for entry in dataclasses.fields(job)} for job in (kind, EmbedCatalogConfig))
+    others = [key for key in loaded if key in shared - own] if OmegaConf.is_dict(loaded) else []
+    if not others:
+        return loaded
+    OmegaConf.merge(OmegaConf.structured(EmbedCatalogConfig), OmegaConf.masked_copy(loaded, others))  # raises for unknown keys
+    return OmegaConf.masked_copy(loaded, [key for key in loaded if key not in others])
 
 
 def describe(kind: type[Any]) -> str:

@@ -52,6 +52,11 @@ def test_a_value_on_the_command_line_is_not_repeated_in_errors():
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("given", "value"), [("000000000012", "000000000012"), ("12345678e123", "12345678e123"), ("'a b'", "a b")])
+def test_text_is_taken_as_it_is_given_also_where_it_looks_like_a_number(given, value):
+    assert read(f"text.model={given}").text.model == value
+
+
 def test_a_mistake_in_a_file_names_file_and_key(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("detector: {treshold: 0.4}\n")

@@ -20,6 +20,8 @@ Shapes
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +33,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mediafm_ray.models import weights
-from mediafm_ray.models.loading import Workers, load_checkpoint, open_device
+from mediafm_ray.models.loading import PRECISIONS, MicroBatches, Workers, load_checkpoint, open_device
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.spec import MAX_SHOTS_PER_WINDOW
 
@@ -39,6 +41,7 @@ SPECIAL_TOKENS = 2  # [CLS] at position 0, [GLOBAL] at position 1
 SHORTEST_TIME_S = 1 / 32  # seconds: times differ by their ratio above it and hardly below it; it is about a frame
 TIME_WAVES_OCTAVES = (64.0, 32.0, 16.0, 8.0, 4.0, 2.0)  # of the sinusoids over log2 of a time; frame to day: 22 octaves
 TIME_FEATURES = 2 * 2 * len(TIME_WAVES_OCTAVES)  # sine and cosine of two times
+MOST_TOKENS = 2**17  # that a GPU computes at once: more fill it no better
 
 
 class ContextualiserModelConfig(PreTrainedConfig):
@@ -212,62 +215,122 @@ def window_of_shots(shots: int, window: int) -> np.ndarray:
     return np.argmin(twice_distance_SW, axis=1)
 
 
+@dataclass(frozen=True, eq=False)
+class TitleShots:
+    """What the model is told of the shots of a title, or of a window of them."""
+
+    fused_SD: np.ndarray  # float32
+    metadata_M: np.ndarray | None = None  # float32; None where the title has neither synopsis nor tags
+    times_S2: np.ndarray | None = None  # float32, see shot_times; only a model that was trained with times looks at them
+
+    def __len__(self) -> int:
+        return len(self.fused_SD)
+
+    def part(self, start: int, end: int) -> TitleShots:
+        """The shots of a window, with the title's metadata and with the times that they have in the title."""
+        return TitleShots(self.fused_SD[start:end], self.metadata_M, None if self.times_S2 is None else self.times_S2[start:end])
+
+
 class TitleContextualiser:
-    """A checkpoint at work on whole titles, one at a time: no title's numbers depend on another's."""
+    """A checkpoint at work on whole titles.
+
+    On a CPU every window is computed alone, on one thread: no title's numbers depend on another's. On a GPU windows of all titles at hand
+    share batches, the longest first, padded and masked: the numbers differ by rounding.
+    """
 
     def __init__(self, config: ContextualiserConfig) -> None:
-        """Raises WeightsError for a checkpoint that is missing, damaged or incomplete."""
+        """Raises WeightsError for a checkpoint that is missing, damaged, incomplete or not finite."""
         self.checkpoint = config.checkpoint
         self.device = open_device(config.device)
+        self.alone = self.device.type == "cpu"
         self.workers = Workers(config.threads)
-        model = load_checkpoint(Contextualiser, weights.resolve(config.checkpoint), dtype=torch.float32)
+        self.dtype = PRECISIONS[config.precision]
+        model = load_checkpoint(Contextualiser, weights.resolve(config.checkpoint), dtype=self.dtype)
+        if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+            raise weights.WeightsError(
+                f"the checkpoint {config.checkpoint} holds numbers that are not finite ({broken[0]}): train it again"
+            )
         self.model: Any = model.requires_grad_(False).to(self.device)
         self.fused_dim = int(model.config.fused_dim)
         self.metadata_dim = int(model.config.metadata_dim)
+        self.window = int(model.config.max_shots)
+        longest = self.window + SPECIAL_TOKENS
+        self.micro_batches = MicroBatches(self.device, config.micro_batch, most=MOST_TOKENS, first=MicroBatches.FIRST * longest)
 
     def contextualise(
         self, fused_SD: np.ndarray, metadata_M: np.ndarray | None, times_S2: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Contextualise one title: (S, D) float32 fused embeddings and its (M,) float32 metadata embedding, or None without one.
+        """Contextualise one title; see ``contextualise_together``."""
+        return self.contextualise_together([TitleShots(fused_SD, metadata_M, times_S2)])[0]
 
-        ``times_S2`` (see ``shot_times``) is for a model that was trained with them; others do not look at it.
+    def contextualise_together(self, titles: Sequence[TitleShots]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The (S, D) float32 contextual embeddings of each title and its (D,) float32 [CLS] embedding.
 
-        Returns the (S, D) float32 contextual embeddings and the (D,) float32 [CLS] embedding. A title of more shots than a window holds is
-        read in windows that overlap by half or more: every shot is taken from the window in whose middle it is most nearly,
-        and [CLS] is the mean of the windows', weighted by the shots taken from each.
-        Raises ValueError for other dimensions than the checkpoint's, no shots, missing times, or input that is not finite.
+        A title of more shots than a window holds is read in windows that overlap by half or more: every shot is taken from the window
+        in whose middle it is most nearly, and [CLS] is the mean of the windows', weighted by the shots taken from each.
+        Raises ValueError for other dimensions than the checkpoint's, no shots, missing times, and input or output that is not finite.
         """
-        self._check(fused_SD, metadata_M, times_S2)
-        shots, window = len(fused_SD), int(self.model.config.max_shots)
-        starts = window_starts(shots, window)
-        times_S2 = times_S2 if self.model.config.time_features else None
+        for title in titles:
+            self._check(title)
+        starts = [window_starts(len(title), self.window) for title in titles]
+        windows = [title.part(start, start + self.window) for title, begun in zip(titles, starts, strict=True) for start in begun]
+        outputs = iter(self._read(windows))
+        return [
+            self._join(len(title), begun, list(itertools.islice(outputs, len(begun)))) for title, begun in zip(titles, starts, strict=True)
+        ]
 
-        def read_window(start: int) -> tuple[np.ndarray, np.ndarray]:
-            part = slice(start, start + window)
-            return self._read_window(fused_SD[part], metadata_M, None if times_S2 is None else times_S2[part])
-
-        outputs = self.workers.map(read_window, starts)
-        owner_S = window_of_shots(shots, window)
+    def _join(self, shots: int, starts: Sequence[int], outputs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        """A title from its windows."""
+        owner_S = window_of_shots(shots, self.window)
         contextual_SD = np.empty((shots, self.fused_dim), np.float32)
         cls_D = np.zeros(self.fused_dim, np.float64)
         for index, (start, (window_SD, window_cls_D)) in enumerate(zip(starts, outputs, strict=True)):
             owned = np.flatnonzero(owner_S == index)
             contextual_SD[owned] = window_SD[owned - start]
             cls_D += window_cls_D.astype(np.float64) * (len(owned) / shots)
+        if not np.isfinite(contextual_SD).all() or not np.isfinite(cls_D).all():
+            raise ValueError(f"the contextualiser {self.checkpoint} gave numbers that are not finite: is it trained, and for this input?")
         return contextual_SD, cls_D.astype(np.float32)
 
-    @torch.inference_mode()
-    def _read_window(
-        self, fused_SD: np.ndarray, metadata_M: np.ndarray | None, times_S2: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        # copies: arrays may come reversed or read-only out of an Arrow table
-        fused_BSD = torch.from_numpy(np.array(fused_SD, np.float32)[None]).to(self.device)
-        metadata_BM = None if metadata_M is None else torch.from_numpy(np.array(metadata_M, np.float32)[None]).to(self.device)
-        times_BS2 = None if times_S2 is None else torch.from_numpy(np.array(times_S2, np.float32)[None]).to(self.device)
-        output = self.model(fused_BSD, metadata_BM, times_BS2=times_BS2)
-        return output.contextual_BSD[0].cpu().numpy(), output.cls_BD[0].cpu().numpy()
+    def _read(self, windows: Sequence[TitleShots]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The contextual embeddings and the [CLS] embedding of each window."""
+        if self.alone:
+            return self.workers.map(lambda window: self._read_batch([window])[0], windows)
+        # longest first: the first micro-batch measures the most memory, and like lengths share a call
+        order = sorted(range(len(windows)), key=lambda index: -len(windows[index]))
+        computed = self.micro_batches.compute(
+            self._read_batch, [windows[index] for index in order], counts=lambda window: len(window) + SPECIAL_TOKENS
+        )
+        return [output for _, output in sorted(zip(order, computed, strict=True), key=lambda pair: pair[0])]
 
-    def _check(self, fused_SD: np.ndarray, metadata_M: np.ndarray | None, times_S2: np.ndarray | None) -> None:
+    @torch.inference_mode()
+    def _read_batch(self, windows: Sequence[TitleShots]) -> list[tuple[np.ndarray, np.ndarray]]:
+        lengths_B = np.array([len(window) for window in windows])
+        longest = int(lengths_B.max())
+        told_B = np.array([window.metadata_M is not None for window in windows])
+        with_times = bool(self.model.config.time_features)
+        fused_BSD = np.zeros((len(windows), longest, self.fused_dim), np.float32)
+        metadata_BM = np.zeros((len(windows), self.metadata_dim), np.float32)
+        times_BS2 = np.zeros((len(windows), longest, 2), np.float32)
+        for row, window in enumerate(windows):
+            fused_BSD[row, : len(window)] = window.fused_SD
+            if window.metadata_M is not None:
+                metadata_BM[row] = window.metadata_M
+            if with_times:
+                times_BS2[row, : len(window)] = window.times_S2
+        shots_BS = np.arange(longest) < lengths_B[:, None]
+        output = self.model(
+            torch.from_numpy(fused_BSD).to(self.dtype).to(self.device),
+            torch.from_numpy(metadata_BM).to(self.dtype).to(self.device) if told_B.any() else None,
+            None if told_B.all() else torch.from_numpy(told_B).to(self.device),
+            None if shots_BS.all() else torch.from_numpy(shots_BS).to(self.device),
+            times_BS2=torch.from_numpy(times_BS2).to(self.device) if with_times else None,
+        )
+        contextual_BSD, cls_BD = output.contextual_BSD.cpu().float().numpy(), output.cls_BD.cpu().float().numpy()
+        return [(contextual_BSD[row, :length], cls_BD[row]) for row, length in enumerate(lengths_B)]
+
+    def _check(self, title: TitleShots) -> None:
+        fused_SD, metadata_M, times_S2 = title.fused_SD, title.metadata_M, title.times_S2
         if fused_SD.ndim != 2 or fused_SD.shape[1] != self.fused_dim:
             raise ValueError(
                 f"the contextualiser {self.checkpoint} was trained on fused embeddings of {self.fused_dim} dimensions; these are "

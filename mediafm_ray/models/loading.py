@@ -77,45 +77,58 @@ class MicroBatches:
     """How many items a CUDA device computes at once: as many as fit, found by trying.
 
     The first micro-batch is small; what it took of the device's memory decides the next. When memory runs out all the same (other
-    processes share the device), the size halves, for good, and the items are tried again.
+    processes share the device), the size halves, for good, and the items are tried again. An item may count for more than one
+    (sequences of unlike length do by their length): sizes are then sums.
     """
 
     FIRST = 8  # items of the measuring micro-batch
     SHARE = 0.6  # of the memory free after it, which later ones may take
 
-    def __init__(self, device: torch.device, size: int, most: int = 512) -> None:
-        """``size`` is fixed, or 0 to measure. Raises ValueError where it is negative."""
+    def __init__(self, device: torch.device, size: int, most: int = 512, first: int = FIRST) -> None:
+        """``size`` is fixed, or 0 to measure, with ``first`` at once and ``most`` later. Raises ValueError where it is negative."""
         if size < 0:
             raise ValueError(f"micro_batch must be 0 (as many as fit) or more, not {size}")
         self.device = device
         self.measured = size > 0
-        self.size = size or self.FIRST
+        self.size = size or first
         self.most = most
 
-    def compute(self, function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
-        """``function`` over all items, at most ``size`` at once. Raises torch.OutOfMemoryError where even one item does not fit."""
+    def compute(
+        self,
+        function: Callable[[Sequence[Item]], Sequence[Result]],
+        items: Sequence[Item],
+        counts: Callable[[Item], int] = lambda item: 1,
+    ) -> list[Result]:
+        """``function`` over all items, at most ``size`` at once. Raises torch.OutOfMemoryError where even one item does not fit.
+
+        ``counts`` says for how much an item counts; the largest come first, for each of a batch counts (is padded) like its first.
+        """
         results: list[Result] = []
         while len(results) < len(items):
-            batch = items[len(results) : len(results) + self.size]
+            each = counts(items[len(results)])
+            fits = max(1, self.size // each)
+            batch = items[len(results) : len(results) + fits]
             try:
-                results.extend(self._measured(function, batch))
+                results.extend(self._measured(function, batch, each, is_full=len(batch) == fits))
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
-                self.size, self.measured = max(1, len(batch) // 2), True
+                self.size, self.measured = max(1, len(batch) * each // 2), True
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
         return results
 
-    def _measured(self, function: Callable[[Sequence[Item]], Sequence[Result]], batch: Sequence[Item]) -> Sequence[Result]:
-        if self.measured or self.device.type != "cuda" or len(batch) < self.FIRST:
+    def _measured(
+        self, function: Callable[[Sequence[Item]], Sequence[Result]], batch: Sequence[Item], each: int, is_full: bool
+    ) -> Sequence[Result]:
+        if self.measured or self.device.type != "cuda" or not is_full:
             return function(batch)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         results = function(batch)
         taken = torch.cuda.max_memory_allocated(self.device) - before
         free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        self.size, self.measured = fitting_size(taken, len(batch), free, self.SHARE, self.most), True
+        self.size, self.measured = fitting_size(taken, len(batch) * each, free, self.SHARE, self.most), True
         return results
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mediafm_ray.spec import recipe, resource
 
 MODALITY_NORMS = ("none", "l2")
+PRECISION_NAMES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,18 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class ContextualiserConfig:
-    """The BERT-style model over the shots of a title."""
+    """The BERT-style model over the shots of a title. The name of its dataset is made from the checkpoint and what changes the numbers."""
 
     checkpoint: str = resource("", "folder with config.json and model.safetensors; empty = write fused embeddings only")
+    any_dataset: bool = resource(False, "take a checkpoint that was trained on another dataset version than it is given")
+    precision: str = recipe("float32", "arithmetic of the network: float32, or bfloat16 (for GPUs)")
+    micro_batch: int = resource(0, "shots (with two more a window) that a GPU computes at once; 0 = as many as fit")
+    read_mb: int = resource(64, "MB of stored shots that are read, computed and written at once by an actor; it takes about six times that")
     device: str = resource("cpu", "torch device: cpu, cuda")
     threads: int = resource(0, "CPU threads; 0 = share the cores of the machine among the actors")
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISION_NAMES:
+            raise ValueError(f"contextualiser.precision must be one of {', '.join(PRECISION_NAMES)}, not {self.precision!r}")
+        if self.micro_batch < 0 or self.read_mb < 1:
+            raise ValueError("contextualiser.micro_batch cannot be negative, and contextualiser.read_mb must be 1 or more")

@@ -26,6 +26,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hub:"
 DIGEST_MARK = "#sha256="
@@ -90,12 +92,18 @@ def _digest_at(path: Path, address: str) -> str:
 def checkpoint_digest(address: str) -> str:
     """SHA-256 (64 hex digits) of a contextualiser's checkpoint: its config.json and *.safetensors, whatever lies beside them.
 
-    Raises WeightsError where one of them is missing.
+    Raises WeightsError where one of them is missing or cut short.
     """
     path = resolve(address)
     tensors = sorted(path.glob("*.safetensors"))
     if not tensors or not (path / "config.json").is_file():
         raise WeightsError(f"no checkpoint at {address}: it must be a folder with config.json and model.safetensors")
+    for file in tensors:
+        try:
+            with safe_open(file, framework="numpy"):  # reads the header only, and compares the file's length with it
+                pass
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{file} is damaged or cut short ({error}): copy the checkpoint again") from error
     return _digest_of([path / "config.json", *tensors], path)
 
 

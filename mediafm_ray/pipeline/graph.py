@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -12,8 +13,8 @@ from ray.data import ActorPoolStrategy, Dataset
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from mediafm_ray.config import EmbedCatalogConfig, StageConfig
-from mediafm_ray.pipeline import stages
+from mediafm_ray.config import ContextualiseCatalogConfig, EmbedCatalogConfig, StageConfig
+from mediafm_ray.pipeline import stages, stored
 from mediafm_ray.pipeline.allowance import SharedAllowance
 from mediafm_ray.pipeline.cluster import runs_alone
 from mediafm_ray.pipeline.plan import Plan
@@ -21,6 +22,8 @@ from mediafm_ray.pipeline.stages import max_actors, with_threads
 
 NICENESS = 10  # of encoders that share their cores with the detector
 TASKS_IN_FLIGHT_PER_ACTOR = 2  # one at work, the next one's row already on its way
+CALLS_PER_ACTOR = 8  # at least, of stored titles: the actors end at about the same time
+MAX_TITLES_PER_CALL = 128  # stored titles: few enough that one actor's end costs little
 
 
 class PlanDatasource(Datasource):
@@ -102,6 +105,31 @@ def contextualise(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Da
 def write(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
     """Commit each title's objects; what is left is how each title ended."""
     return _tasks(titles, config, stages.WriteTitle(config.output.uri, plan.model, plan.checkpoint, config.storage))
+
+
+def contextualise_stored(plan: Plan, config: ContextualiseCatalogConfig | EmbedCatalogConfig) -> Dataset:
+    """Embed the committed shots of each pending title in context and commit them; what is left is how each title ended.
+
+    One stage, in actors: vectors that are read anyway need not travel between processes.
+    """
+    pool = config.resources.contextualise
+    calls = min(plan.pending.num_rows, max(CALLS_PER_ACTOR * max_actors(pool), plan.pending.num_rows // MAX_TITLES_PER_CALL))
+    bounds = [index * plan.pending.num_rows // calls for index in range(calls + 1)]
+    rows = plan.pending.to_pylist()  # not slices: each would carry the whole plan
+    titles = ray.data.from_blocks([pa.Table.from_pylist(rows[start:end], plan.pending.schema) for start, end in itertools.pairwise(bounds)])
+    titles.context.target_max_block_size = 1  # byte: every title that is done is heard of at once, not when its call ends
+    return titles.map_batches(
+        stored.ContextualiseStored,
+        fn_constructor_args=(config.output.uri, plan.model, plan.checkpoint, with_threads(config.contextualiser, pool), config.storage),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ActorPoolStrategy(
+            min_size=pool.min_actors, max_size=max_actors(pool), max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT_PER_ACTOR
+        ),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus or None,
+    )
 
 
 def _actors(titles: Dataset, pool: StageConfig, stage: Callable[..., stages.Stage], *arguments: Any) -> Dataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -11,10 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from mediafm_ray.config import ConfigError, EmbedCatalogConfig
+from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_digest
 from mediafm_ray.models.fusion import spans
+from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.spec import digest_of, recipe_of
 from mediafm_ray.storage.catalog import Entry, read_catalog
@@ -23,6 +23,7 @@ from mediafm_ray.storage.store import ObjectInfo
 
 ARITHMETIC = 1  # raise it with a change of the code that changes the numbers: it is part of the dataset version
 VERSION_DIGITS = 12  # hex digits of a dataset version
+CHECKPOINT_TYPE = "mediafm_contextualiser"  # model_type in the config.json of a contextualiser
 
 
 @dataclass(frozen=True)
@@ -120,26 +121,34 @@ def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
         output.store.delete(name)
 
 
-def checkpoint_name(config: EmbedCatalogConfig, model: Model) -> str:
-    """12 hex digits that name the configured contextualiser's checkpoint; empty when there is none.
+def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, model: Model) -> str:
+    """12 hex digits that name the dataset of the configured contextualiser's checkpoint; empty when there is none.
 
-    Raises WeightsError for a checkpoint that is missing, ConfigError for one that was trained on other dimensions.
+    They are the checkpoint's digest or, where options change its numbers, a digest over both. Raises WeightsError for a checkpoint that
+    is missing or cut short, ConfigError for one that was trained on other dimensions or another dataset version.
     """
-    address = config.contextualiser.checkpoint
+    contextualiser = config.contextualiser
+    address = contextualiser.checkpoint
     if not address:
         return ""
-    path = weights.resolve(address) / "config.json"
-    try:
-        shape = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise weights.WeightsError(f"contextualiser.checkpoint={address}: cannot read its config.json: {error}") from error
+    shape = weights.read_config(address)
+    if shape.get("model_type", CHECKPOINT_TYPE) != CHECKPOINT_TYPE:
+        raise weights.WeightsError(f"contextualiser.checkpoint={address}: this is a {shape['model_type']!r} checkpoint, no contextualiser")
     for key, dim, made_by in (("fused_dim", model.dims["fused"], "the encoders"), ("metadata_dim", model.dims["text"], "the text encoder")):
         if shape.get(key) != dim:
             raise ConfigError(
-                f"contextualiser.checkpoint={address}: its {key} is {shape.get(key)}, and {made_by} of this configuration give {dim}: "
+                f"contextualiser.checkpoint={address}: its {key} is {shape.get(key)}, and {made_by} of this dataset give {dim}: "
                 "use the encoders that it was trained with, or another checkpoint"
             )
-    return weights.checkpoint_digest(address)[:VERSION_DIGITS]
+    trained_on = shape.get("dataset_version", "")
+    if trained_on not in ("", model.dataset_version) and not contextualiser.any_dataset:
+        raise ConfigError(
+            f"contextualiser.checkpoint={address}: it was trained on dataset version {trained_on}, and this is {model.dataset_version}: "
+            "its vectors mean something else; train one on this version, or set contextualiser.any_dataset=true if you know they are alike"
+        )
+    digest = weights.checkpoint_digest(address)
+    changes = {name: value for name, value in recipe_of(contextualiser).items() if value != getattr(ContextualiserConfig, name)}
+    return (digest_of({"checkpoint_sha256": digest, **changes}) if changes else digest)[:VERSION_DIGITS]
 
 
 def _recipe(config: Any, weights_sha256: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,6 +50,8 @@ from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, obj
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import StorageConfig, fsspec_options, public_uri
+
+FACTS = ("title_id", "source", "video", "dataset_version", "dims", "spans")  # that the objects of a title share
 
 
 def with_threads(config: Any, stage: StageConfig) -> Any:
@@ -238,7 +240,8 @@ class Contextualise(Stage):
     """Step 6: the sequence of fused embeddings becomes contextual embeddings, and [CLS] one vector for the title."""
 
     name = "contextualise"
-    takes = ("fused_embeddings", "metadata_embedding")
+    takes = ("shots", "fused_embeddings", "metadata_embedding")
+    gains_from_several = True
 
     def __init__(self, config: ContextualiserConfig, contextual_dim: int):
         from mediafm_ray.models.contextualiser import TitleContextualiser
@@ -251,11 +254,21 @@ class Contextualise(Stage):
         return {"contextual_embeddings": vectors_type(self.contextual_dim), "cls_embedding": pa.list_(pa.float32())}
 
     def process(self, row: TitleRow) -> Mapping[str, Any]:
-        metadata = row["metadata_embedding"]
-        contextual_SD, cls_D = self.contextualiser.contextualise(
-            row.vectors("fused_embeddings"), None if metadata is None else np.asarray(metadata, np.float32)
-        )
-        return {"contextual_embeddings": vectors_cell(contextual_SD), "cls_embedding": cls_D.tolist()}
+        return self.process_together([row])[0]
+
+    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any]]:
+        from mediafm_ray.models.contextualiser import TitleShots, shot_times
+
+        titles = []
+        for row in rows:
+            metadata, shots = row["metadata_embedding"], row.table.column("shots")[0].values
+            times_S2 = shot_times(shots.field("start_s").to_numpy(), shots.field("end_s").to_numpy())
+            metadata_M = None if metadata is None else np.asarray(metadata, np.float32)
+            titles.append(TitleShots(row.vectors("fused_embeddings"), metadata_M, times_S2))
+        return [
+            {"contextual_embeddings": vectors_cell(contextual_SD), "cls_embedding": cls_D.tolist()}
+            for contextual_SD, cls_D in self.contextualiser.contextualise_together(titles)
+        ]
 
 
 class WriteTitle(Stage):
@@ -289,7 +302,7 @@ class WriteTitle(Stage):
         return {
             "shot_count": len(shots),
             "duration_s": media["duration_s"],
-            "warnings": media["warnings"] + self._remove([*row["superseded"], object_name(FAILURES, title_id, source)]),
+            "warnings": media["warnings"] + remove_superseded(self.output, [*row["superseded"], object_name(FAILURES, title_id, source)]),
             "bytes_written": sum(map(len, files.values())),
         }
 
@@ -310,31 +323,9 @@ class WriteTitle(Stage):
         kept = ["title_id", "source", "seconds", *self.adds]
         return table.select(kept).append_column("error", pa.array(errors, table.schema.field("error").type))
 
-    def _remove(self, names: Sequence[str]) -> list[str]:
-        """Remove what the committed title supersedes; what cannot be removed is a warning, for the title is done."""
-        warnings = []
-        for name in names:
-            try:
-                self.output.store.delete(name)
-            except Exception as error:  # fsspec implementations raise many kinds
-                warnings.append(f"{name} is superseded and could not be removed ({error}); the next run will try again")
-        return warnings
-
     def _record_failure(self, row: TitleRow, error: Mapping[str, str]) -> None:
-        name = object_name(FAILURES, row.title_id, row["source"])
-        try:
-            attempts = json.loads(self.output.store.read(name))["attempts"]
-        except FileNotFoundError:
-            attempts = 0
-        record = {
-            "title_id": row.title_id,
-            "source": row["source"],
-            "video": public_uri(row["video"]),
-            **{key: value for key, value in error.items() if value},
-            "attempts": attempts + 1,
-            "dataset_version": self.model.dataset_version,
-        }
-        self.output.store.write(name, (json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        title = {"title_id": row.title_id, "source": row["source"], "video": public_uri(row["video"])}
+        record_failure(self.output, object_name(FAILURES, row.title_id, row["source"]), title, error)
         for older in row["superseded"]:
             if older.startswith(f"{FAILURES}/"):
                 self.output.store.delete(older)
@@ -359,16 +350,9 @@ class WriteTitle(Stage):
         return encode_parquet(_table(columns, shots_schema(self.model.dims["fused"])), facts)
 
     def _contextual_file(self, row: TitleRow, shots: list[dict[str, Any]]) -> bytes:
-        facts = {**self._facts(row), "checkpoint": self.checkpoint, "cls_embedding": _base64(row["cls_embedding"])}
-        vectors = embedding_array(row.vectors("contextual_embeddings"))
-        columns = {
-            "title_id": [row.title_id] * len(shots),
-            "shot_index": range(len(shots)),
-            "start_s": [shot["start_s"] for shot in shots],
-            "end_s": [shot["end_s"] for shot in shots],
-            "contextual_embedding": vectors,
-        }
-        return encode_parquet(_table(columns, contextual_schema(vectors.type.list_size)), facts)
+        times = [shot["start_s"] for shot in shots], [shot["end_s"] for shot in shots]
+        cls_D = np.asarray(row["cls_embedding"], np.float32)
+        return contextual_file(self._facts(row), self.checkpoint, times, row.vectors("contextual_embeddings"), cls_D)
 
     def _facts(self, row: TitleRow) -> dict[str, Any]:
         return {
@@ -381,6 +365,49 @@ class WriteTitle(Stage):
         }
 
 
+def contextual_file(
+    facts: Mapping[str, Any], checkpoint: str, times: tuple[Iterable[float], Iterable[float]], contextual_SD: np.ndarray, cls_D: np.ndarray
+) -> bytes:
+    """The object of a title in the dataset of a checkpoint. ``facts``: what its object in ``shots`` says of title and model;
+    ``times``: the starts and the ends of its shots, in seconds."""
+    vectors = embedding_array(contextual_SD)
+    columns = {
+        "title_id": [facts["title_id"]] * len(vectors),
+        "shot_index": range(len(vectors)),
+        "start_s": times[0],
+        "end_s": times[1],
+        "contextual_embedding": vectors,
+    }
+    facts = {**{name: facts[name] for name in FACTS}, "checkpoint": checkpoint, "cls_embedding": _base64(cls_D)}
+    return encode_parquet(_table(columns, contextual_schema(vectors.type.list_size)), facts)
+
+
+def record_failure(output: Output, name: str, title: Mapping[str, Any], error: Mapping[str, str]) -> None:
+    """Put, or count up, the failure record of that name. ``title``: what it says of the title; ``error``: what went wrong."""
+    try:
+        attempts = json.loads(output.store.read(name))["attempts"]
+    except FileNotFoundError:
+        attempts = 0
+    record = {
+        **title,
+        **{key: value for key, value in error.items() if value},
+        "attempts": attempts + 1,
+        "dataset_version": output.dataset_version,
+    }
+    output.store.write(name, (json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def remove_superseded(output: Output, names: Sequence[str]) -> list[str]:
+    """Remove what a committed title supersedes; what cannot be removed is a warning, for the title is done."""
+    warnings = []
+    for name in names:
+        try:
+            output.store.delete(name)
+        except Exception as error:  # fsspec implementations raise many kinds
+            warnings.append(f"{name} is superseded and could not be removed ({error}); the next run will try again")
+    return warnings
+
+
 def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     """Columns in the order and with the types of a schema."""
     arrays = [
@@ -390,6 +417,6 @@ def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _base64(vector: list[float]) -> str:
+def _base64(vector: Sequence[float] | np.ndarray) -> str:
     """A vector as base64 of its float32 little-endian bytes: exact, and small in a file's metadata."""
     return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()

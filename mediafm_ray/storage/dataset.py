@@ -52,6 +52,20 @@ def encode_title(title_id: str) -> str:
     return f"{beginning}~{hashlib.sha256(title_id.encode()).hexdigest()[:32]}"
 
 
+def object_key(name: str) -> tuple[str, str]:
+    """The encoded title and the source that a title's object is named by. Raises ValueError for another object's name."""
+    match = OBJECT_PATTERN.fullmatch(name.split("/", 1)[-1])
+    if match is None:
+        raise ValueError(f"{name} is not the name of a title's object")
+    return match["title"], match["source"]
+
+
+def sibling(name: str, dataset: str) -> str:
+    """The name of the same title and source's object in another dataset."""
+    ending = "json" if dataset == FAILURES else "parquet"
+    return f"{dataset}/{name.split('/', 1)[1].rsplit('.', 1)[0]}.{ending}"
+
+
 def object_name(dataset: str, title_id: str, source: str) -> str:
     """The name of a title's object below the dataset version."""
     shard = hashlib.sha256(title_id.encode()).digest()[0]
@@ -152,7 +166,11 @@ class EmbeddingDataset:
             there = f"there are: {', '.join(versions)}" if versions else "there is none; has a job written here?"
             raise DatasetError(f"{uri} has no dataset version {version or ''}: {there}")
         self.output = Output(uri, version or versions[0], config)
-        self.model = Model.from_json(self.output.store.read(MODEL))
+        try:
+            self.model = Model.from_json(self.output.store.read(MODEL))
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:  # absent; not JSON; JSON of something else
+            reason = f"{type(error).__name__}: {error}"
+            raise DatasetError(f"{self.output.store.uri}/{MODEL} cannot be read ({reason}): embedding any title again writes it") from error
 
     @property
     def version(self) -> str:
@@ -164,7 +182,7 @@ class EmbeddingDataset:
 
         Raises DatasetError when nothing of that name is committed.
         """
-        newest = _newest(self.output.list(name))
+        newest = newest_objects(self.output.list(name))
         if not newest:
             raise DatasetError(f"{self.output.store.uri} has no committed object of {name}; there are: {', '.join(self.names()) or 'none'}")
         store = self.output.store
@@ -182,12 +200,20 @@ class EmbeddingDataset:
 
     def title(self, title_id: str, name: str = SHOTS) -> pa.Table:
         """The shots of one title in order. Raises DatasetError when the title is not committed."""
+        return self.read(self.title_object(title_id, name))
+
+    def read(self, name: str) -> pa.Table:
+        """The shots in the object of that name. Raises FileNotFoundError, and pyarrow's errors where it is no Parquet file."""
+        return pq.read_table(pa.BufferReader(self.output.store.read(name)))
+
+    def title_object(self, title_id: str, name: str = SHOTS) -> str:
+        """The name of a title's newest object, from a listing of its shard. Raises DatasetError when the title is not committed."""
         encoded = encode_title(title_id)
         shard = object_name(name, title_id, "").split("/")[1]
-        found = _newest({key: infos for key, infos in self.output.list(name, shard).items() if key[0] == encoded})
+        found = newest_objects({key: infos for key, infos in self.output.list(name, shard).items() if key[0] == encoded})
         if not found:
             raise DatasetError(f"{self.output.store.uri} has no title {title_id!r} in {name}")
-        return pq.read_table(pa.BufferReader(self.output.store.read(found[0].name)))
+        return found[0].name
 
     def _schema(self, name: str) -> pa.Schema:
         fused_dim = self.model.dims["fused"]
@@ -220,8 +246,8 @@ def read_failures(output: Output) -> Iterator[dict[str, Any]]:
         yield json.loads(output.store.read(infos.name))
 
 
-def _newest(objects: Mapping[tuple[str, str], list[ObjectInfo]]) -> list[ObjectInfo]:
-    """One object for each title: the last modified; between equals the last name."""
+def newest_objects(objects: Mapping[tuple[str, str], list[ObjectInfo]]) -> list[ObjectInfo]:
+    """One object for each title, in the order of their names: the last modified; between equals the last name."""
     newest: dict[str, ObjectInfo] = {}
     for info in _sorted_objects(objects):
         title = info.name.rsplit("/", 1)[-1].split("@")[0]

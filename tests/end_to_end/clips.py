@@ -62,6 +62,11 @@ def embed(catalog: Path, output: Path, *overrides: str, profile: Sequence[str] =
     return subprocess.run(command(catalog, output, *overrides, profile=profile), cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
+def run_job(job: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run one of jobs/ as a user does."""
+    return subprocess.run([sys.executable, "-m", f"jobs.{job}", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
 def embed_and_kill(catalog: Path, output: Path, *overrides: str, after_objects: int) -> int:
     """Start the main job, kill its driver once so many titles are committed, and wait until its Ray is gone; return the exit code."""
     process = subprocess.Popen(command(catalog, output, *overrides), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -17,7 +17,7 @@ from mediafm_ray.pipeline import loop
 from mediafm_ray.pipeline.plan import describe_model, make_plan, prepare_output
 from mediafm_ray.storage.dataset import EmbeddingDataset, read_failures, title_facts
 from mediafm_ray.storage.schemas import embedding_values
-from tests.end_to_end.clips import RATE, ROOT, embed, embed_and_kill, make_clip, objects
+from tests.end_to_end.clips import PROFILE, RATE, ROOT, embed, embed_and_kill, make_clip, objects, run_job
 
 GOOD = {"plain": [40, 35, 50], "series/one take": [60], "no sound": [30, 45]}  # title -> frames of its shots
 WITHOUT_AUDIO = ("no sound",)
@@ -114,6 +114,29 @@ def test_a_checkpoint_gives_contextual_embeddings_beside_the_fused_ones(undistur
         np.testing.assert_allclose(embedding_values(contextual["contextual_embedding"]), expected, atol=1e-5)
         found = np.frombuffer(base64.b64decode(title_facts(contextual)["cls_embedding"]), "<f4")
         np.testing.assert_allclose(found, cls, atol=1e-5)
+
+
+def test_contextualising_what_is_stored_gives_the_same_bytes_without_a_video(undisturbed, checkpoint, tmp_path):
+    """As if a run with this checkpoint had been killed after its first title: the rest comes from the committed shots alone."""
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed[0], output)
+    for path in sorted(output.glob("*/contextual-*/*/*.parquet"))[1:]:
+        path.unlink()
+    done = run_job("contextualise_catalog", f"output.uri={output}", checkpoint)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 titles with committed shots, 1 contextualised before, 2 to compute" in done.stdout
+    assert objects(output) == objects(undisturbed[0])
+    again = run_job("contextualise_catalog", *PROFILE, f"output.uri={output}", checkpoint)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "3 contextualised before, 0 to compute" in again.stdout
+
+
+@pytest.mark.parametrize(("overrides", "part"), [([], "output.uri"), (["output.uri=OUT"], "contextualiser.checkpoint")])
+def test_contextualising_nothing_exits_with_2(undisturbed, overrides, part):
+    done = run_job("contextualise_catalog", *(override.replace("OUT", str(undisturbed[0])) for override in overrides))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert part in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_summary_says_what_happened(undisturbed):

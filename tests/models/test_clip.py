@@ -228,6 +228,20 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_is_lost() -> None:
     assert batches.size == 4  # remembered for the next title
 
 
+def test_items_that_count_for_more_fill_a_micro_batch_sooner() -> None:
+    device, batches = Device(holds=3), MicroBatches(torch.device("cpu"), 60)
+    lengths = [20] * 4 + [10] * 8 + [1]
+    assert batches.compute(device, lengths, counts=lambda length: length) == [length**2 for length in lengths]
+    assert device.asked == [
+        3,
+        3,
+        6,
+        3,
+        3,
+        1,
+    ]  # the second is padded to 20; six are too many: 30 from then on
+
+
 def test_an_item_that_does_not_fit_alone_is_an_error() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         MicroBatches(torch.device("cpu"), 4).compute(Device(holds=0), [1, 2, 3])

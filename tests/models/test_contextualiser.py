@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -19,11 +20,13 @@ from mediafm_ray.models.contextualiser import (
     Contextualiser,
     ContextualiserModelConfig,
     TitleContextualiser,
+    TitleShots,
     encode_times,
     shot_times,
     window_of_shots,
     window_starts,
 )
+from mediafm_ray.models.loading import MicroBatches
 from mediafm_ray.models.options import ContextualiserConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -274,6 +277,89 @@ def test_a_long_title_is_made_of_its_windows(windowed: TitleContextualiser) -> N
     np.testing.assert_allclose(cls, expected_cls, atol=1e-6)
 
 
+# ------------------------------------------------------------------------------------------------- several titles at once
+
+LENGTHS = (1, 30, 8, 13, 2, 9)
+
+
+@pytest.fixture(scope="module")
+def several() -> list[TitleShots]:
+    """Titles of all lengths about a window of 8, some with metadata, all with times."""
+    titles = []
+    for seed, shots in enumerate(LENGTHS):
+        end = np.cumsum(np.random.default_rng(seed).uniform(0.2, 20, shots))
+        times = shot_times(np.concatenate([[0.0], end[:-1]]), end)
+        titles.append(TitleShots(unit_rows(shots, seed), METADATA if seed % 2 else None, times))
+    return titles
+
+
+def alone(contextualiser: TitleContextualiser, titles: list[TitleShots]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [contextualiser.contextualise(title.fused_SD, title.metadata_M, title.times_S2) for title in titles]
+
+
+@pytest.mark.parametrize("kind", ["windowed", "timed"])
+def test_on_a_cpu_neighbours_do_not_change_a_byte(kind: str, several: list[TitleShots], request: pytest.FixtureRequest) -> None:
+    contextualiser: TitleContextualiser = request.getfixturevalue(kind)
+    expected = alone(contextualiser, several)
+    for order in (slice(None), slice(None, None, -1), slice(1, 4)):
+        together = contextualiser.contextualise_together(several[order])
+        for (found, found_cls), (one, one_cls) in zip(together, expected[order], strict=True):
+            assert found.tobytes() == one.tobytes()
+            assert found_cls.tobytes() == one_cls.tobytes()
+    assert contextualiser.contextualise_together([]) == []
+
+
+def padded(contextualiser: TitleContextualiser, micro_batch: int) -> TitleContextualiser:
+    """The same model, computing as it does on a GPU: in padded batches of at most so many tokens."""
+    built = copy.copy(contextualiser)
+    built.alone = False
+    built.micro_batches = MicroBatches(built.device, micro_batch)
+    return built
+
+
+@pytest.mark.parametrize("kind", ["windowed", "timed"])
+@pytest.mark.parametrize("micro_batch", [1, 25, 10_000])
+def test_padded_batches_give_the_same_but_for_rounding(
+    kind: str, micro_batch: int, several: list[TitleShots], request: pytest.FixtureRequest
+) -> None:
+    contextualiser: TitleContextualiser = request.getfixturevalue(kind)
+    together = padded(contextualiser, micro_batch).contextualise_together(several)
+    for (found, found_cls), (one, one_cls) in zip(together, alone(contextualiser, several), strict=True):
+        np.testing.assert_allclose(found, one, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(found_cls, one_cls, rtol=0, atol=2e-5)
+
+
+def test_batches_hold_windows_of_like_length_within_the_budget(
+    windowed: TitleContextualiser, several: list[TitleShots], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, seen = padded(windowed, 30), []
+    inner = built._read_batch
+    monkeypatch.setattr(built, "_read_batch", lambda windows: seen.append([len(window) for window in windows]) or inner(windows))
+    built.contextualise_together(several)
+    assert sorted(length for batch in seen for length in batch) == sorted(
+        min(8, shots - start) for shots in LENGTHS for start in window_starts(shots, 8)
+    )
+    assert all(len(batch) * (max(batch) + 2) <= 30 for batch in seen)
+    assert [length for batch in seen for length in batch] == sorted((length for batch in seen for length in batch), reverse=True)
+    assert len(seen[0]) == 3
+
+
+@pytest.mark.parametrize("kind", ["windowed", "timed"])
+def test_bfloat16_is_close_and_does_not_depend_on_the_batch(kind: str, several: list[TitleShots], request: pytest.FixtureRequest) -> None:
+    exact: TitleContextualiser = request.getfixturevalue(kind)
+    built = TitleContextualiser(ContextualiserConfig(checkpoint=exact.checkpoint, precision="bfloat16"))
+    results = [alone(exact, several), alone(built, several), padded(built, 10_000).contextualise_together(several)]
+    for one, half, batched in zip(*results, strict=True):
+        assert half[0].dtype == np.float32
+        assert cosine_distance(half[0], one[0]).max() < 5e-3
+        assert cosine_distance(batched[0], half[0]).max() < 1e-3
+        assert cosine_distance(batched[1], half[1]) < 1e-3
+
+
+def cosine_distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return 1 - (one * other).sum(axis=-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(other, axis=-1)
+
+
 CONTEXTUALISE_ELSEWHERE = """
 import hashlib, sys
 import numpy as np
@@ -338,6 +424,27 @@ def test_missing_and_damaged_checkpoints(tmp_path: Path) -> None:
     (reshaped / "config.json").write_text(json.dumps({**config, "fused_dim": 50}))
     with pytest.raises(weights.WeightsError, match="reshaped"):
         TitleContextualiser(ContextualiserConfig(checkpoint=str(reshaped)))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_checkpoint_whose_training_went_astray_is_refused(tmp_path: Path, number: float) -> None:
+    astray = make_checkpoint(tmp_path)
+    model = Contextualiser.from_pretrained(astray)
+    with torch.no_grad():
+        model.layers[1].widen.weight[3, 4] = number
+    model.save_pretrained(astray)
+    with pytest.raises(weights.WeightsError, match=r"not finite \(layers\.1\.widen\.weight\)"):
+        TitleContextualiser(ContextualiserConfig(checkpoint=str(astray)))
+
+
+def test_output_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    huge = make_checkpoint(tmp_path)
+    model = Contextualiser.from_pretrained(huge)
+    with torch.no_grad():
+        model.shot_output.weight.fill_(1e38)
+    model.save_pretrained(huge)
+    with pytest.raises(ValueError, match="gave numbers that are not finite"):
+        TitleContextualiser(ContextualiserConfig(checkpoint=str(huge))).contextualise(unit_rows(3), None)
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Contextualise what is embedded: a checkpoint's contextual embeddings from committed shots. No video is opened.
+
+    python -m jobs.contextualise_catalog output.uri=embeddings/ contextualiser.checkpoint=checkpoint/
+
+Writes contextual-<checkpoint>/ beside the shots, the same bytes as jobs.embed_catalog with that checkpoint. What is committed already is
+skipped; a killed run is finished by running the same command again. Files for jobs.embed_catalog serve as --config here, too.
+Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration, dataset or checkpoint,
+nothing was started; 3: the run ended before its titles did.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+
+from jobs.embed_catalog import report
+from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig
+from mediafm_ray.pipeline.command import EXIT_OK, run_job
+from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.report import Console, Tally, follow, reason_of
+from mediafm_ray.pipeline.stored import make_stored_plan, prepare_stored_output
+
+
+def main(config: ContextualiseCatalogConfig) -> int:
+    """Plan, contextualise what is pending, report."""
+    console, start = Console(), time.monotonic()
+    plan = make_stored_plan(config)
+    say_plan(plan, console)
+    if config.run.dry_run:
+        return EXIT_OK
+    prepare_stored_output(plan, config)
+    tally = Tally(plan.pending.num_rows)
+    if tally.planned:
+        try:
+            contextualise(plan, config, console, tally)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
+            traceback.print_exc()
+            tally.aborted = reason_of(error)
+    return report(plan, tally, time.monotonic() - start, config, console)
+
+
+def contextualise(plan: Plan, config: ContextualiseCatalogConfig, console: Console, tally: Tally) -> None:
+    """Read, compute and write the pending titles; ``tally`` counts how they end."""
+    from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
+    from mediafm_ray.pipeline.cluster import check_room, connected
+
+    begun = time.monotonic()
+    with connected(config.resources):
+        check_room(config.resources, {"contextualise": config.resources.contextualise})
+        results = graph.contextualise_stored(plan, config)
+        follow(graph.blocks(results), tally, begun, console)
+
+
+def say_plan(plan: Plan, console: Console) -> None:
+    """What the run is about to do."""
+    console.say(
+        f"dataset version {plan.model.dataset_version}, checkpoint {plan.checkpoint}: {plan.titles} titles with committed shots, "
+        f"{plan.done} contextualised before, {plan.pending.num_rows} to compute"
+    )
+    if plan.failed_before:
+        console.say(f"{plan.failed_before} titles failed before and are passed over (run.retry_failed=false)")
+    if plan.left:
+        console.say(f"{plan.left} more are left for later runs (run.max_titles)")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__ or "", ContextualiseCatalogConfig, main))
