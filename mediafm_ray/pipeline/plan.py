@@ -21,7 +21,7 @@ from mediafm_ray.storage.catalog import Entry, read_catalog
 from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextual, encode_title
 from mediafm_ray.storage.store import ObjectInfo
 
-ARITHMETIC = 1  # raise it with a change of the code that changes the numbers: it is part of the dataset version
+ARITHMETIC = 2  # raise it with a change of the code that changes the numbers: it is part of the dataset version
 VERSION_DIGITS = 12  # hex digits of a dataset version
 CHECKPOINT_TYPE = "mediafm_contextualiser"  # model_type in the config.json of a contextualiser
 

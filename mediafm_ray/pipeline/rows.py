@@ -45,6 +45,7 @@ SHOTS = pa.list_(
             ("text", pa.string()),
             ("language", pa.string()),
             ("thumbnail", pa.binary()),
+            ("audio_levels", pa.list_(pa.int8())),
         ]
     )
 )

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from mediafm_ray.config import StageConfig
+from mediafm_ray.media.loudness import audio_levels
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.models.encoder import build_audio_encoder, build_text_encoder, build_video_encoder
 from mediafm_ray.models.fusion import fuse
@@ -100,6 +101,7 @@ class DetectShots(Stage):
                 "text": shot.text,
                 "language": shot.language,
                 "thumbnail": shot.thumbnail,
+                "audio_levels": audio_levels(np.frombuffer(shot.audio, "<i2")),
             }
             for shot in media.shots
         ]

@@ -42,6 +42,7 @@ def shots_schema(fused_dim: int) -> pa.Schema:
             pa.field("has_audio", pa.bool_(), nullable=False),
             pa.field("has_text", pa.bool_(), nullable=False),
             pa.field("thumbnail", pa.binary(), nullable=False),
+            pa.field("audio_levels", pa.list_(pa.field("element", pa.int8(), nullable=False))),  # null in files from before there were any
             pa.field("fused_embedding", embedding_type(fused_dim), nullable=False),
             pa.field("fused_norm", pa.float32(), nullable=False),
         ]
@@ -81,9 +82,9 @@ def embedding_values(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 def encode_parquet(table: pa.Table, facts: Mapping[str, Any]) -> bytes:
     """The Parquet file of one title: the same bytes for the same rows and facts."""
-    floats = [field.name for field in table.schema if _is_float(field.type)]
-    paths = [f"{name}.list.element" if pa.types.is_fixed_size_list(table.schema.field(name).type) else name for name in floats]
-    plain = [*paths, "thumbnail"]
+    paths = {field.name: f"{field.name}.list.element" if _is_list(field.type) else field.name for field in table.schema}
+    floats = [paths[field.name] for field in table.schema if _is_float(field.type)]
+    others = [path for path in paths.values() if path not in floats and path != "thumbnail"]
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()})
     sink = io.BytesIO()
     pq.write_table(
@@ -91,11 +92,11 @@ def encode_parquet(table: pa.Table, facts: Mapping[str, Any]) -> bytes:
         sink,
         compression=COMPRESSION,
         compression_level=COMPRESSION_LEVEL,
-        use_dictionary=[name for name in table.column_names if name not in floats and name not in plain],
-        use_byte_stream_split=paths,
+        use_dictionary=others,
+        use_byte_stream_split=floats,
         row_group_size=ROW_GROUP_ROWS,
         write_page_checksum=True,  # zstd stores what it cannot compress as it is: without it a changed byte is a changed number
-        write_statistics=[name for name in table.column_names if name not in floats and name not in plain],
+        write_statistics=others,
     )
     return sink.getvalue()
 
@@ -106,4 +107,8 @@ def read_facts(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _is_float(type_: pa.DataType) -> bool:
-    return pa.types.is_floating(type_.value_type if pa.types.is_fixed_size_list(type_) else type_)
+    return pa.types.is_floating(type_.value_type if _is_list(type_) else type_)
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_list(type_) or pa.types.is_list(type_)

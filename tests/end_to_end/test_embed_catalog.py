@@ -82,9 +82,12 @@ def test_a_folder_of_videos_becomes_shot_embeddings(undisturbed):
         assert set(shots["has_audio"].to_pylist()) == {title_id not in WITHOUT_AUDIO}
         assert all(shots["has_video"].to_pylist())
         assert all(thumbnail.startswith(b"\xff\xd8") for thumbnail in shots["thumbnail"].to_pylist())
+        tenths = np.diff(np.ceil(np.array([0, *ends]) * 10 / RATE)) if title_id not in WITHOUT_AUDIO else np.zeros(len(ends))
+        np.testing.assert_allclose([len(levels) for levels in shots["audio_levels"].to_pylist()], tenths, atol=1)
     plain = dataset.title("plain")
     assert plain["text"].to_pylist() == ["Café crème", "Second shot", ""]
     assert plain["has_text"].to_pylist() == [True, True, False]
+    assert abs(np.median(np.concatenate(plain["audio_levels"].to_pylist())) - -15) <= 1  # a sine of 8000: 20 log10(8000 / 32768) - 3 dB
     fused = dataset.embeddings(table)
     assert fused.shape == (len(table), sum(dataset.model.dims[name] for name in ("video", "audio", "text")))
     np.testing.assert_allclose(np.linalg.norm(fused, axis=1), 1, atol=1e-5)

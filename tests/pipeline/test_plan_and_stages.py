@@ -31,6 +31,7 @@ SHOT = {
     "text": "",
     "language": "",
     "thumbnail": b"",
+    "audio_levels": [-20] * 10,
 }
 
 

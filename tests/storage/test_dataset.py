@@ -55,6 +55,7 @@ def shots_of(title_id, count=3, seed=0):
         "has_audio": [True] * count,
         "has_text": [True] * count,
         "thumbnail": [b"\xff\xd8"] * count,
+        "audio_levels": [[-20 - index] * index for index in range(count)],
         "fused_embedding": embedding_array(raw_SD / norm_S[:, None]),
         "fused_norm": norm_S,
     }
