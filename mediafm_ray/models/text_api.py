@@ -70,6 +70,15 @@ class Allowance(Protocol):
         ...
 
 
+@dataclass
+class Usage:
+    """What an encoder has asked of the API since it was made."""
+
+    api_requests: int = 0  # sent, repeated ones too
+    api_retries: int = 0  # of them, sent again after a failure
+    text_tokens: int = 0  # in the requests that were answered; an upper bound where tokens cannot be counted
+
+
 class LocalAllowance:
     """Rate limits and a cap on tokens for the encoders that share this object; thread-safe, and plain enough to be a Ray actor."""
 
@@ -241,6 +250,7 @@ class ApiTextEncoder:
         self.dim = config.dimensions
         self.allowance = allowance or allowance_of(config)
         self.counter = TokenCounter(config.model)
+        self.usage = Usage()
         self._key = key or NO_KEY
         self._remembered: OrderedDict[str, asyncio.Future[np.ndarray]] = OrderedDict()
         self._loop = asyncio.new_event_loop()
@@ -320,6 +330,8 @@ class ApiTextEncoder:
         for attempt in range(self.config.max_retries + 1):
             wait_s = await asyncio.to_thread(self.allowance.reserve, 1, tokens)
             await asyncio.sleep(wait_s)
+            self.usage.api_requests += 1
+            self.usage.api_retries += attempt > 0
             try:
                 async with self._slots:
                     response = await self._client.embeddings.create(
@@ -343,6 +355,7 @@ class ApiTextEncoder:
                 )
                 await asyncio.sleep(asked_s + backoff_s)
             else:
+                self.usage.text_tokens += tokens
                 for text, row_D in zip(batch, rows, strict=True):
                     futures[text].set_result(row_D)
                 return

@@ -29,6 +29,7 @@ MAX_TRACEBACK_PARTS = 6  # the last frames and the error itself
 
 ERROR = pa.struct([("stage", pa.string()), ("type", pa.string()), ("message", pa.string()), ("traceback", pa.string())])
 SECONDS = pa.list_(pa.struct([("stage", pa.string()), ("seconds", pa.float64())]))
+MEASURES = pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))
 TIMED_TEXT = pa.list_(pa.struct([("uri", pa.string()), ("language", pa.string()), ("kind", pa.string())]))
 SHOTS = pa.list_(
     pa.struct(
@@ -65,6 +66,7 @@ PLAN_SCHEMA = pa.schema(
         ("superseded", pa.list_(pa.string())),  # objects of older sources, to remove once this one is committed
         ("error", ERROR),
         ("seconds", SECONDS),
+        ("measures", MEASURES),  # what stages counted of the title: frames, bytes, tokens, ...
     ]
 )
 
@@ -171,7 +173,7 @@ class Stage(ABC):
         """Process every title of the table that has no error yet."""
         if table.num_columns == 0:  # Ray may hand on one empty block without columns
             return table
-        missing = [column for column in (*self.takes, "error", "seconds") if column not in table.column_names]
+        missing = [column for column in (*self.takes, "error", "seconds", "measures") if column not in table.column_names]
         if missing:
             raise TypeError(f"stage {self.name}: the columns {', '.join(missing)} are missing; there are: {', '.join(table.column_names)}")
         rows = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)]
@@ -179,6 +181,11 @@ class Stage(ABC):
         together = self._together(well) if self.gains_from_several and len(well) > 1 else {}
         parts = [self._one(row, together.get(id(row))) for row in rows]
         return pa.concat_tables(parts) if parts else self._with(table, {}, None, 0.0)
+
+    def measure(self, name: str, value: float) -> None:
+        """Count something of the title at hand. It travels with the title's row, also when the title fails."""
+        measured = self.__dict__.setdefault("_measured", {})
+        measured[name] = measured.get(name, 0.0) + value
 
     def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any]]:
         """The added columns of several titles, in order. Stages that gain from it (to fill a GPU) do them in one call."""
@@ -213,6 +220,7 @@ class Stage(ABC):
 
     def _with(self, table: pa.Table, cells: Mapping[str, pa.Array], error: dict[str, str] | None, seconds: float) -> pa.Table:
         """The table with this stage's columns added (null where there are no cells) and its drops dropped."""
+        measured = self.__dict__.pop("_measured", {})
         for name, type_ in self.adds.items():
             table = table.append_column(name, cells[name] if name in cells else pa.nulls(table.num_rows, type_))
         if error is not None:
@@ -220,6 +228,9 @@ class Stage(ABC):
         if table.num_rows == 1 and seconds:
             spent = [*TitleRow(table)["seconds"], {"stage": self.name, "seconds": seconds}]
             table = _replaced(table, "seconds", pa.array([spent], SECONDS))
+        if table.num_rows == 1 and measured:
+            counted = [*TitleRow(table)["measures"], *({"name": name, "value": value} for name, value in measured.items())]
+            table = _replaced(table, "measures", pa.array([counted], MEASURES))
         return table.drop_columns(list(self.drops))
 
 
@@ -232,9 +243,14 @@ def error_value(stage: str, failure: BaseException) -> dict[str, str]:
     return {"stage": stage, "type": type(failure).__name__, "message": message, "traceback": frames}
 
 
+def failed(title: pa.Table, stage: str, failure: BaseException) -> pa.Table:
+    """The row of a title (a table of one row) with this failure."""
+    return _replaced(title, "error", pa.array([error_value(stage, failure)], ERROR))
+
+
 def plan_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Rows of the plan as a table of PLAN_SCHEMA: nothing has gone wrong and no time is spent yet."""
-    return pa.Table.from_pylist([{**row, "error": None, "seconds": []} for row in rows], schema=PLAN_SCHEMA)
+    """Rows of the plan as a table of PLAN_SCHEMA: nothing has gone wrong, no time is spent and nothing counted yet."""
+    return pa.Table.from_pylist([{**row, "error": None, "seconds": [], "measures": []} for row in rows], schema=PLAN_SCHEMA)
 
 
 def to_json(value: Any) -> str:

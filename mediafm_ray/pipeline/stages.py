@@ -93,6 +93,8 @@ class DetectShots(Stage):
         title = row.title()
         self.reader.media = media_options(self.media, title.video, self.storage)
         media = self.reader.read(title, self.detector.stream())
+        self.measure("frames_decoded", media.frame_count)
+        self.measure("bytes_read", media.facts["bytes"])
         shots = [
             {
                 **dataclasses.asdict(shot.span),
@@ -206,12 +208,22 @@ class EncodeText(Stage):
 
     def process(self, row: TitleRow) -> Mapping[str, Any]:
         shots = [shot["text"] for shot in row["shots"]]
-        encoded = self.encoder.encode([*shots, metadata_text(row["synopsis"], row["tags"])])  # one call: one request where an API is asked
+        before = self._usage()
+        try:
+            encoded = self.encoder.encode([*shots, metadata_text(row["synopsis"], row["tags"])])  # one call: one request where an API is asked
+        finally:  # what a failed title used counts, too
+            for name, used in self._usage().items():
+                self.measure(name, used - before[name])
         return {
             "text_embeddings": vectors_cell(encoded.embeddings_SD[:-1]),
             "has_text": encoded.present_S[:-1].tolist(),
             "metadata_embedding": encoded.embeddings_SD[-1].tolist() if encoded.present_S[-1] else None,
         }
+
+    def _usage(self) -> dict[str, float]:
+        """What the encoder has asked of an API so far; nothing where it asks none."""
+        usage = getattr(self.encoder, "usage", None)
+        return dataclasses.asdict(usage) if usage else {}
 
 
 def metadata_text(synopsis: str, tags: list[str]) -> str:
@@ -322,7 +334,7 @@ class WriteTitle(Stage):
                 except Exception as failure:  # the store is gone too: the driver still hears of both
                     unrecorded = error_value(self.name, failure)["message"]
                     errors[index] = {**error, "message": f"{error['message']} (and its failure record could not be written: {unrecorded})"}
-        kept = ["title_id", "source", "seconds", *self.adds]
+        kept = ["title_id", "source", "seconds", "measures", *self.adds]
         return table.select(kept).append_column("error", pa.array(errors, table.schema.field("error").type))
 
     def _record_failure(self, row: TitleRow, error: Mapping[str, str]) -> None:
