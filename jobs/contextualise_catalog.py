@@ -17,6 +17,7 @@ import traceback
 from jobs.embed_catalog import report
 from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig
 from mediafm_ray.pipeline.command import EXIT_OK, run_job
+from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.report import Console, Tally, follow, reason_of
 from mediafm_ray.pipeline.stored import make_stored_plan, prepare_stored_output
@@ -24,7 +25,7 @@ from mediafm_ray.pipeline.stored import make_stored_plan, prepare_stored_output
 
 def main(config: ContextualiseCatalogConfig) -> int:
     """Plan, contextualise what is pending, report."""
-    console, start = Console(), time.monotonic()
+    console, start = Console(log_format=config.run.log_format), time.monotonic()
     plan = make_stored_plan(config)
     say_plan(plan, console)
     if config.run.dry_run:
@@ -51,7 +52,7 @@ def contextualise(plan: Plan, config: ContextualiseCatalogConfig, console: Conso
     with connected(config.resources):
         check_room(config.resources, {"contextualise": config.resources.contextualise})
         results = graph.contextualise_stored(plan, config)
-        follow(graph.blocks(results), tally, begun, console)
+        follow(graph.blocks(results), tally, begun, console, Metrics(plan.model.dataset_version))
 
 
 def say_plan(plan: Plan, console: Console) -> None:

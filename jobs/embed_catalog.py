@@ -17,6 +17,7 @@ import traceback
 from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, run_job
 from mediafm_ray.pipeline.dry_run import describe_cost
+from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
 from mediafm_ray.pipeline.report import Console, Tally, follow, reason_of, summary, summary_table, write_summary
 from mediafm_ray.storage.store import Store
@@ -24,7 +25,7 @@ from mediafm_ray.storage.store import Store
 
 def main(config: EmbedCatalogConfig) -> int:
     """Plan, embed what is pending, report."""
-    console, start = Console(), time.monotonic()
+    console, start = Console(log_format=config.run.log_format), time.monotonic()
     plan = make_plan(config)
     say_plan(plan, console)
     if config.run.dry_run:
@@ -51,7 +52,7 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally
     begun = time.monotonic()
     with connected(config.resources):
         check_room(config.resources, graph.pools(plan, config))
-        titles = graph.read_plan(plan, config)
+        titles = graph.read_plan(plan)
         titles = graph.detect_shots(titles, config)
         titles = graph.encode_video(titles, config)
         titles = graph.encode_audio(titles, config)
@@ -59,7 +60,7 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally
         titles = graph.fuse(titles, plan, config)
         titles = graph.contextualise(titles, plan, config)
         results = graph.write(titles, plan, config)
-        follow(graph.blocks(results), tally, begun, console)
+        follow(graph.blocks(results), tally, begun, console, Metrics(plan.model.dataset_version))
 
 
 def say_plan(plan: Plan, console: Console) -> None:

@@ -60,6 +60,7 @@ class StageConfig:
     titles_per_call: int = resource(1, "titles that an actor takes at once, at most; more fill a GPU where titles are short")
     num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for an actor")
     num_gpus: float = resource(0.0, "GPUs that Ray reserves for an actor; fractions share one")
+    node_resource: str = resource("", "custom resource of the nodes that the actors are kept to (0.001 of it each); empty = any node")
 
     def __post_init__(self) -> None:
         if self.min_actors < 1 or (self.max_actors and self.max_actors < self.min_actors):
@@ -86,6 +87,9 @@ class ResourcesConfig:
     write_num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for a writing task")
     ray_address: str = resource("", "Ray cluster to join; empty = RAY_ADDRESS if it is set, else a Ray of its own on this machine")
     object_store_gb: float = resource(0.0, "object store of a Ray of its own, in GB; 0 = Ray's default (30 % of the memory)")
+    max_deaths_per_title: int = resource(
+        3, "a title fails when so many processes ended while a stage worked on it (memory, crashes, lost nodes)"
+    )
     no_progress_timeout_s: float = resource(
         21600.0, "seconds in which no title gets from one stage to the next until the job stops; longer than the longest title takes"
     )
@@ -93,6 +97,8 @@ class ResourcesConfig:
     def __post_init__(self) -> None:
         if self.write_num_cpus < 0 or self.object_store_gb < 0 or self.no_progress_timeout_s < 0:
             raise ValueError("resources.write_num_cpus, object_store_gb and no_progress_timeout_s cannot be negative")
+        if self.max_deaths_per_title < 1:
+            raise ValueError(f"resources.max_deaths_per_title must be at least 1, is {self.max_deaths_per_title}")
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,11 @@ class RunConfig:
     retry_failed: bool = resource(True, "try again the titles that have a failure record")
     dry_run: bool = resource(False, "say what would be done, and what the text would cost at the embeddings API; write nothing")
     max_titles: int = resource(0, "take at most so many pending titles; 0 = all")
+    log_format: str = resource("text", "text: lines for a person; json: one JSON object a line, for Loki and its like")
 
     def __post_init__(self) -> None:
+        if self.log_format not in ("text", "json"):
+            raise ValueError(f"run.log_format must be text or json, is {self.log_format!r}")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"run.max_failed_fraction must be between 0 and 1, is {self.max_failed_fraction}")
         if self.max_titles < 0:

@@ -8,6 +8,7 @@ import ray
 
 from mediafm_ray.models.options import TextEncoderConfig
 from mediafm_ray.models.text_api import allowance_of
+from mediafm_ray.pipeline.cluster import on_this_node
 
 
 class _Keeper:
@@ -30,7 +31,7 @@ class SharedAllowance:
     """A ``text_api.Allowance`` that may be sent to any actor of the job."""
 
     def __init__(self, config: TextEncoderConfig):
-        self.keeper: Any = ray.remote(num_cpus=0)(_Keeper).remote(config)
+        self.keeper: Any = ray.remote(num_cpus=0)(_Keeper).options(scheduling_strategy=on_this_node()).remote(config)
 
     def reserve(self, requests: int, tokens: int) -> float:
         """Book one request; return after how many seconds it may go. Raises BudgetExceeded."""

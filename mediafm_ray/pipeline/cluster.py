@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import ray
 from ray.data import DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mediafm_ray.config import ConfigError, ResourcesConfig, StageConfig
 
@@ -68,3 +69,8 @@ def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> Non
 def runs_alone() -> bool:
     """Whether the Ray that this process is connected to is one machine: ours, or a cluster of one node."""
     return len(ray.nodes()) == 1
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Where actors belong that hold what the whole job needs: on the node of the driver, with which the job lives and dies."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -4,89 +4,69 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 
 from mediafm_ray.config import ContextualiseCatalogConfig, EmbedCatalogConfig, StageConfig
 from mediafm_ray.pipeline import stages, stored
 from mediafm_ray.pipeline.allowance import SharedAllowance
 from mediafm_ray.pipeline.cluster import runs_alone
+from mediafm_ray.pipeline.deaths import DeathGuard
 from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.rows import Stage
 from mediafm_ray.pipeline.stages import max_actors, with_threads
 
 NICENESS = 10  # of encoders that share their cores with the detector
 TASKS_IN_FLIGHT_PER_ACTOR = 2  # one at work, the next one's row already on its way
 CALLS_PER_ACTOR = 8  # at least, of stored titles: the actors end at about the same time
 MAX_TITLES_PER_CALL = 128  # stored titles: few enough that one actor's end costs little
+ROWS_AT_ONCE = 1000  # of the plan that are Python objects
+SHARE_OF_NODE_RESOURCE = 0.001  # what an actor takes of stage.node_resource: no number of actors on a node uses it up
 
 
-class PlanDatasource(Datasource):
-    """The pending titles, one block each. A repartition would do the same behind a barrier, and switch off Ray's no-progress guard."""
+def read_plan(plan: Plan) -> Dataset:
+    """The pending titles as a dataset: one title, one row, one block.
 
-    def __init__(self, pending: pa.Table):
-        super().__init__()
-        self.pending = pending
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Bytes of the plan."""
-        return self.pending.nbytes
-
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
-        """One task a title."""
-        tasks = []
-        for row in self.pending.to_pylist():
-            table = pa.Table.from_pylist([row], schema=self.pending.schema)  # not a slice: it would carry the whole plan
-            metadata = BlockMetadata(num_rows=1, size_bytes=table.nbytes, input_files=None, exec_stats=None)
-            tasks.append(ReadTask(_Block(table), metadata, schema=table.schema))
-        return tasks
+    The blocks are made here: a read task for each would cost more than the rest of a title's way, and a repartition is a barrier that
+    switches off Ray's no-progress guard.
+    """
+    titles = [pa.Table.from_pylist([row], schema=plan.pending.schema) for row in _rows(plan.pending)]  # slices would carry the whole plan
+    return ray.data.from_blocks(titles)
 
 
-class _Block:
-    """A read task that gives a block made before."""
-
-    def __init__(self, table: pa.Table):
-        self.table = table
-
-    def __call__(self) -> Iterable[pa.Table]:
-        return [self.table]
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
+        yield from batch.to_pylist()
 
 
-def read_plan(plan: Plan, config: EmbedCatalogConfig) -> Dataset:
-    """The pending titles as a dataset: one title, one row, one block."""
-    count = max(1, plan.pending.num_rows)
-    return ray.data.read_datasource(PlanDatasource(plan.pending), override_num_blocks=count, num_cpus=config.resources.write_num_cpus)
-
-
-def detect_shots(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:
+def detect_shots(titles: Dataset, config: EmbedCatalogConfig, stage: type[Stage] = stages.DetectShots) -> Dataset:
     """Find the shots of each title, and read the frames, audio and text of each shot, in one pass over the video."""
     pool = config.resources.detect_shots
     detector = with_threads(config.detector, pool)
-    return _actors(titles, pool, stages.DetectShots, detector, config.frames, config.timed_text, config.media, config.storage)
+    return _actors(titles, config, pool, stage, detector, config.frames, config.timed_text, config.media, config.storage)
 
 
-def encode_video(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:
+def encode_video(titles: Dataset, config: EmbedCatalogConfig, stage: type[Stage] = stages.EncodeVideo) -> Dataset:
     """Embed the frames of each shot."""
     pool = config.resources.encode_video
-    return _actors(titles, pool, stages.EncodeVideo, with_threads(config.video, pool))
+    return _actors(titles, config, pool, stage, with_threads(config.video, pool))
 
 
-def encode_audio(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:
+def encode_audio(titles: Dataset, config: EmbedCatalogConfig, stage: type[Stage] = stages.EncodeAudio) -> Dataset:
     """Embed the audio of each shot."""
     pool = config.resources.encode_audio
-    return _actors(titles, pool, stages.EncodeAudio, with_threads(config.audio, pool))
+    return _actors(titles, config, pool, stage, with_threads(config.audio, pool))
 
 
-def encode_text(titles: Dataset, config: EmbedCatalogConfig) -> Dataset:
+def encode_text(titles: Dataset, config: EmbedCatalogConfig, stage: type[Stage] = stages.EncodeText) -> Dataset:
     """Embed the text of each shot, and the metadata of each title."""
     pool = config.resources.encode_text
     allowance = SharedAllowance(config.text) if config.text.encoder == "openai" else None
-    return _actors(titles, pool, stages.EncodeText, with_threads(config.text, pool), allowance)
+    return _actors(titles, config, pool, stage, with_threads(config.text, pool), allowance)
 
 
 def fuse(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
@@ -99,7 +79,7 @@ def contextualise(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Da
     if not plan.checkpoint:
         return titles
     pool = config.resources.contextualise
-    return _actors(titles, pool, stages.Contextualise, with_threads(config.contextualiser, pool), plan.model.dims["fused"])
+    return _actors(titles, config, pool, stages.Contextualise, with_threads(config.contextualiser, pool), plan.model.dims["fused"])
 
 
 def write(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
@@ -129,13 +109,15 @@ def contextualise_stored(plan: Plan, config: ContextualiseCatalogConfig | EmbedC
         ),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus or None,
+        resources=_node_resource(pool),
     )
 
 
-def _actors(titles: Dataset, pool: StageConfig, stage: Callable[..., stages.Stage], *arguments: Any) -> Dataset:
+def _actors(titles: Dataset, config: EmbedCatalogConfig, pool: StageConfig, stage: type[Stage], *arguments: Any) -> Dataset:
     """A stage in a pool of actors, each of which loads its model once."""
+    niceness = NICENESS if _shares_cores(stage, arguments) else 0
     return titles.map_batches(
-        _yielding(stage) if _shares_cores(stage, arguments) else stage,
+        _in_actor(stage, niceness, DeathGuard(config.resources.max_deaths_per_title)),
         fn_constructor_args=arguments,
         batch_size=pool.titles_per_call,
         batch_format="pyarrow",
@@ -145,30 +127,41 @@ def _actors(titles: Dataset, pool: StageConfig, stage: Callable[..., stages.Stag
         ),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus or None,
+        resources=_node_resource(pool),
     )
 
 
-def _shares_cores(stage: Callable[..., stages.Stage], arguments: Sequence[Any]) -> bool:
+def _node_resource(pool: StageConfig) -> dict[str, float] | None:
+    """What keeps a pool's actors to the nodes that are meant for them."""
+    return {pool.node_resource: SHARE_OF_NODE_RESOURCE} if pool.node_resource else None
+
+
+def _shares_cores(stage: type[Stage], arguments: Sequence[Any]) -> bool:
     """Whether a stage computes on the cores that the detector uses: on one machine without GPU."""
     on_cpu = all(getattr(argument, "device", "cpu") == "cpu" for argument in arguments)
-    return stage is not stages.DetectShots and on_cpu and runs_alone()
+    return not issubclass(stage, stages.DetectShots) and on_cpu and runs_alone()
 
 
-def _yielding(stage: Any) -> Any:
-    """The stage at a lower priority: the detector's threads wait for one another, so one that is disturbed costs the time of all."""
+def _in_actor(stage: Any, niceness: int, guard: DeathGuard) -> Any:
+    """The stage as an actor runs it: guarded, and at a lower priority where it shares its cores with the detector, whose threads wait
+    for one another, so that one that is disturbed costs the time of all."""
 
     def begin(self: Any, *arguments: Any) -> None:
-        os.nice(NICENESS)
+        os.nice(niceness)
         stage.__init__(self, *arguments)
 
-    return type(stage.__name__, (stage,), {"__init__": begin})
+    def call(self: Any, table: pa.Table) -> pa.Table:
+        return guard.run(self, lambda titles: stage.__call__(self, titles), table)
+
+    return type(stage.__name__, (stage,), {"__init__": begin, "__call__": call})
 
 
-def _tasks(titles: Dataset, config: EmbedCatalogConfig, stage: stages.Stage) -> Dataset:
+def _tasks(titles: Dataset, config: EmbedCatalogConfig, stage: Stage) -> Dataset:
     """A stage without a model to keep, in stateless tasks."""
+    guard = DeathGuard(config.resources.max_deaths_per_title)
 
     def run(table: pa.Table) -> pa.Table:
-        return stage(table)
+        return guard.run(stage, stage, table)
 
     run.__name__ = stage.name  # what Ray shows
     return titles.map_batches(run, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, num_cpus=config.resources.write_num_cpus)

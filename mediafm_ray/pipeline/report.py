@@ -7,6 +7,7 @@ import json
 import platform
 import re
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,11 +17,14 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 
+from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.storage.store import Store, public_uri
 
 SUMMARY = "run-summary.json"
 LOG = "run.log"
+TITLES_LOG = "titles.jsonl"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 MAX_FAILURES_SHOWN = 20
 SECRET = re.compile("secret|password|token$|credential|api_key$|access_key|^key$", re.IGNORECASE)
 HARMLESS_OPTIONS = ("anon", "endpoint_url", "region", "use_ssl")
@@ -30,21 +34,37 @@ VERSIONS_OF = ("mediafm_ray", "ray", "torch", "transformers", "pyarrow", "av", "
 
 
 class Console:
-    """Lines for a person: on the terminal at once, and kept for the run's log."""
+    """What a run says, at once: lines for a person, or JSON objects for a machine. All of it is kept on disk for the run's logs."""
 
-    def __init__(self, stream: TextIO | None = None):
+    def __init__(self, stream: TextIO | None = None, log_format: str = "text"):
         self.stream = stream or sys.stdout
-        self.lines: list[str] = []
+        self.log_format = log_format
+        self.lines, self.titles = (tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2))  # noqa: SIM115 (as long as the run)
 
     def say(self, line: str = "") -> None:
         """Print a line and keep it, with the time of day, for the log."""
-        print(line, file=self.stream, flush=True)
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self.lines += [f"{stamp} {part}" for part in line.splitlines() or [""]]
+        self._print(line, {"event": "message", "message": line})
+        stamp = time.strftime(TIME_FORMAT)
+        self.lines.writelines(f"{stamp} {part}\n" for part in line.splitlines() or [""])
+
+    def say_title(self, line: str, record: Mapping[str, Any]) -> None:
+        """How a title ended: a line for a person, or this record of it."""
+        self._print(line, record)
+        stamp = time.strftime(TIME_FORMAT)
+        self.lines.write(f"{stamp} {line}\n")
+        self.titles.write(_json_line(record))
 
     def write_log(self, store: Store) -> None:
-        """Put the log of this run into the output."""
-        store.write(LOG, ("\n".join(self.lines) + "\n").encode())
+        """Put the logs of this run into the output: what was said, and a JSON line for each title that ended."""
+        for name, kept in ((LOG, self.lines), (TITLES_LOG, self.titles)):
+            kept.seek(0)
+            store.write(name, kept.read().encode())
+
+    def _print(self, line: str, record: Mapping[str, Any]) -> None:
+        if self.log_format == "text":
+            print(line, file=self.stream, flush=True)
+        elif line.strip():
+            print(_json_line(record), end="", file=self.stream, flush=True)
 
 
 @dataclass
@@ -60,6 +80,7 @@ class Tally:
     aborted: str = ""  # why the run ended before its titles did
     startup_s: float = 0.0  # until the first title could have begun: Ray, its actors, their models
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    measures: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     failures: list[dict[str, str]] = field(default_factory=list)
     warned: list[dict[str, Any]] = field(default_factory=list)
 
@@ -77,6 +98,8 @@ class Tally:
         """Count one title's result, a row that WriteTitle left."""
         for spent in result["seconds"]:
             self.seconds_by_stage[spent["stage"]] += spent["seconds"]
+        for measure in result.get("measures", ()):
+            self.measures[measure["name"]] += measure["value"]
         error = result["error"]
         if error is not None:
             self.failed += 1
@@ -90,15 +113,18 @@ class Tally:
             self.warned.append({"title_id": result["title_id"], "warnings": result["warnings"]})
 
 
-def follow(results: Iterator[pa.Table], tally: Tally, begun: float, console: Console) -> None:
+def follow(results: Iterator[pa.Table], tally: Tally, begun: float, console: Console, metrics: Metrics | None = None) -> None:
     """Count the results as they come, and say a line for each title. ``begun``: time.monotonic() when Ray's start began."""
+    metrics = metrics or Metrics()
+    metrics.planned(tally.planned)
     for table in results:
         for result in table.to_pylist() if table.num_columns else []:
             tally.add(result)
             elapsed_s = time.monotonic() - begun
             if tally.finished == 1:
                 tally.startup_s = elapsed_s - sum(tally.seconds_by_stage.values())
-            console.say(progress_line(result, tally, elapsed_s - tally.startup_s))
+            metrics.title(result)
+            console.say_title(progress_line(result, tally, elapsed_s - tally.startup_s), title_record(result, tally))
             for warning in result["warnings"] or []:
                 console.say(f"        warning: {result['title_id']}: {warning}")
 
@@ -112,6 +138,31 @@ def progress_line(result: Mapping[str, Any], tally: Tally, elapsed_s: float) -> 
     if result["error"] is not None:
         return f"{count} FAILED {result['title_id']}: {result['error']['stage']}: {result['error']['message']} | {pace}"
     return f"{count} ok     {result['title_id']}: {result['shot_count']} shots, {result['duration_s']:.1f} s of video | {pace}"
+
+
+def title_record(result: Mapping[str, Any], tally: Tally) -> dict[str, Any]:
+    """How one title ended, for a machine: one JSON line of titles.jsonl (and of the log, where run.log_format=json)."""
+    error = result["error"] or {}
+    return {
+        "event": "title",
+        "title_id": result["title_id"],
+        "outcome": "failed" if error else "ok",
+        **({"stage": error["stage"], "reason": error["message"], "error": error["type"]} if error else {}),
+        **({"traceback": error["traceback"]} if error.get("traceback") else {}),
+        "shots": result["shot_count"],
+        "video_s": result["duration_s"],
+        "bytes_written": result["bytes_written"],
+        "seconds": {spent["stage"]: round(spent["seconds"], 3) for spent in result["seconds"]},
+        "measures": {measure["name"]: measure["value"] for measure in result.get("measures", ())},
+        "warnings": result["warnings"] or [],
+        "finished": tally.finished,
+        "planned": tally.planned,
+    }
+
+
+def _json_line(record: Mapping[str, Any]) -> str:
+    level = "error" if record.get("outcome") == "failed" else "info"
+    return json.dumps({"time": time.strftime(TIME_FORMAT), "level": level, **record}, ensure_ascii=False) + "\n"
 
 
 def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +188,7 @@ def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) 
         "startup_s": tally.startup_s,
         "video_hours_per_hour": tally.video_s / wall_s if wall_s else 0.0,
         "seconds_by_stage": dict(tally.seconds_by_stage),
+        "measures": dict(tally.measures),
         "dataset_version": plan.model.dataset_version,
         "checkpoint": plan.checkpoint or None,
         "dims": dict(plan.model.dims),

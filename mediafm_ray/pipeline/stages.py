@@ -210,7 +210,9 @@ class EncodeText(Stage):
         shots = [shot["text"] for shot in row["shots"]]
         before = self._usage()
         try:
-            encoded = self.encoder.encode([*shots, metadata_text(row["synopsis"], row["tags"])])  # one call: one request where an API is asked
+            encoded = self.encoder.encode(
+                [*shots, metadata_text(row["synopsis"], row["tags"])]
+            )  # one call: one request where an API is asked
         finally:  # what a failed title used counts, too
             for name, used in self._usage().items():
                 self.measure(name, used - before[name])

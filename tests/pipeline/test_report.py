@@ -20,6 +20,7 @@ def result(title_id, error=None, warnings=()):
         "title_id": title_id,
         "source": "s",
         "seconds": [{"stage": "detect_shots", "seconds": 2.0}, {"stage": "write", "seconds": 0.5}],
+        "measures": [{"name": "frames_decoded", "value": 1500.0}],
         "shot_count": None if error else 4,
         "duration_s": None if error else 60.0,
         "warnings": None if error else list(warnings),

@@ -1,0 +1,88 @@
+"""Titles that end the process that works on them: bounded here, for Ray would give them to the next process for ever.
+
+Every process says which titles it takes in hand before a stage begins. A title that was in hand when ``max_deaths_per_title``
+processes ended becomes that title's failure; nothing is asked of processes that end, so it does not matter how they do: killed
+for memory, crashed in native code, lost with their node.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from mediafm_ray.pipeline.cluster import on_this_node
+from mediafm_ray.pipeline.rows import Stage, TitleRow, failed
+from mediafm_ray.spec import TitleError
+
+REGISTER = "mediafm_deaths"
+
+
+class TooManyDeaths(RuntimeError):
+    """Not even the record of a title's failure could be written without ending the process."""
+
+
+class DeathRegister:
+    """Which process has which titles in hand: what the actor keeps. Its size is the number of processes, not of titles."""
+
+    def __init__(self) -> None:
+        self.in_hand: dict[str, list[tuple[str, str]]] = {}  # process -> (stage, title)
+        self.processes_with: Counter[tuple[str, str]] = Counter()
+
+    def take(self, process: str, stage: str, titles: Sequence[str]) -> list[int]:
+        """A process goes on to these titles. How many others took each of them and never went on: they ended, or soon will be found to."""
+        for key in self.in_hand.pop(process, ()):
+            self.processes_with[key] -= 1
+            if not self.processes_with[key]:
+                del self.processes_with[key]
+        keys = [(stage, title) for title in titles]
+        others = [self.processes_with[key] for key in keys]
+        self.in_hand[process] = keys
+        self.processes_with.update(keys)
+        return others
+
+
+class DeathGuard:
+    """Runs stages, and fails the titles that too many processes ended with; may be sent to any process of the job.
+
+    All guards of a job share one register.
+    """
+
+    def __init__(self, max_deaths: int):
+        self.max_deaths = max_deaths
+        actor = ray.remote(num_cpus=0)(DeathRegister)
+        # the name is the job's own: without a namespace that is given, Ray makes one a job
+        self.register: Any = actor.options(name=REGISTER, get_if_exists=True, scheduling_strategy=on_this_node()).remote()
+
+    def run(self, stage: Stage, work: Callable[[pa.Table], pa.Table], table: pa.Table) -> pa.Table:
+        """``work(table)``, which is ``stage`` over titles, one after another once a process has ended with one of them.
+
+        Raises TooManyDeaths, which ends the job.
+        """
+        titles = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)] if table.num_columns else []
+        if not any(self._take(stage, [row.title_id for row in titles])):
+            return work(table)
+        return pa.concat_tables([work(self._judged(stage, row)) for row in titles])
+
+    def _judged(self, stage: Stage, row: TitleRow) -> pa.Table:
+        (deaths,) = self._take(stage, [row.title_id])
+        if deaths >= 2 * self.max_deaths:
+            raise TooManyDeaths(
+                f"title {row.title_id}: {deaths} processes ended at stage {stage.name}, the last ones while its failure was recorded"
+            )
+        if deaths:
+            stage.measure("process_deaths", deaths)
+        if deaths < self.max_deaths or row["error"] is not None:
+            return row.table
+        reason = (
+            f"{deaths} processes ended while stage {stage.name} worked on it (resources.max_deaths_per_title={self.max_deaths}): "
+            "does it need more memory than a node has? Ray's logs of the workers say how they ended"
+        )
+        return failed(row.table, stage.name, TitleError(reason))
+
+    def _take(self, stage: Stage, titles: Sequence[str]) -> list[int]:
+        process = ray.get_runtime_context().get_worker_id()
+        return ray.get(self.register.take.remote(process, stage.name, titles)) if titles else []
