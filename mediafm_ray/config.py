@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mediafm_ray.downstream.scenes import ScenesConfig
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.models.options import (
     AudioEncoderConfig,
@@ -156,6 +157,70 @@ class ContextualiseCatalogConfig:
     run: RunConfig = field(default_factory=RunConfig)
     contextualiser: ContextualiserConfig = field(default_factory=ContextualiserConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True)
+class VectorsConfig:
+    """Which of the committed vectors to work on."""
+
+    kind: str = resource("contextual", "contextual (of a contextualiser) or fused (raw)")
+    checkpoint: str = resource("", "the 12 hex digits behind contextual-; empty = the only checkpoint that has written")
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("contextual", "fused"):
+            raise ValueError(f"vectors.kind must be contextual or fused, is {self.kind!r}")
+
+
+@dataclass(frozen=True)
+class DerivedRunConfig:
+    """How a run over committed titles goes and ends."""
+
+    threads: int = resource(4, "titles that are read and done at once")
+    max_failed_fraction: float = resource(0.0, "the job exits with 1 when a larger share of the planned titles failed")
+    max_titles: int = resource(0, "take at most so many pending titles; 0 = all")
+
+    def __post_init__(self) -> None:
+        if self.threads < 1 or self.max_titles < 0:
+            raise ValueError("run.threads must be at least 1, and run.max_titles not negative")
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise ValueError(f"run.max_failed_fraction must be between 0 and 1, is {self.max_failed_fraction}")
+
+
+@dataclass(frozen=True)
+class SegmentScenesConfig:
+    """Everything that ``jobs.segment_scenes`` takes."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    vectors: VectorsConfig = field(default_factory=VectorsConfig)
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+    run: DerivedRunConfig = field(default_factory=DerivedRunConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """The table of all titles that is written beside the dataset."""
+
+    uri: str = resource("", "a .parquet or .jsonl object to write all titles to, with those nearest to each; empty = none")
+    nearest: int = resource(3, "nearest titles to name for each")
+
+    def __post_init__(self) -> None:
+        if self.nearest < 0:
+            raise ValueError("table.nearest cannot be negative")
+
+
+@dataclass(frozen=True)
+class DescribeTitlesConfig:
+    """Everything that ``jobs.describe_titles`` takes."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    vectors: VectorsConfig = field(default_factory=VectorsConfig)
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+    table: TableConfig = field(default_factory=TableConfig)
+    run: DerivedRunConfig = field(default_factory=DerivedRunConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 

@@ -3,6 +3,8 @@
     <output>/<dataset version>/model.json
     <output>/<dataset version>/shots/shard=<00..ff>/<title>@<source>.parquet
     <output>/<dataset version>/contextual-<checkpoint>/shard=<00..ff>/<title>@<source>.parquet
+    <output>/<dataset version>/scenes-<fused|contextual>-<options>/shard=<00..ff>/<title>@<source>.parquet
+    <output>/<dataset version>/titles-<fused|contextual>-<options>/shard=<00..ff>/<title>@<source>.parquet
     <output>/<dataset version>/failures/shard=<00..ff>/<title>@<source>.json
 
 The listing is the ledger: an object that exists is committed, resume is the catalog minus the listing. There is no journal.
@@ -22,15 +24,19 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from mediafm_ray.spec import MODALITIES
-from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, shots_schema
+from mediafm_ray.spec import MODALITIES, digest_of
+from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, scenes_schema, shots_schema, titles_schema
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig, Store, percent_encode
 
 SHOTS = "shots"
 FAILURES = "failures"
+SCENES = "scenes"  # kinds of datasets that are derived from the vectors of shots: see derived()
+TITLES = "titles"
 MODEL = "model.json"
+DERIVED_DIGITS = 12  # hex digits that tell derived datasets of one kind apart
 MAX_NAME_BYTES = 160  # of an encoded title in an object's name; file systems allow 255 in all
 VERSION_PATTERN = re.compile(r"[0-9a-f]{12}")
+DATASET_PATTERN = re.compile(r"shots|failures|contextual-.+|(?:scenes|titles)-(?:fused|contextual)-[0-9a-f]{12}")
 OBJECT_PATTERN = re.compile(r"shard=[0-9a-f]{2}/(?P<title>[^/@]+)@(?P<source>[^/@.]+)\.(?:parquet|json)")
 
 
@@ -41,6 +47,16 @@ class DatasetError(Exception):
 def contextual(checkpoint: str) -> str:
     """The name of the dataset that a contextualiser's checkpoint writes."""
     return f"contextual-{checkpoint}"
+
+
+def derived(kind: str, vectors: str, recipe: Mapping[str, Any]) -> str:
+    """The name of a dataset that is made from the vectors of shots, such as ``scenes-contextual-<12 hex digits>``.
+
+    ``kind``: SCENES or TITLES. The digits are a digest over the dataset ``vectors`` that it is made from (``shots``: their fused vectors)
+    and the ``recipe``: the options, and whatever else changes what is in it.
+    """
+    source = "fused" if vectors == SHOTS else "contextual"
+    return f"{kind}-{source}-{digest_of({'vectors': vectors, 'recipe': dict(recipe)})[:DERIVED_DIGITS]}"
 
 
 def encode_title(title_id: str) -> str:
@@ -117,14 +133,14 @@ class Output:
         return found
 
     def datasets(self) -> Sequence[str]:
-        """The names of the datasets that are there: shots, contextual-<checkpoint>, ..., failures."""
+        """The names of the datasets that are there: shots, contextual-<checkpoint>, scenes-..., titles-..., failures."""
         self.store.filesystem.invalidate_cache()
         try:
             paths = self.store.filesystem.ls(self.store.root, detail=False)
         except FileNotFoundError:
             return []
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
-        return sorted(name for name in names if name in (SHOTS, FAILURES) or name.startswith(contextual("")))
+        return sorted(name for name in names if DATASET_PATTERN.fullmatch(name))
 
     def write_model(self, model: Model) -> None:
         """Put model.json; the same version always has the same bytes."""
@@ -195,7 +211,7 @@ class EmbeddingDataset:
         )
 
     def names(self) -> list[str]:
-        """The datasets that are there: shots, contextual-<checkpoint>, ..."""
+        """The datasets that are there: shots, contextual-<checkpoint>, scenes-..., titles-..."""
         return [name for name in self.output.datasets() if name != FAILURES]
 
     def title(self, title_id: str, name: str = SHOTS) -> pa.Table:
@@ -217,7 +233,13 @@ class EmbeddingDataset:
 
     def _schema(self, name: str) -> pa.Schema:
         fused_dim = self.model.dims["fused"]
-        schema = shots_schema(fused_dim) if name == SHOTS else contextual_schema(fused_dim)
+        kind = name.split("-")[0]
+        if kind == SCENES:
+            schema = scenes_schema()
+        elif kind == TITLES:
+            schema = titles_schema(fused_dim)
+        else:
+            schema = shots_schema(fused_dim) if kind == SHOTS else contextual_schema(fused_dim)
         return schema.append(pa.field("shard", pa.string()))
 
     def embeddings(self, shots: pa.Table, part: str = "fused") -> np.ndarray:

@@ -62,6 +62,39 @@ def contextual_schema(contextual_dim: int) -> pa.Schema:
     )
 
 
+def scenes_schema() -> pa.Schema:
+    """Columns of a dataset ``scenes-...``: one row a scene. The scenes of a title tile its shots, in order."""
+    return pa.schema(
+        [
+            pa.field("title_id", pa.string(), nullable=False),
+            pa.field("scene_index", pa.int32(), nullable=False),
+            pa.field("first_shot", pa.int32(), nullable=False),  # shot_index
+            pa.field("last_shot", pa.int32(), nullable=False),  # shot_index, inclusive
+            pa.field("start_s", pa.float64(), nullable=False),
+            pa.field("end_s", pa.float64(), nullable=False),
+            pa.field("score", pa.float32(), nullable=False),  # of the boundary at its start: see downstream/scenes.py
+        ]
+    )
+
+
+def titles_schema(dim: int) -> pa.Schema:
+    """Columns of a dataset ``titles-...``: one row a title. ``dim``: numbers in an embedding of a shot."""
+    return pa.schema(
+        [
+            pa.field("title_id", pa.string(), nullable=False),
+            pa.field("duration_s", pa.float64(), nullable=False),
+            pa.field("shots", pa.int32(), nullable=False),
+            pa.field("scenes", pa.int32(), nullable=False),
+            pa.field("shots_per_minute", pa.float64(), nullable=False),
+            pa.field("audio_share", pa.float64(), nullable=False),  # of the duration, in shots that have audio
+            pa.field("text_share", pa.float64(), nullable=False),  # of the duration, in shots that have timed text
+            pa.field("speech_share", pa.float64(), nullable=False),  # ... whose text has words that are spoken
+            pa.field("pooled_embedding", embedding_type(dim), nullable=False),  # unit norm, shots weighted by duration
+            pa.field("cls_embedding", embedding_type(dim), nullable=True),  # of the contextualiser; null where vectors are fused
+        ]
+    )
+
+
 def embedding_type(dim: int) -> pa.DataType:
     """The type of a column of vectors. Its elements are not null."""
     return pa.list_(pa.field("element", pa.float32(), nullable=False), dim)

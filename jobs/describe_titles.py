@@ -1,0 +1,57 @@
+"""Describe committed titles, one row each: vectors for recommendation on the day of launch, length, pace, how much is said.
+
+    python -m jobs.describe_titles output.uri=embeddings/ [table.uri=titles.parquet]
+
+Writes titles-<fused|contextual>-<options>/ beside the shots, and names the titles nearest to each by the cosine of their pooled embeddings.
+No video is opened, no model is loaded. What is committed already is skipped; a killed run is finished by running the same command again.
+Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or dataset, nothing was started.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mediafm_ray.config import DescribeTitlesConfig
+from mediafm_ray.pipeline.command import run_job
+from mediafm_ray.pipeline.derived import DerivedPlan, derive_titles, finish, make_derived_plan, vectors_dataset
+from mediafm_ray.pipeline.report import Console
+from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.pipeline.titles import (
+    check_table_uri,
+    describe_title,
+    describe_titles,
+    read_titles,
+    titles_dataset,
+    with_nearest,
+    write_table,
+)
+
+MOST_SHOWN = 40  # titles of the table on the terminal
+
+
+def main(config: DescribeTitlesConfig) -> int:
+    """Plan, describe what is pending, find the nearest, report."""
+    console = Console()
+    check_table_uri(config.table.uri)
+    dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
+    vectors = vectors_dataset(dataset, config.vectors)
+    plan = make_derived_plan(dataset, titles_dataset(vectors, config.scenes), config.run)
+    console.say(plan.describe(vectors))
+    tally = derive_titles(plan, lambda title: describe_title(dataset, vectors, title, config.scenes), config.run, console)
+    if tally.ok + plan.done:
+        show_titles(plan, config, console)
+    return finish(plan, tally, "rows", config.run, console)
+
+
+def show_titles(plan: DerivedPlan, config: DescribeTitlesConfig, console: Console) -> None:
+    """The titles with those nearest to each, on the terminal and as a table."""
+    titles = with_nearest(read_titles(plan.dataset, plan.target), config.table.nearest)
+    console.say()
+    console.say(describe_titles(titles, MOST_SHOWN))
+    if config.table.uri:
+        write_table(titles, config.table.uri, config.storage, without=("pooled_embedding", "cls_embedding"))
+        console.say(f"\n  table    {config.table.uri}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__ or "", DescribeTitlesConfig, main))

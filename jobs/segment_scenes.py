@@ -1,0 +1,36 @@
+"""Group the shots of committed titles into scenes. No video is opened, no model is loaded.
+
+    python -m jobs.segment_scenes output.uri=embeddings/
+    python -m jobs.segment_scenes output.uri=embeddings/ vectors.kind=fused
+
+Writes scenes-<fused|contextual>-<options>/ beside the shots: first and last shot, times and score of each scene (the head of
+mediafm_ray/downstream/scenes.py explains the method and the score). What is committed already is skipped; a killed run is finished
+by running the same command again.
+Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or dataset, nothing was started.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mediafm_ray.config import SegmentScenesConfig
+from mediafm_ray.pipeline.command import run_job
+from mediafm_ray.pipeline.derived import derive_titles, finish, make_derived_plan, vectors_dataset
+from mediafm_ray.pipeline.report import Console
+from mediafm_ray.pipeline.scenes import scenes_dataset, segment_title
+from mediafm_ray.pipeline.stored import open_dataset
+
+
+def main(config: SegmentScenesConfig) -> int:
+    """Plan, segment what is pending, report."""
+    console = Console()
+    dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
+    vectors = vectors_dataset(dataset, config.vectors)
+    plan = make_derived_plan(dataset, scenes_dataset(vectors, config.scenes), config.run)
+    console.say(plan.describe(vectors))
+    tally = derive_titles(plan, lambda title: segment_title(dataset, vectors, title, config.scenes), config.run, console)
+    return finish(plan, tally, "scenes", config.run, console)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__ or "", SegmentScenesConfig, main))

@@ -1,0 +1,167 @@
+"""Scenes of a title: the segmentation of its shots with the least scatter within scenes plus a price for every boundary. numpy only.
+
+The method is kernel change-point detection (Harchaoui and Cappe 2007; Arlot, Celisse and Harchaoui, "A Kernel Multiple Change-point
+Algorithm via Model Selection", JMLR 20(162), 2019), with the linear kernel on the directions of the shots' vectors. For a segmentation m
+
+    objective(m) = sum over scenes of sum over shots ||x - mean of the scene||^2  +  price * (scenes - 1)
+
+is minimised exactly by dynamic programming in O(S^2) (Jackson et al. 2005, "An algorithm for optimal partitioning"). It is the grouping of
+Rotman, Porat and Ashour (2017, "Optimal sequential grouping") with distances within a scene divided by the scene's length, which
+takes away that method's liking for scenes of equal length. Shots of a dialogue, A B A B, scatter widely about their mean but alike all
+along the scene, so no boundary pays there; a mean that all shots of a title share falls out of the scatter.
+
+How many scenes there are follows from the price. Under "one scene" a boundary at a given place takes away a multiple of a chi-squared
+variable with as many degrees of freedom as the noise has dimensions; the price is what the best of the S - 1 places hardly exceeds
+(the form of Birge and Massart 2001, "Gaussian model selection", J. Eur. Math. Soc. 3, and of Arlot et al., Theorem 2):
+
+    price = v * (1 + sqrt(2 log(S) / d))^2
+
+    v  variance of a shot about its scene, from the differences between shots one and two places apart (von Neumann 1941): a scene's mean
+       falls out of them, and the two lags together are right for shots in any order and for the strict alternation of a dialogue
+    d  effective dimension of that noise, trace(C)^2 / trace(C^2) (Box 1954) of its covariance C
+
+so no constant is tuned to a corpus. ``penalty`` multiplies the price for those who want fewer (> 1) or more (< 1) scenes. What the
+method does not know: shots whose noise is correlated over many shots look like more scenes than there are.
+
+Shapes
+    S  shots
+    D  dimension of an embedding
+    K  scenes
+    B  rows of a block
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mediafm_ray.spec import recipe
+
+LAGS = (1, 2)  # shots between the two of a difference that the noise is estimated from
+MOST_DIFFERENCES = 512  # of each lag, evenly spread, whose products give the effective dimension
+BLOCK_ROWS = 512  # rows of the Gram matrix held at once: a title of any length fits in memory
+ROUNDING = 1e-9  # squared distance of unit vectors below which float32 vectors are alike
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """How shots are grouped into scenes."""
+
+    penalty: float = recipe(1.0, "multiplies the price of a boundary that the data suggest: above 1 gives fewer scenes, below 1 more")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.penalty < float("inf"):
+            raise ValueError(f"scenes.penalty must be a positive number, is {self.penalty}")
+
+
+@dataclass(frozen=True, eq=False)
+class Scenes:
+    """The scenes of a title, in order; they tile its shots.
+
+    The score of a scene is that of the boundary at its start: what the scatter would grow by without that boundary, over the boundary's
+    price. It is at least 1, and the larger, the surer; 0 for the first scene, which begins where the title does.
+    """
+
+    first_K: np.ndarray  # int32, first shot of each scene
+    last_K: np.ndarray  # int32, its last shot, inclusive
+    score_K: np.ndarray  # float32
+
+    def __len__(self) -> int:
+        return len(self.first_K)
+
+
+def find_scenes(vectors_SD: np.ndarray, config: ScenesConfig | None = None) -> Scenes:
+    """The scenes of a title from the (S, D) vectors of its shots, fused or contextual.
+
+    Only directions count: a vector may have any norm; one of norm zero is a shot of which nothing is known. O(S^2) time, O(S) memory
+    besides the vectors. Raises ValueError for no shots or values that are not finite.
+    """
+    config = config or ScenesConfig()
+    centred_SD = _centred_directions(vectors_SD)
+    price = max(config.penalty * boundary_price(centred_SD), ROUNDING)
+    first_K, merged_K = optimal_segmentation(centred_SD, price)
+    last_K = np.append(first_K[1:], len(centred_SD)) - 1
+    return Scenes(first_K.astype(np.int32), last_K.astype(np.int32), (merged_K / price).astype(np.float32))
+
+
+def _centred_directions(vectors_SD: np.ndarray) -> np.ndarray:
+    """Unit vectors about their common mean, float64: the mean changes no scatter, and without it sums keep their digits."""
+    if vectors_SD.ndim != 2 or not len(vectors_SD):
+        raise ValueError(f"scenes need the (S, D) vectors of at least one shot, not an array of shape {vectors_SD.shape}")
+    vectors_SD = vectors_SD.astype(np.float64)
+    if not np.isfinite(vectors_SD).all():
+        raise ValueError(f"the vector of shot {int(np.argmin(np.isfinite(vectors_SD).all(axis=1)))} is not finite")
+    norm_S = np.linalg.norm(vectors_SD, axis=1, keepdims=True)
+    directions_SD = np.divide(vectors_SD, norm_S, out=np.zeros_like(vectors_SD), where=norm_S > 0)
+    return directions_SD - directions_SD.mean(axis=0)
+
+
+def boundary_price(vectors_SD: np.ndarray) -> float:
+    """What a boundary must take off the scatter to be more than noise (see the head of this file); 0 for one shot, or all alike."""
+    shots = len(vectors_SD)
+    variances, squares = [], []
+    for lag in LAGS:
+        if lag < shots:
+            differences_ND = (vectors_SD[lag:] - vectors_SD[:-lag]) / np.sqrt(2)
+            variances.append(float(np.einsum("nd,nd->", differences_ND, differences_ND)) / len(differences_ND))
+            squares += _squared_covariance(differences_ND, lag)
+    if not variances:
+        return 0.0
+    variance = float(np.mean(variances))
+    square = float(np.mean(squares)) if squares else variance**2  # too few shots to tell: one dimension, the dearest
+    dimension = max(1.0, variance**2 / square) if square > 0 else 1.0
+    return variance * (1 + np.sqrt(2 * np.log(shots) / dimension)) ** 2
+
+
+def _squared_covariance(differences_ND: np.ndarray, lag: int) -> list[float]:
+    """An unbiased estimate of trace(C^2): the mean squared product of differences that share no shot; empty where all share one."""
+    places = np.unique(np.linspace(0, len(differences_ND) - 1, min(len(differences_ND), MOST_DIFFERENCES)).round().astype(np.int64))
+    products = differences_ND[places] @ differences_ND[places].T
+    apart = np.abs(places[:, None] - places[None])
+    independent = (apart != 0) & (apart != lag)
+    return [float(np.mean(products[independent] ** 2))] if independent.any() else []
+
+
+def optimal_segmentation(vectors_SD: np.ndarray, price: float) -> tuple[np.ndarray, np.ndarray]:
+    """The first shots (K,) int64 of the segments that minimise scatter + price * (segments - 1), and what each boundary is worth.
+
+    The worth (K,) float64 of a segment's first boundary is what joining it to the segment before would add to the scatter; 0 for the first.
+    Between segmentations of one value the one whose last segments are longest is taken.
+
+    With g the Gram matrix, the scatter of shots [a, b) is sum g[i, i] - sum g[i, j] / (b - a): both sums come from running sums, of
+    which row b is made from row b - 1 and row b - 1 of g. Row by row, best[b] = min over a of best[a] + scatter(a, b) + price.
+    """
+    shots = len(vectors_SD)
+    square = np.zeros(shots + 1)  # of the squared norms of the first b shots
+    square[1:] = np.cumsum(np.einsum("sd,sd->s", vectors_SD, vectors_SD))
+    corner = np.zeros(shots + 1)  # [b]: sum of g[:b, :b]
+    beside = np.zeros(shots + 1)  # [a]: sum of g[:b, :a], of the row b that is being made
+    best = np.zeros(shots + 1)
+    best[0] = -price  # the first segment has no boundary before it
+    came_from = np.zeros(shots + 1, np.int64)
+    for block in range(0, shots, BLOCK_ROWS):
+        gram_BS = vectors_SD[block : block + BLOCK_ROWS] @ vectors_SD[: block + BLOCK_ROWS].T
+        for end, gram_S in enumerate(gram_BS, start=block + 1):
+            row = np.cumsum(gram_S[:end])
+            beside[1:end] += row[:-1]
+            beside[end] = corner[end] = corner[end - 1] + 2 * row[-1] - gram_S[end - 1]
+            inside = corner[end] - 2 * beside[:end] + corner[:end]
+            value = best[:end] + square[end] - square[:end] - inside / np.arange(end, 0, -1)
+            start = int(np.argmin(value))
+            best[end], came_from[end] = value[start] + price, start
+    starts = [int(came_from[shots])]
+    while starts[-1]:
+        starts.append(int(came_from[starts[-1]]))
+    first_K = np.array(starts[::-1], np.int64)
+    return first_K, _worth(vectors_SD, first_K)
+
+
+def _worth(vectors_SD: np.ndarray, first_K: np.ndarray) -> np.ndarray:
+    """What joining each segment to the one before would add to the scatter (Ward 1963): |A||B| / (|A| + |B|) * ||mean A - mean B||^2."""
+    length_K = np.diff(np.append(first_K, len(vectors_SD)))
+    mean_KD = np.add.reduceat(vectors_SD, first_K) / length_K[:, None]
+    worth_K = np.zeros(len(first_K))
+    weight = length_K[1:] * length_K[:-1] / (length_K[1:] + length_K[:-1])
+    worth_K[1:] = weight * np.sum((mean_KD[1:] - mean_KD[:-1]) ** 2, axis=1)
+    return worth_K
