@@ -22,6 +22,8 @@ from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.report import Console, Tally, follow, reason_of
 from mediafm_ray.pipeline.stored import make_stored_plan, prepare_stored_output
 
+LOGS = ("contextualise-summary.json", "contextualise.log", "contextualise-titles.jsonl")  # beside those of the job that embeds
+
 
 def main(config: ContextualiseCatalogConfig) -> int:
     """Plan, contextualise what is pending, report."""
@@ -40,7 +42,7 @@ def main(config: ContextualiseCatalogConfig) -> int:
         except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
             traceback.print_exc()
             tally.aborted = reason_of(error)
-    return report(plan, tally, time.monotonic() - start, config, console)
+    return report(plan, tally, time.monotonic() - start, config, console, names=LOGS)
 
 
 def contextualise(plan: Plan, config: ContextualiseCatalogConfig, console: Console, tally: Tally) -> None:

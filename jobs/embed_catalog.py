@@ -19,7 +19,7 @@ from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
-from mediafm_ray.pipeline.report import Console, Tally, follow, reason_of, summary, summary_table, write_summary
+from mediafm_ray.pipeline.report import LOG, SUMMARY, TITLES_LOG, Console, Tally, follow, reason_of, summary, summary_table, write_summary
 from mediafm_ray.storage.store import Store
 
 
@@ -27,7 +27,7 @@ def main(config: EmbedCatalogConfig) -> int:
     """Plan, embed what is pending, report."""
     console, start = Console(log_format=config.run.log_format), time.monotonic()
     plan = make_plan(config)
-    say_plan(plan, console)
+    say_plan(plan, config, console)
     if config.run.dry_run:
         console.say(describe_cost(plan, config))
         return EXIT_OK
@@ -63,7 +63,7 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally
         follow(graph.blocks(results), tally, begun, console, Metrics(plan.model.dataset_version))
 
 
-def say_plan(plan: Plan, console: Console) -> None:
+def say_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
     """What the run is about to do."""
     console.say(
         f"dataset version {plan.model.dataset_version}: {plan.titles} titles in the catalog, {plan.done} committed before, "
@@ -73,21 +73,29 @@ def say_plan(plan: Plan, console: Console) -> None:
         console.say(f"{plan.failed_before} titles failed before and are passed over (run.retry_failed=false)")
     if plan.only_contextual:
         console.say(
-            f"{plan.only_contextual} of them lack only this checkpoint's contextual embeddings; their shots are computed again, too. "
-            "Without opening a video: python -m jobs.contextualise_catalog with the same output.uri and contextualiser.checkpoint"
+            f"{plan.only_contextual} of them lack only this checkpoint's contextual embeddings, and are computed again from their videos; "
+            f"faster, without a video: python -m jobs.contextualise_catalog output.uri={config.output.uri} "
+            f"dataset.version={plan.model.dataset_version} contextualiser.checkpoint={config.contextualiser.checkpoint}"
         )
     if not plan.checkpoint:
         console.say("no contextualiser.checkpoint is set: writing fused (raw) embeddings only")
 
 
-def report(plan: Plan, tally: Tally, wall_s: float, config: EmbedCatalogConfig | ContextualiseCatalogConfig, console: Console) -> int:
-    """Summary on the terminal and in the output; the exit code."""
+def report(
+    plan: Plan,
+    tally: Tally,
+    wall_s: float,
+    config: EmbedCatalogConfig | ContextualiseCatalogConfig,
+    console: Console,
+    names: tuple[str, str, str] = (SUMMARY, LOG, TITLES_LOG),
+) -> int:
+    """Summary on the terminal and in the output, with the logs beside it; the exit code."""
     content = summary(plan, tally, wall_s, dataclasses.asdict(config))
     console.say()
-    console.say(summary_table(content, config.output.uri))
+    console.say(summary_table(content, config.output.uri, names[0]))
     store = Store(config.output.uri, config.storage)
-    write_summary(store, content)
-    console.write_log(store)
+    write_summary(store, content, names[0])
+    console.write_log(store, names[1:])
     if tally.aborted:
         console.say(f"error: the run ended early, {tally.lost} titles were not done: {tally.aborted}; run the same command again")
         return EXIT_ABORTED

@@ -23,6 +23,7 @@ from mediafm_ray.storage.store import ObjectInfo
 
 ARITHMETIC = 2  # raise it with a change of the code that changes the numbers: it is part of the dataset version
 VERSION_DIGITS = 12  # hex digits of a dataset version
+IN_CATALOG, WITH_SHOTS = "in_catalog", "with_committed_shots"  # the titles that a job starts from
 CHECKPOINT_TYPE = "mediafm_contextualiser"  # model_type in the config.json of a contextualiser
 
 
@@ -32,13 +33,14 @@ class Plan:
 
     model: Model
     checkpoint: str  # name of the contextualiser's checkpoint; empty when none is configured
-    pending: pa.Table  # rows.PLAN_SCHEMA
-    titles: int  # in the catalog
+    pending: pa.Table  # rows.PLAN_SCHEMA, or stored.STORED_SCHEMA where only step 6 is to be done
+    titles: int  # in the catalog, or with committed shots
     done: int  # committed before: nothing to do
     failed_before: int  # passed over because of a failure record (run.retry_failed=false)
     left: int  # pending, but beyond run.max_titles
     only_contextual: int  # pending whose shots are committed: the checkpoint is what is new
     leftovers: tuple[str, ...]  # objects that an earlier run should have removed after it committed their successor
+    titles_are: str = IN_CATALOG  # what ``titles`` counts
 
 
 def describe_model(config: EmbedCatalogConfig) -> Model:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from mediafm_ray.pipeline.metrics import Metrics
-from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.plan import IN_CATALOG, WITH_SHOTS, Plan
 from mediafm_ray.storage.store import Store, public_uri
 
 SUMMARY = "run-summary.json"
@@ -54,9 +54,9 @@ class Console:
         self.lines.write(f"{stamp} {line}\n")
         self.titles.write(_json_line(record))
 
-    def write_log(self, store: Store) -> None:
+    def write_log(self, store: Store, names: tuple[str, str] = (LOG, TITLES_LOG)) -> None:
         """Put the logs of this run into the output: what was said, and a JSON line for each title that ended."""
-        for name, kept in ((LOG, self.lines), (TITLES_LOG, self.titles)):
+        for name, kept in zip(names, (self.lines, self.titles), strict=True):
             kept.seek(0)
             store.write(name, kept.read().encode())
 
@@ -169,7 +169,7 @@ def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) 
     """The content of run-summary.json. Values of the configuration that look like secrets are left out."""
     return {
         "titles": {
-            "in_catalog": plan.titles,
+            plan.titles_are: plan.titles,
             "planned": tally.planned,
             "ok": tally.ok,
             "failed": tally.failed,
@@ -216,10 +216,11 @@ def _redacted_value(key: str, value: Any) -> Any:
     return REDACTED if value and SECRET.search(key) else redacted(value)
 
 
-def summary_table(content: Mapping[str, Any], output_uri: str) -> str:
-    """The end of a run for a person."""
+def summary_table(content: Mapping[str, Any], output_uri: str, name: str = SUMMARY) -> str:
+    """The end of a run for a person. ``name``: of the summary, where they find more."""
     titles = content["titles"]
-    rows = [("titles in the catalog", f"{titles['in_catalog']}"), ("skipped, committed before", f"{titles['skipped']}")]
+    rows = [(f"titles {key.replace('_', ' ')}", f"{titles[key]}") for key in (IN_CATALOG, WITH_SHOTS) if key in titles]
+    rows += [("skipped, committed before", f"{titles['skipped']}")]
     rows += [("skipped, failed before", f"{titles['skipped_failed_before']}")] if titles["skipped_failed_before"] else []
     rows += [("left for later runs", f"{titles['left_by_max_titles']}")] if titles["left_by_max_titles"] else []
     rows += [("planned", f"{titles['planned']}")]
@@ -237,15 +238,15 @@ def summary_table(content: Mapping[str, Any], output_uri: str) -> str:
         lines += ["", "failures:"]
         lines += [f"  {one['title_id']}: {one['stage']}: {one['message']}" for one in failures[:MAX_FAILURES_SHOWN]]
         if len(failures) > MAX_FAILURES_SHOWN:
-            lines.append(f"  ... and {len(failures) - MAX_FAILURES_SHOWN} more, see {SUMMARY} and the failure records")
+            lines.append(f"  ... and {len(failures) - MAX_FAILURES_SHOWN} more, see {name} and the failure records")
     if content["warnings"]:
-        lines += ["", f"{len(content['warnings'])} titles with warnings, see {SUMMARY}"]
+        lines += ["", f"{len(content['warnings'])} titles with warnings, see {name}"]
     return "\n".join(lines)
 
 
-def write_summary(store: Store, content: Mapping[str, Any]) -> None:
-    """Put run-summary.json into the output."""
-    store.write(SUMMARY, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def write_summary(store: Store, content: Mapping[str, Any], name: str = SUMMARY) -> None:
+    """Put the summary of a run into the output."""
+    store.write(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _versions() -> dict[str, str]:

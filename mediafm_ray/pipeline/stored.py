@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig
 from mediafm_ray.models.options import ContextualiserConfig
-from mediafm_ray.pipeline.plan import Plan, checkpoint_name
+from mediafm_ray.pipeline.plan import WITH_SHOTS, Plan, checkpoint_name
 from mediafm_ray.pipeline.rows import ERROR, SECONDS, error_value
 from mediafm_ray.pipeline.stages import FACTS, contextual_file, record_failure, remove_superseded
 from mediafm_ray.spec import TitleError
@@ -122,6 +122,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
         left=len(rows) - len(taken),
         only_contextual=len(taken),
         leftovers=tuple(leftovers),
+        titles_are=WITH_SHOTS,
     )
 
 

@@ -120,18 +120,27 @@ def test_a_checkpoint_gives_contextual_embeddings_beside_the_fused_ones(undistur
 
 
 def test_contextualising_what_is_stored_gives_the_same_bytes_without_a_video(undisturbed, checkpoint, tmp_path):
-    """As if a run with this checkpoint had been killed after its first title: the rest comes from the committed shots alone."""
+    """As if a run with this checkpoint had been killed after its first title; one of the others has a damaged object at first."""
     output = tmp_path / "out"
     shutil.copytree(undisturbed[0], output)
-    for path in sorted(output.glob("*/contextual-*/*/*.parquet"))[1:]:
+    contextual = sorted(output.glob("*/contextual-*/*/*.parquet"))
+    for path in contextual[1:]:
         path.unlink()
-    done = run_job("contextualise_catalog", f"output.uri={output}", checkpoint)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 titles with committed shots, 1 contextualised before, 2 to compute" in done.stdout
+    damaged = output / contextual[1].relative_to(output).parts[0] / "shots" / contextual[1].parent.name / contextual[1].name
+    good = damaged.read_bytes()
+    damaged.write_bytes(good[:-50])
+    first = run_job("contextualise_catalog", *PROFILE, f"output.uri={output}", checkpoint)
+    assert first.returncode == 1, first.stdout + first.stderr
+    assert "3 titles with committed shots, 1 contextualised before, 2 to compute" in first.stdout
+    assert "no readable Parquet file" in first.stdout
+    assert "Traceback" not in first.stdout + first.stderr
+    summary = json.loads((output / "contextualise-summary.json").read_text())
+    assert summary["titles"] | {"with_committed_shots": 3, "skipped": 1, "planned": 2, "ok": 1, "failed": 1, "lost": 0} == summary["titles"]
+    assert "[2/2]" in (output / "contextualise.log").read_text()
+    damaged.write_bytes(good)
+    second = run_job("contextualise_catalog", f"output.uri={output}", checkpoint)
+    assert second.returncode == 0, second.stdout + second.stderr
     assert objects(output) == objects(undisturbed[0])
-    again = run_job("contextualise_catalog", *PROFILE, f"output.uri={output}", checkpoint)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "3 contextualised before, 0 to compute" in again.stdout
 
 
 @pytest.mark.parametrize(("overrides", "part"), [([], "output.uri"), (["output.uri=OUT"], "contextualiser.checkpoint")])
