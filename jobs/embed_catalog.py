@@ -20,6 +20,7 @@ from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
 from mediafm_ray.pipeline.report import LOG, SUMMARY, TITLES_LOG, Console, Tally, follow, reason_of, summary, summary_table, write_summary
+from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.store import Store
 
 
@@ -93,9 +94,13 @@ def report(
     content = summary(plan, tally, wall_s, dataclasses.asdict(config))
     console.say()
     console.say(summary_table(content, config.output.uri, names[0]))
-    store = Store(config.output.uri, config.storage)
-    write_summary(store, content, names[0])
-    console.write_log(store, names[1:])
+    try:
+        store = Store(config.output.uri, config.storage)
+        write_summary(store, content, names[0])
+        console.write_log(store, names[1:])
+    except StorageError as error:
+        console.say(f"error: the run's summary could not be written: {error}")
+        return EXIT_ABORTED
     if tally.aborted:
         console.say(f"error: the run ended early, {tally.lost} titles were not done: {tally.aborted}; run the same command again")
         return EXIT_ABORTED

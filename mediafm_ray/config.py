@@ -27,10 +27,12 @@ from mediafm_ray.models.options import (
     TextEncoderConfig,
     VideoEncoderConfig,
 )
+from mediafm_ray.models.weights import with_endpoint
 from mediafm_ray.spec import resource
 from mediafm_ray.storage.store import StorageConfig
 
 HELP_WIDTH = 118  # columns
+ADDRESSES = ("weights", "temporal_weights", "checkpoint")  # keys of any section whose values are addresses of weights
 Job = TypeVar("Job")
 
 
@@ -248,7 +250,7 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
         except Exception as error:
             raise ConfigError(f"{key}=...: {_first_line(error)}") from error  # the value may be a secret
     try:
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        return _with_endpoint(OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
     except ValueError as error:  # a dataclass's own check
@@ -275,6 +277,21 @@ def _without_sections_of_others(kind: type[Any], loaded: Any) -> Any:
         return loaded
     OmegaConf.merge(OmegaConf.structured(EmbedCatalogConfig), OmegaConf.masked_copy(loaded, others))  # raises for unknown keys
     return OmegaConf.masked_copy(loaded, [key for key in loaded if key not in others])
+
+
+def _with_endpoint(config: Any) -> Any:
+    """Weights and checkpoints on s3:// are on the server that storage.endpoint_url names, where they name no other."""
+    endpoint = config.storage.endpoint_url if hasattr(config, "storage") else ""
+    if not endpoint:
+        return config
+    changed = {}
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            names = [entry.name for entry in dataclasses.fields(value) if entry.name in ADDRESSES]
+            found = {name: with_endpoint(getattr(value, name), endpoint) for name in names}
+            changed[section.name] = dataclasses.replace(value, **found)
+    return dataclasses.replace(config, **changed)
 
 
 def describe(kind: type[Any]) -> str:

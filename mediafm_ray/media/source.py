@@ -6,7 +6,11 @@ sequences, SDP) are not on it, nested protocols are closed, and a demuxer that a
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
@@ -19,6 +23,8 @@ from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.spec import TitleError
 
 LOCAL_BUFFER_BYTES = 1 << 20  # what FFmpeg reads at once from a local file; small reads cost a Python call each
+READ_ATTEMPTS = 4  # of reading on in a remote file, each after what the file system tries by itself
+READ_PAUSE_S = 0.5  # half of the longest pause before the second of them; it doubles
 REMOTE_BLOCKS = 4  # of a remote file in memory at once, each of media.read_ahead_mb
 
 # Self-contained containers of video. The audio-only ones are here so that the error can say "audio only".
@@ -52,23 +58,94 @@ def open_bytes(uri: str, media: MediaConfig) -> BinaryIO:
             if path.is_dir():
                 raise TitleError(f"{name} is a folder, not a file")
             return path.open("rb", buffering=0)
-        filesystem, path_there = fsspec.url_to_fs(uri, **media.storage_options)
-        return cast(
-            BinaryIO,
-            filesystem.open(
+        kind = fsspec.get_filesystem_class(urlsplit(uri).scheme)  # not url_to_fs: that takes a '::' in a name for a chain of file systems
+        found = {} if uri.startswith("s3:") else kind._get_kwargs_from_urls(uri)  # of s3: a version, where a key holds '?versionId='
+        filesystem, path_there = kind(**{**found, **media.storage_options}), kind._strip_protocol(uri)
+
+        def open_there() -> Any:
+            return filesystem.open(
                 path_there,
                 "rb",
                 block_size=media.read_ahead_mb << 20,
                 cache_type="background",  # the next block is on its way while one is decoded
                 cache_options={"maxblocks": REMOTE_BLOCKS},
-            ),
-        )
+            )
+
+        opened = open_there()
+        return cast(BinaryIO, RemoteStream(name, open_there, opened) if opened.size is not None else opened)  # a web server without ranges
     except FileNotFoundError:
         raise TitleError(f"{name} does not exist") from None
     except PermissionError:
         raise TitleError(f"{name} may not be read: permission denied") from None
     except (OSError, ValueError, ImportError) as error:
         raise TitleError(f"{name} cannot be opened: {error.__class__.__name__}: {_without_path(str(error), uri)}") from error
+
+
+class RemoteStream:
+    """A remote object as a stream that outlives faults of the network: it opens the object again where reading failed.
+
+    The file system tries single requests again by itself; this is for what it gives up on, and for answers that end early.
+    """
+
+    def __init__(self, name: str, open_there: Callable[[], Any], opened: Any):
+        self.name, self._open, self._file = name, open_there, opened
+        self._size, self._position = int(opened.size), 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to ``size`` bytes; fewer only at the end. Raises TitleError where the object changed meanwhile or cannot be read on."""
+        for attempt in range(1, READ_ATTEMPTS + 1):
+            try:
+                return self._read(size)
+            except TitleError:
+                raise
+            except FileNotFoundError:
+                raise TitleError(f"{self.name} was removed while it was read") from None
+            except PermissionError as error:
+                raise TitleError(f"{self.name} may not be read any more: {error}") from error
+            except Exception as error:  # every file system raises its own
+                if attempt == READ_ATTEMPTS:
+                    raise TitleError(f"{self.name} cannot be read on at byte {self._position}: {type(error).__name__}: {error}") from error
+                time.sleep(random.uniform(0, READ_PAUSE_S * 2**attempt))  # jitter: other readers met the same fault
+                with contextlib.suppress(Exception):  # a stream that failed may fail to close, too
+                    self._file.close()
+                self._file = None
+        raise AssertionError("the last attempt returns or raises")
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move; the position from the start. Raises ValueError before the start."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise ValueError(f"cannot seek to {start + offset}")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        """The position from the start."""
+        return self._position
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> RemoteStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _read(self, size: int) -> bytes:
+        if self._file is None:
+            self._file = self._open()
+            if self._file.size != self._size:
+                raise TitleError(f"{self.name} was replaced while it was read")
+        self._file.seek(self._position)
+        content = self._file.read(size)
+        expected = max(0, self._size - self._position) if size < 0 else min(size, max(0, self._size - self._position))
+        if len(content) != expected:
+            raise EOFError(f"{len(content)} bytes came instead of {expected}")
+        self._position += len(content)
+        return content
 
 
 def read_whole(uri: str, media: MediaConfig, max_bytes: int) -> bytes:

@@ -6,7 +6,8 @@ Addresses
     s3://BUCKET/PREFIX, ...    a folder or file on anything that fsspec opens; copied once a machine
     a path                     on this machine
 
-Any of them may end in ``#sha256=DIGEST``, the digest that ``digest`` gives: other weights are then refused.
+Any of them may end in ``#sha256=DIGEST``, the digest that ``digest`` gives: other weights are then refused. One on s3:// may say which
+server holds it, ``#endpoint_url=https://host`` (with ``&`` between the two); the jobs add the one that they are configured with.
 
 What is fetched and what counts in a digest are the files that a checkpoint is made of, so the same weights have the same digest
 wherever they come from.
@@ -30,9 +31,13 @@ from safetensors import SafetensorError, safe_open
 
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hub:"
-DIGEST_MARK = "#sha256="
+MARK = re.compile("#(?=(?:sha256|endpoint_url)=)")  # where the marks of an address begin
 CHUNK_BYTES = 1 << 20
 CACHE_VARIABLE = "MEDIAFM_WEIGHTS_CACHE"  # environment: where remote weights are kept; by default under the user's cache folder
+
+# Of requests to an S3 server, each of which s3fs repeats five times: who mistyped an address hears of it soon, a copy is patient.
+LISTING = (1, 4.0, 5.0)  # attempts, seconds to connect, seconds without a byte
+COPYING = (5, 10.0, 60.0)
 
 # of a checkpoint's folder; README, licence, logs and other frameworks' weights are not part of it
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*/config.json")
@@ -49,22 +54,36 @@ def resolve(address: str) -> Path:
 
     A package is found, not imported: some packages change global state when imported.
     """
-    address, _, expected = address.partition(DIGEST_MARK)
+    address, marks = _split(address)
     if not address:
         raise WeightsError("no weights are configured (the address is empty)")
-    path = _resolve(address)
+    path, expected = _resolve(address, marks.get("endpoint_url", "")), marks.get("sha256")
     if expected and (found := _digest_at(path, address)) != expected:
         raise WeightsError(f"the weights at {address} have the digest {found}, not {expected}: they were changed or damaged on the way")
     return path
 
 
-def _resolve(address: str) -> Path:
+def with_endpoint(address: str, endpoint_url: str) -> str:
+    """An address on s3:// that names no server, with the server that holds it; any other address as it is."""
+    plain, marks = _split(address)
+    if not plain.startswith("s3://") or "endpoint_url" in marks or not endpoint_url:
+        return address
+    return f"{plain}#" + "&".join(f"{name}={value}" for name, value in {**marks, "endpoint_url": endpoint_url}.items())
+
+
+def _split(address: str) -> tuple[str, dict[str, str]]:
+    """An address without its marks, and the marks."""
+    plain, *marks = MARK.split(address, maxsplit=1)
+    return plain, dict(mark.partition("=")[::2] for mark in marks[0].split("&")) if marks else {}
+
+
+def _resolve(address: str, endpoint_url: str) -> Path:
     if address.startswith(PACKAGE_SCHEME):
         return _resolve_package(address)
     if address.startswith(HUB_SCHEME):
         return _fetch_from_hub(address)
     if "://" in address:
-        return _fetch_from_storage(address)
+        return _fetch_from_storage(address, endpoint_url)
     path = Path(address)
     if not path.exists():
         raise WeightsError(f"no weights at {address}: the path does not exist on this machine")
@@ -76,8 +95,9 @@ def digest(address: str) -> str:
 
     Raises WeightsError where there is nothing, or a folder that holds no checkpoint.
     """
-    address, _, expected = address.partition(DIGEST_MARK)
-    return expected if expected and resolve(address + DIGEST_MARK + expected) else _digest_at(resolve(address), address)
+    path = resolve(address)
+    plain, marks = _split(address)
+    return marks.get("sha256") or _digest_at(path, plain)
 
 
 def _digest_at(path: Path, address: str) -> str:
@@ -210,7 +230,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mediafm_ray" / "weights"
 
 
-def _fetch_from_storage(address: str) -> Path:
+def _fetch_from_storage(address: str, endpoint_url: str) -> Path:
     """Copy a remote file or checkpoint folder once a machine; whoever comes while another copies waits for it.
 
     The copy lies under a name made from the address and every file's size and ETag (or time), so changed weights are fetched anew, and
@@ -220,7 +240,7 @@ def _fetch_from_storage(address: str) -> Path:
     from filelock import FileLock
 
     try:
-        files, root = fsspec.core.url_to_fs(address)
+        files, root = fsspec.core.url_to_fs(address, **_options(address, endpoint_url, *LISTING))
         found = {entry["name"]: entry for entry in files.find(root, detail=True).values()}
     except Exception as error:  # every file system raises its own: credentials, names, network, missing library
         raise WeightsError(
@@ -242,6 +262,7 @@ def _fetch_from_storage(address: str) -> Path:
         if target.exists():  # another process copied it meanwhile
             return inside
         partial = Path(tempfile.mkdtemp(dir=cache, prefix="partial-"))
+        files, _ = fsspec.core.url_to_fs(address, **_options(address, endpoint_url, *COPYING))
         try:
             for name, size, _ in identity:
                 copy = partial / (Path(name).name if single else name.removeprefix(prefix))
@@ -258,6 +279,17 @@ def _fetch_from_storage(address: str) -> Path:
             with contextlib.suppress(FileNotFoundError):  # renamed: all went well
                 shutil.rmtree(partial)
     return inside
+
+
+def _options(address: str, endpoint_url: str, attempts: int, connect_timeout: float, read_timeout: float) -> dict[str, Any]:
+    """What fsspec is told of an S3 server; checksums only where S3 demands them, for older servers refuse others."""
+    if not address.startswith("s3://"):
+        return {}
+    checksums = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+    retries = {"total_max_attempts": attempts, "mode": "standard"}
+    style = {"addressing_style": "path"} if endpoint_url else {}
+    timeouts = {"connect_timeout": connect_timeout, "read_timeout": read_timeout}
+    return {"endpoint_url": endpoint_url or None, "config_kwargs": {**timeouts, "retries": retries, "s3": style, **checksums}}
 
 
 def _version_of(entry: dict[str, Any]) -> str:

@@ -75,6 +75,7 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
     model = describe_model(config)
     checkpoint = checkpoint_name(config, model)
     output = Output(config.output.uri, model.dataset_version, config.storage)
+    output.store.check_readable()
     listed = {dataset: output.list(dataset) for dataset in output.datasets()}
     wanted = [listed.get(dataset, {}) for dataset in (SHOTS, *([contextual(checkpoint)] if checkpoint else []))]
     failures = listed.get(FAILURES, {})

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,17 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.spec import TimedTextSource, Title, digest_of
-from mediafm_ray.storage.store import (
-    ALLOWED_SCHEMES,
-    ObjectInfo,
-    StorageConfig,
-    StorageError,
-    Store,
-    absolute,
-    join,
-    open_filesystem,
-    scheme_of,
-)
+from mediafm_ray.storage.base import ObjectInfo, StorageConfig
+from mediafm_ray.storage.errors import StorageError, code_of, may_pass
+from mediafm_ray.storage.s3 import S3Objects, hasty
+from mediafm_ray.storage.store import ALLOWED_SCHEMES, Store, join, scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +46,7 @@ TABLE_ENDINGS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjs
 CSV_LIST_SEPARATOR = ";"
 MAX_TITLE_ID_BYTES = 1024  # of UTF-8
 MAX_PROBLEMS_SHOWN = 50
-STAT_THREADS = 16
-UNLISTED_SCHEMES = ("file", "http", "https")  # a stat each: listing a local folder is no gain, a web server has no listing
+LOOK_UP_THREADS = 16
 SOURCE_DIGITS = 16  # hex digits of a source digest
 
 
@@ -85,22 +78,19 @@ def read_catalog(uri: str, config: StorageConfig | None = None) -> list[Entry]:
     config = config or StorageConfig()
     if not uri:
         raise CatalogError("(not set)", ["catalog.uri is empty: give a folder of videos or a .parquet, .csv or .jsonl table"])
-    uri = absolute(uri)
-    ending = PurePosixPath(uri.rstrip("/")).suffix.lower()
-    filesystem, path = open_filesystem(uri, config)
-    try:
-        is_folder = filesystem.isdir(path)
-        exists = is_folder or filesystem.exists(path)
-    except Exception as error:  # fsspec implementations raise many kinds; each means the same to the person
-        raise StorageError(f"cannot read the catalog {uri}: {type(error).__name__}: {error}") from error
-    if not exists:
-        raise CatalogError(uri, ["there is nothing at this location"])
-    if is_folder:
-        entries = _read_folder(uri, config)
-    elif ending in TABLE_ENDINGS:
-        entries = _read_table(uri, TABLE_ENDINGS[ending], config)
+    store = Store(uri, config)
+    folder, _, name = store.uri.rpartition("/")
+    folder = folder or "/"
+    ending = PurePosixPath(name).suffix.lower()
+    if ending in TABLE_ENDINGS and not os.path.isdir(store.root) and Store(folder, config).check_readable(name):
+        entries = _read_table(folder, name, TABLE_ENDINGS[ending], config)
+    elif store.check_readable() and not os.path.isfile(store.root):
+        entries = _read_folder(store)
+    elif not folder.endswith(":/") and Store(folder, config).check_readable(name):
+        known = ", ".join(sorted(TABLE_ENDINGS))
+        raise CatalogError(store.uri, [f"not a folder, and the ending {ending or '(none)'} is not one of {known}"])
     else:
-        raise CatalogError(uri, [f"not a folder, and the ending {ending or '(none)'} is not one of {', '.join(sorted(TABLE_ENDINGS))}"])
+        raise CatalogError(store.uri, ["there is nothing at this location"])
     return sorted(entries, key=lambda entry: entry.title.title_id)
 
 
@@ -116,8 +106,8 @@ def source_digest(title: Title, objects: Mapping[str, ObjectInfo | None]) -> str
 # ----------------------------------------------------------------------------------------------------------- folders
 
 
-def _read_folder(uri: str, config: StorageConfig) -> list[Entry]:
-    store = Store(uri, config)
+def _read_folder(store: Store) -> list[Entry]:
+    uri = store.uri
     objects = {info.name: info for info in store.list() if not any(part.startswith(".") for part in info.name.split("/"))}
     problems: list[str] = []
     by_stem: dict[str, str] = {}
@@ -134,7 +124,7 @@ def _read_folder(uri: str, config: StorageConfig) -> list[Entry]:
         raise CatalogError(uri, [f"no video file below this folder (endings known: {' '.join(sorted(VIDEO_ENDINGS))})"])
     sidecars = _sidecars_of(by_stem, objects)
     described = [stem for stem in by_stem if f"{stem}.json" in objects]
-    with ThreadPoolExecutor(STAT_THREADS) as pool:
+    with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
         found_metadata = dict(
             zip(described, pool.map(lambda stem: _read_metadata(store, f"{stem}.json", problems), described), strict=True)
         )
@@ -203,12 +193,10 @@ def _read_metadata(store: Store, name: str, problems: list[str]) -> dict[str, An
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def _read_table(uri: str, kind: str, config: StorageConfig) -> list[Entry]:
-    filesystem, path = open_filesystem(uri, config)
-    content = filesystem.cat_file(path)
+def _read_table(base: str, name: str, kind: str, config: StorageConfig) -> list[Entry]:
+    content = Store(base, config).read(name)
     problems: list[str] = []
     rows = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}[kind](content, problems)
-    base = uri.rsplit("/", 1)[0] if "/" in uri else "."
     titles: list[Title] = []
     seen: dict[str, str] = {}
     for where, row in rows:
@@ -223,8 +211,8 @@ def _read_table(uri: str, kind: str, config: StorageConfig) -> list[Entry]:
     if not titles and not problems:
         problems.append("the table has no rows")
     if problems:
-        raise CatalogError(uri, problems)
-    objects = _stat([uri for title in titles for uri in [title.video, *(text.uri for text in title.timed_text)]], config)
+        raise CatalogError(f"{base}/{name}", problems)
+    objects = _look_up([uri for title in titles for uri in [title.video, *(text.uri for text in title.timed_text)]], config)
     return [Entry(title, source_digest(title, objects)) for title in titles]
 
 
@@ -368,34 +356,42 @@ def _jsonl_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str
     return rows
 
 
-def _stat(uris: list[str], config: StorageConfig) -> dict[str, ObjectInfo | None]:
-    """What is known of each object, without opening any: one listing a folder on object storage, a stat each elsewhere.
+def _look_up(uris: Iterable[str], config: StorageConfig) -> dict[str, ObjectInfo | None]:
+    """What is known of each object, without opening any: on s3:// by few listings a bucket, elsewhere one by one.
 
-    An object that cannot be looked at is None, like one that is not there: its title fails when its turn comes.
+    An object that may not be looked at is None, like one that is not there: its title fails when its turn comes. Raises StorageError
+    where an S3 server does not answer: all its titles would seem to have changed.
     """
-    by_folder: dict[str, list[str]] = defaultdict(list)
+    elsewhere: list[str] = []
+    keys: dict[str, dict[str, str]] = defaultdict(dict)  # bucket -> key -> URI
     for uri in uris:
-        by_folder[uri.rsplit("/", 1)[0] if "/" in uri else "."].append(uri)
-
-    def look(folder: str) -> dict[str, ObjectInfo | None]:
-        names = {uri: uri.rsplit("/", 1)[-1] for uri in by_folder[folder]}
-        try:
-            store = Store(folder, config)
-            if len(names) > 1 and scheme_of(folder) not in UNLISTED_SCHEMES:
-                listed = store.children()
-                return {uri: listed.get(name) for uri, name in names.items()}
-        except Exception as error:  # fsspec implementations raise many kinds
-            log.warning("cannot look into %s: %s: %s", folder, type(error).__name__, error)
-            return dict.fromkeys(names)
-        return {uri: _info_or_none(store, uri, name) for uri, name in names.items()}
-
-    with ThreadPoolExecutor(STAT_THREADS) as pool:
-        return {uri: info for found in pool.map(look, sorted(by_folder)) for uri, info in found.items()}
+        if scheme_of(uri) == "s3":
+            bucket, _, key = uri.partition("://")[2].partition("/")
+            keys[bucket][key] = uri
+        else:
+            elsewhere.append(uri)
+    with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
+        found = dict(zip(elsewhere, pool.map(lambda uri: _info(uri, config), elsewhere), strict=True))
+    for bucket, uri_of in keys.items():
+        there = _objects_of(bucket, list(uri_of), config)
+        found |= {uri: there.get(key) for key, uri in uri_of.items()}
+    return found
 
 
-def _info_or_none(store: Store, uri: str, name: str) -> ObjectInfo | None:
+def _objects_of(bucket: str, keys: list[str], config: StorageConfig) -> Mapping[str, ObjectInfo]:
     try:
-        return store.info(name)
-    except Exception as error:  # fsspec implementations raise many kinds; a local name may be too long
-        log.warning("cannot look at %s: %s: %s", uri, type(error).__name__, error)
+        return S3Objects(f"s3://{bucket}", config).find(keys)
+    except StorageError as error:
+        if not code_of(error) or may_pass(error.__cause__ or error):
+            raise
+        log.warning("cannot look at %s", error)
+        return {}
+
+
+def _info(uri: str, config: StorageConfig) -> ObjectInfo | None:
+    folder, _, name = uri.rpartition("/")
+    try:
+        return Store(folder or ("/" if uri.startswith("/") else "."), hasty(config)).info(name)
+    except StorageError as error:
+        log.warning("cannot look at %s", error)
         return None

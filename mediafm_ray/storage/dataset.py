@@ -134,13 +134,7 @@ class Output:
 
     def datasets(self) -> Sequence[str]:
         """The names of the datasets that are there: shots, contextual-<checkpoint>, scenes-..., titles-..., failures."""
-        self.store.filesystem.invalidate_cache()
-        try:
-            paths = self.store.filesystem.ls(self.store.root, detail=False)
-        except FileNotFoundError:
-            return []
-        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
-        return sorted(name for name in names if DATASET_PATTERN.fullmatch(name))
+        return [name for name in self.store.folders() if DATASET_PATTERN.fullmatch(name)]
 
     def write_model(self, model: Model) -> None:
         """Put model.json; the same version always has the same bytes."""
@@ -158,12 +152,7 @@ class Output:
 
 def dataset_versions(uri: str, config: StorageConfig | None = None) -> list[str]:
     """The dataset versions below an output URI."""
-    store = Store(uri, config)
-    if not store.filesystem.isdir(store.root):
-        return []
-    store.filesystem.invalidate_cache()
-    names = (path.rstrip("/").rsplit("/", 1)[-1] for path in store.filesystem.ls(store.root, detail=False))
-    return sorted(name for name in names if VERSION_PATTERN.fullmatch(name))
+    return [name for name in Store(uri, config).folders() if VERSION_PATTERN.fullmatch(name)]
 
 
 class EmbeddingDataset:
@@ -202,6 +191,7 @@ class EmbeddingDataset:
         if not newest:
             raise DatasetError(f"{self.output.store.uri} has no committed object of {name}; there are: {', '.join(self.names()) or 'none'}")
         store = self.output.store
+        store.remember(newest)
         return pads.dataset(
             [store.path(info.name) for info in newest],
             schema=self._schema(name),

@@ -13,48 +13,25 @@ import os
 import secrets
 import stat
 import urllib.parse
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from mediafm_ray.spec import resource
+from mediafm_ray.storage.base import ObjectInfo, StorageConfig
+from mediafm_ray.storage.errors import StorageError, explain, retrying
+from mediafm_ray.storage.s3 import S3Objects, s3_config_options
 
-PARTIAL_FOLDER = ".partial"  # local stores only: files that are being written
+PARTIAL_FOLDER = ".partial"  # of a root: files that are being written (local stores), and what tries whether it can be written to
 ALLOWED_SCHEMES = ("file", "s3", "memory", "gs", "abfs", "az", "http", "https")  # what a catalog may make us open
 PARTIAL_ATTEMPTS = 3
 FILE_MODE = 0o644  # before the umask
+PROBE_BYTES = 1 << 20  # what must fit on a disk before a job begins
 
-
-class StorageError(Exception):
-    """A location that cannot be read or written; the message says which and what to do."""
-
-
-@dataclass(frozen=True)
-class StorageConfig:
-    """How object storage is reached. Credentials come from the environment only (the standard AWS chain)."""
-
-    endpoint_url: str = resource("", "URL of an S3-compatible server; empty = AWS")
-    connect_timeout_s: float = resource(10.0, "seconds until a connection attempt to object storage is given up")
-    read_timeout_s: float = resource(60.0, "seconds without a byte until a request to object storage is given up")
-    retries: int = resource(5, "attempts of one request to object storage")
-
-    def __post_init__(self) -> None:
-        if self.retries < 1 or self.connect_timeout_s <= 0 or self.read_timeout_s <= 0:
-            raise ValueError("storage.retries must be at least 1, and storage timeouts positive")
-
-
-@dataclass(frozen=True)
-class ObjectInfo:
-    """What a listing tells of one object."""
-
-    name: str  # relative to the store's root, with '/' between the parts
-    size: int  # bytes
-    version: str  # ETag, or the modification time in nanoseconds: changes when the content does
-    modified: float  # seconds since the epoch
+Result = TypeVar("Result")
 
 
 def scheme_of(uri: str) -> str:
@@ -64,31 +41,28 @@ def scheme_of(uri: str) -> str:
 
 
 def open_filesystem(uri: str, config: StorageConfig) -> tuple[Any, str]:
-    """The fsspec file system of a URI and the path in it. Raises StorageError for a scheme that is not allowed."""
+    """The fsspec file system of a URI and the path in it, for readers that bring none of their own.
+
+    Raises StorageError for a scheme that is not allowed.
+    """
     scheme = scheme_of(uri)
     if scheme not in ALLOWED_SCHEMES:
         raise StorageError(f"{uri}: the scheme {scheme}:// is not allowed; use a path or one of {', '.join(ALLOWED_SCHEMES)}")
     if scheme == "file":
         return LocalFileSystem(), absolute(uri)
     try:
-        return fsspec.core.url_to_fs(uri, **fsspec_options(uri, config))
+        kind = fsspec.get_filesystem_class(scheme)  # not url_to_fs: that would take a '::' in a key for a chain of file systems
     except ImportError as error:
         raise StorageError(f"{uri}: {error}; install the fsspec package of this kind of storage") from error
+    found = {} if scheme == "s3" else kind._get_kwargs_from_urls(uri)  # of s3: a version, where a key holds '?versionId='
+    return kind(**found, **fsspec_options(uri, config)), kind._strip_protocol(uri)
 
 
 def fsspec_options(uri: str, config: StorageConfig) -> dict[str, Any]:
     """What fsspec needs beside the URI to open it: for s3:// the endpoint, timeouts and retries; nothing else has options here."""
     if scheme_of(uri) != "s3":
         return {}
-    return {
-        "endpoint_url": config.endpoint_url or None,
-        "config_kwargs": {
-            "connect_timeout": config.connect_timeout_s,
-            "read_timeout": config.read_timeout_s,
-            "retries": {"max_attempts": config.retries, "mode": "standard"},
-            "s3": {"addressing_style": "path" if config.endpoint_url else "auto"},
-        },
-    }
+    return {"endpoint_url": config.endpoint_url or None, "config_kwargs": s3_config_options(config)}
 
 
 def absolute(uri: str) -> str:
@@ -113,8 +87,26 @@ def join(base: str, relative: str) -> str:
     return f"{base.rstrip('/')}/{relative}"
 
 
+class Objects(Protocol):
+    """What a kind of store does for Store."""
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]: ...
+    def children(self) -> tuple[Sequence[str], Mapping[str, ObjectInfo]]: ...
+    def info(self, name: str) -> ObjectInfo | None: ...
+    def read(self, name: str) -> bytes: ...
+    def write(self, name: str, content: bytes) -> None: ...
+    def delete(self, name: str) -> None: ...
+    def check_readable(self, name: str = "") -> bool: ...
+    def check_writable(self, name: str) -> None: ...
+    def remove_partial(self) -> int: ...
+
+
 class Store:
-    """The objects below one root URI."""
+    """The objects below one root URI.
+
+    Whatever goes wrong is a StorageError whose message is one line and says what to do, but for an object that is not there: reading it
+    raises FileNotFoundError.
+    """
 
     def __init__(self, uri: str, config: StorageConfig | None = None):
         if not uri:
@@ -123,97 +115,159 @@ class Store:
         self.config = config or StorageConfig()
         self.filesystem, self.root = open_filesystem(self.uri, self.config)
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
+        self.objects: Objects
+        if self.is_local:
+            self.objects = LocalObjects(self.root)
+        elif scheme_of(self.uri) == "s3":
+            self.objects = S3Objects(self.uri, self.config)
+        else:
+            self.objects = FsspecObjects(self.filesystem, self.root, self.config)
 
     def path(self, name: str) -> str:
         """The path of an object in ``self.filesystem``."""
-        return f"{self.root.rstrip('/')}/{name}"
+        return _below(self.root, name)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object below ``prefix``, in no particular order; nothing when the prefix does not exist."""
-        top = self.path(prefix).rstrip("/")
-        if self.is_local:
-            yield from self._list_local(top)
-            return
-        self.filesystem.invalidate_cache()
-        try:
-            found = self.filesystem.find(top, detail=True)
-        except FileNotFoundError:
-            return
-        base = self.root.rstrip("/") + "/"
-        for path, info in found.items():
-            if info.get("type", "file") == "file":
-                yield _object_info(path.removeprefix(base).lstrip("/"), info)
+        listing = self.objects.list(prefix)
+        while (info := self._explained(lambda: next(listing, None))) is not None:
+            yield info
 
-    def _list_local(self, top: str) -> Iterator[ObjectInfo]:
-        base = len(self.root.rstrip("/")) + 1
-        for folder, folders, files in os.walk(top):
-            folders[:] = sorted(name for name in folders if name != PARTIAL_FOLDER)
-            for file in sorted(files):
-                path = f"{folder}/{file}"
-                try:
-                    status = os.stat(path)
-                except FileNotFoundError:  # removed since the folder was read (or a dangling link): not there
-                    continue
-                if stat.S_ISREG(status.st_mode):
-                    yield ObjectInfo(path[base:], status.st_size, str(status.st_mtime_ns), status.st_mtime)
-
-    def children(self) -> dict[str, ObjectInfo]:
+    def children(self) -> Mapping[str, ObjectInfo]:
         """The objects directly below the root by name, in one (paged) listing."""
-        self.filesystem.invalidate_cache()
-        try:
-            found = self.filesystem.ls(self.root, detail=True)
-        except FileNotFoundError:
-            return {}
-        names = {info["name"].rstrip("/").rsplit("/", 1)[-1]: info for info in found if info.get("type", "file") == "file"}
-        return {name: _object_info(name, info) for name, info in names.items()}
+        return self._explained(self.objects.children)[1]
+
+    def folders(self) -> Sequence[str]:
+        """The names of the folders directly below the root, sorted, from one (paged) listing."""
+        return sorted(self._explained(self.objects.children)[0])
 
     def info(self, name: str) -> ObjectInfo | None:
         """One object, or None when it is not there."""
-        try:
-            if self.is_local:
-                status = os.stat(self.path(name))
-                return ObjectInfo(name, status.st_size, str(status.st_mtime_ns), status.st_mtime)
-            return _object_info(name, self.filesystem.info(self.path(name)))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return self._explained(lambda: self.objects.info(name), name)
 
     def read(self, name: str) -> bytes:
         """The whole object. Raises FileNotFoundError."""
-        if self.is_local:
-            return Path(self.path(name)).read_bytes()
-        return self.filesystem.cat_file(self.path(name))
+        return self._explained(lambda: self.objects.read(name), name)
 
     def write(self, name: str, content: bytes) -> None:
         """Put an object: afterwards it is there whole, whoever else wrote it meanwhile; before, it was not there or was the old one."""
-        if self.is_local:
-            self._write_local(name, content)
-        else:
-            self.filesystem.pipe_file(self.path(name), content)
+        self._explained(lambda: self.objects.write(name, content), name)
 
     def delete(self, name: str) -> None:
         """Remove an object; one that is not there is fine."""
-        with contextlib.suppress(FileNotFoundError):
-            if self.is_local:
-                os.unlink(self.path(name))
-            else:
-                self.filesystem.rm_file(self.path(name))
+        self._explained(lambda: self.objects.delete(name), name)
+
+    def remember(self, listed: Iterable[ObjectInfo]) -> None:
+        """Tell ``self.filesystem`` what a listing said, so that a reader of these objects does not ask for each of them again."""
+        if scheme_of(self.uri) != "s3":
+            return
+        entries = defaultdict(list)
+        for info in listed:
+            path = self.path(info.name)
+            entries[path.rpartition("/")[0]].append({"name": path, "size": info.size, "type": "file"})
+        for folder, found in entries.items():
+            self.filesystem.dircache[folder] = found
+
+    def check_readable(self, name: str = "") -> bool:
+        """Whether there is such an object, or anything at all below the root.
+
+        Raises StorageError when that cannot be told, and within 30 s: it waits less patiently than what comes after it.
+        """
+        return self._explained(lambda: self.objects.check_readable(name), name)
 
     def check_writable(self) -> None:
-        """Raise StorageError, saying what to do, when nothing can be written below the root."""
-        probe = f"{PARTIAL_FOLDER}/probe-{secrets.token_hex(4)}"
-        try:
-            self.write(probe, b"probe")
-            self.delete(probe)
-        except Exception as error:  # fsspec implementations raise many kinds; each means the same to the person
-            raise StorageError(
-                f"cannot write to {self.uri}: {type(error).__name__}: {error}; check that it exists and that you may write there"
-            ) from error
+        """Raise StorageError, within 30 s and saying what to do, when nothing can be written below the root."""
+        self._explained(lambda: self.objects.check_writable(f"{PARTIAL_FOLDER}/probe-{secrets.token_hex(4)}"))
         self.remove_partial()
 
     def remove_partial(self) -> int:
-        """Remove what killed writers left in a local store; files still being written (they are locked) stay."""
+        """Remove what killed writers left; what is still being written stays. How many there were."""
+        return self._explained(self.objects.remove_partial)
+
+    def _explained(self, operation: Callable[[], Result], name: str = "") -> Result:
+        try:
+            return operation()
+        except StorageError:
+            raise
+        except FileNotFoundError:
+            if name:
+                raise
+            raise StorageError(f"{self.uri}: there is nothing at this location") from None
+        except Exception as error:  # fsspec implementations raise many kinds
+            raise StorageError(explain(error, _below(self.uri, name) if name else self.uri)) from error
+
+
+# ----------------------------------------------------------------------------------------------------- kinds of store
+
+
+class LocalObjects:
+    """Files below a local folder."""
+
+    def __init__(self, root: str):
+        self.root = root
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        base = len(self.root.rstrip("/")) + 1
+        for folder, folders, files in os.walk(_below(self.root, prefix).rstrip("/") or "/"):
+            folders[:] = sorted(name for name in folders if name != PARTIAL_FOLDER)
+            for file in sorted(files):
+                path = f"{folder.rstrip('/')}/{file}"
+                if info := _stat(path, path[base:]):
+                    yield info
+
+    def children(self) -> tuple[Sequence[str], Mapping[str, ObjectInfo]]:
+        try:
+            entries = list(os.scandir(self.root))
+        except FileNotFoundError:
+            return [], {}
+        folders = [entry.name for entry in entries if entry.is_dir() and entry.name != PARTIAL_FOLDER]
+        infos = {entry.name: _stat(entry.path, entry.name) for entry in entries if not entry.is_dir()}
+        return folders, {name: info for name, info in infos.items() if info}
+
+    def info(self, name: str) -> ObjectInfo | None:
+        return _stat(_below(self.root, name), name)
+
+    def read(self, name: str) -> bytes:
+        return Path(_below(self.root, name)).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        path = _below(self.root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        for attempt in range(PARTIAL_ATTEMPTS):
+            descriptor, partial = _create_partial(os.path.join(self.root, PARTIAL_FOLDER))
+            with os.fdopen(descriptor, "wb", buffering=0) as stream:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX)
+                    _write_all(stream, content)
+                    os.fsync(descriptor)
+                    os.rename(partial, path)
+                    return
+                except FileNotFoundError:  # a starting job took the file for a dead writer's, before it was locked
+                    if attempt == PARTIAL_ATTEMPTS - 1:
+                        raise
+                finally:
+                    with contextlib.suppress(FileNotFoundError):  # renamed
+                        os.unlink(partial)
+                    with contextlib.suppress(OSError):  # not empty: another writer is at work in it
+                        os.rmdir(os.path.dirname(partial))
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_below(self.root, name))
+
+    def check_readable(self, name: str = "") -> bool:
+        path = _below(self.root, name) if name else self.root
+        if os.path.isdir(path):
+            next(os.scandir(path), None)  # raises where it may not be read
+        return os.path.exists(path)
+
+    def check_writable(self, name: str) -> None:
+        self.write(name, bytes(PROBE_BYTES))
+        self.delete(name)
+
+    def remove_partial(self) -> int:
         folder = Path(self.root, PARTIAL_FOLDER)
-        if not self.is_local or not folder.is_dir():
+        if not folder.is_dir():
             return 0
         removed = 0
         for path in folder.iterdir():
@@ -228,27 +282,14 @@ class Store:
             folder.rmdir()
         return removed
 
-    def _write_local(self, name: str, content: bytes) -> None:
-        path = self.path(name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        for attempt in range(PARTIAL_ATTEMPTS):
-            descriptor, partial = _create_partial(os.path.join(self.root, PARTIAL_FOLDER))
-            with os.fdopen(descriptor, "wb") as stream:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX)
-                    stream.write(content)
-                    stream.flush()
-                    os.fsync(descriptor)
-                    os.rename(partial, path)
-                    return
-                except FileNotFoundError:  # a starting job took the file for a dead writer's, before it was locked
-                    if attempt == PARTIAL_ATTEMPTS - 1:
-                        raise
-                finally:
-                    with contextlib.suppress(FileNotFoundError):  # renamed
-                        os.unlink(partial)
-                    with contextlib.suppress(OSError):  # not empty: another writer is at work in it
-                        os.rmdir(os.path.dirname(partial))
+
+def _stat(path: str, name: str) -> ObjectInfo | None:
+    """A regular file; None for anything else, and where there is nothing (any more)."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return ObjectInfo(name, status.st_size, str(status.st_mtime_ns), status.st_mtime) if stat.S_ISREG(status.st_mode) else None
 
 
 def _create_partial(folder: str) -> tuple[int, str]:
@@ -262,11 +303,80 @@ def _create_partial(folder: str) -> tuple[int, str]:
             continue
 
 
+def _write_all(stream: Any, content: bytes) -> None:
+    """Unbuffered: on a full disk the error comes here, not a second time when the stream is closed."""
+    left = memoryview(content)
+    while left:
+        left = left[stream.write(left) :]
+
+
+class FsspecObjects:
+    """The objects below a path of a file system that fsspec opens."""
+
+    def __init__(self, filesystem: Any, root: str, config: StorageConfig):
+        self.filesystem, self.root, self.config = filesystem, root, config
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        top = _below(self.root, prefix).rstrip("/")
+        self.filesystem.invalidate_cache()
+        try:
+            found = self._tried(lambda: self.filesystem.find(top, detail=True))
+        except FileNotFoundError:
+            return
+        base = self.root.rstrip("/") + "/"
+        for path, info in found.items():
+            if info.get("type", "file") == "file":
+                yield _object_info(path.removeprefix(base).lstrip("/"), info)
+
+    def children(self) -> tuple[Sequence[str], Mapping[str, ObjectInfo]]:
+        self.filesystem.invalidate_cache()
+        try:
+            found = self._tried(lambda: self.filesystem.ls(self.root, detail=True))
+        except FileNotFoundError:
+            return [], {}
+        names = {info["name"].rstrip("/").rsplit("/", 1)[-1]: info for info in found}
+        folders = [name for name, info in names.items() if info.get("type") == "directory"]
+        return folders, {name: _object_info(name, info) for name, info in names.items() if info.get("type", "file") == "file"}
+
+    def info(self, name: str) -> ObjectInfo | None:
+        try:
+            return _object_info(name, self._tried(lambda: self.filesystem.info(_below(self.root, name))))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read(self, name: str) -> bytes:
+        return self._tried(lambda: self.filesystem.cat_file(_below(self.root, name)))
+
+    def write(self, name: str, content: bytes) -> None:
+        self._tried(lambda: self.filesystem.pipe_file(_below(self.root, name), content))
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._tried(lambda: self.filesystem.rm_file(_below(self.root, name)))
+
+    def check_readable(self, name: str = "") -> bool:
+        return self.filesystem.exists(_below(self.root, name) if name else self.root)
+
+    def check_writable(self, name: str) -> None:
+        self.filesystem.pipe_file(_below(self.root, name), b"probe")
+        self.filesystem.rm_file(_below(self.root, name))
+
+    def remove_partial(self) -> int:
+        return 0
+
+    def _tried(self, operation: Callable[[], Result]) -> Result:
+        return retrying(operation, self.config.retries)
+
+
 def _object_info(name: str, info: dict[str, Any]) -> ObjectInfo:
     modified = info.get("LastModified") or info.get("mtime") or info.get("created") or 0.0
     seconds = modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
     version = str(info.get("ETag") or info.get("etag") or "").strip('"') or str(seconds)
     return ObjectInfo(name, int(info.get("size") or 0), version, seconds)
+
+
+def _below(root: str, name: str) -> str:
+    return f"{root.rstrip('/')}/{name}"
 
 
 def percent_encode(text: str) -> str:

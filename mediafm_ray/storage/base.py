@@ -1,0 +1,44 @@
+"""What all kinds of store have in common: how they are configured, and what a listing tells of an object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mediafm_ray.spec import resource
+
+ADDRESSING_STYLES = ("auto", "path", "virtual")
+LEAST_PART_MB = 5  # S3's own limit for every part but the last
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """How object storage is reached. Credentials come from the environment only (the standard AWS chain)."""
+
+    endpoint_url: str = resource("", "URL of an S3-compatible server; empty = AWS, or AWS_ENDPOINT_URL_S3 where it is set")
+    addressing: str = resource(
+        "auto", "where the bucket's name stands in a request: path, virtual (in the host name), auto = path with an endpoint_url"
+    )
+    connect_timeout_s: float = resource(10.0, "seconds until a connection attempt to object storage is given up")
+    read_timeout_s: float = resource(60.0, "seconds without a byte until a request to object storage is given up")
+    retries: int = resource(8, "attempts of one request to object storage, where the error can pass; the pauses grow to 20 s")
+    part_mb: int = resource(64, "larger objects are put in parts of so many MB")
+
+    def __post_init__(self) -> None:
+        if self.retries < 1 or self.connect_timeout_s <= 0 or self.read_timeout_s <= 0:
+            raise ValueError("storage.retries must be at least 1, and storage timeouts positive")
+        if self.addressing not in ADDRESSING_STYLES:
+            raise ValueError(f"storage.addressing is one of {', '.join(ADDRESSING_STYLES)}, not {self.addressing}")
+        if self.part_mb < LEAST_PART_MB:
+            raise ValueError(f"storage.part_mb must be at least {LEAST_PART_MB}, is {self.part_mb}")
+        if self.endpoint_url and not self.endpoint_url.startswith(("http://", "https://")):
+            raise ValueError(f"storage.endpoint_url must begin with http:// or https://, is {self.endpoint_url}")
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a listing tells of one object."""
+
+    name: str  # relative to the store's root, with '/' between the parts
+    size: int  # bytes
+    version: str  # ETag, or the modification time in nanoseconds: changes when the content does
+    modified: float  # seconds since the epoch

@@ -1,0 +1,318 @@
+"""Objects in an S3 bucket, through botocore: every request is tried again while its error can pass, listings are paged.
+
+Nothing here is written twice or half: a PUT is atomic, larger objects are uploaded in parts that no one sees before the last request,
+and an upload that fails is aborted. What a killed process leaves open is aborted by a later run (``remove_partial``), or by the bucket's
+lifecycle rule AbortIncompleteMultipartUpload.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError
+
+from mediafm_ray.storage.base import ObjectInfo, StorageConfig
+from mediafm_ray.storage.errors import DENIED, StorageError, code_of, explain, retrying
+
+log = logging.getLogger(__name__)
+
+MB = 1 << 20
+PAGE_KEYS = 1000  # objects that one listing request tells of: S3's own limit
+THREADS = 16  # requests under way while many objects are looked up
+LEAST_KEYS_OF_A_THREAD = 100
+FEW_KEYS = 2  # so many objects are asked for one by one
+CHECK_CONNECT_S, CHECK_READ_S, CHECK_ATTEMPTS = 5.0, 10.0, 2  # of the first contact: who mistyped an address hears of it within 30 s
+ABANDONED_AFTER_S = 24 * 3600  # an upload that was begun so long ago is nobody's any more
+UPLOAD_STARTS = 3  # of an upload that someone else aborts
+MISSING = ("NoSuchKey", "NoSuchVersion", "404")
+
+
+def s3_config_options(config: StorageConfig) -> dict[str, Any]:
+    """What botocore's Config, and so s3fs's ``config_kwargs``, is given: the same for every client that reaches a bucket.
+
+    Checksums only where S3 demands them: older servers refuse the trailing ones that botocore sends by default.
+    """
+    elsewhere = config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    style = ("path" if elsewhere else "auto") if config.addressing == "auto" else config.addressing
+    return {
+        "connect_timeout": config.connect_timeout_s,
+        "read_timeout": config.read_timeout_s,
+        "retries": {"total_max_attempts": config.retries, "mode": "standard"},
+        "s3": {"addressing_style": style},
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+
+
+def hasty(config: StorageConfig) -> StorageConfig:
+    """A configuration for the first contact: an address that is wrong fails soon."""
+    return replace(
+        config,
+        connect_timeout_s=min(config.connect_timeout_s, CHECK_CONNECT_S),
+        read_timeout_s=min(config.read_timeout_s, CHECK_READ_S),
+        retries=min(config.retries, CHECK_ATTEMPTS),
+    )
+
+
+class S3Objects:
+    """The objects below one ``s3://`` URI. Holds no connection, so that it can be sent to another process."""
+
+    def __init__(self, uri: str, config: StorageConfig):
+        self.uri, self.config = uri, config
+        self.bucket, _, key = uri.partition("://")[2].partition("/")
+        self.prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object below ``prefix``; one request for every PAGE_KEYS."""
+        top = self.prefix + prefix.strip("/")
+        for page in self._pages(Prefix=f"{top.rstrip('/')}/" if top else ""):
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):  # the mark of an empty folder that some consoles put
+                    yield self._info(entry["Key"].removeprefix(self.prefix), entry)
+
+    def children(self) -> tuple[Sequence[str], Mapping[str, ObjectInfo]]:
+        """The folders and the objects directly below the URI."""
+        folders: Sequence[str] = []
+        objects: Mapping[str, ObjectInfo] = {}
+        for page in self._pages(Prefix=self.prefix, Delimiter="/"):
+            found = [entry["Prefix"].removeprefix(self.prefix).rstrip("/") for entry in page.get("CommonPrefixes", ())]
+            folders = [*folders, *found]
+            names = {entry["Key"].removeprefix(self.prefix): entry for entry in page.get("Contents", ())}
+            objects = {**objects, **{name: self._info(name, entry) for name, entry in names.items() if name and not name.endswith("/")}}
+        return folders, objects
+
+    def info(self, name: str) -> ObjectInfo | None:
+        """One object, or None when it is not there."""
+        try:
+            answer = self._ask("head_object", Key=self.prefix + name)
+        except FileNotFoundError:
+            return None
+        return self._info(name, {**answer, "Size": answer["ContentLength"]})
+
+    def find(self, names: Sequence[str]) -> dict[str, ObjectInfo]:
+        """Those of the named objects that are there: by listings that jump from one to the next, never more requests than names.
+
+        Where the bucket may not be listed, every object is asked for by itself. One that may not be looked at is left out.
+        """
+        wanted = sorted(set(names))
+        if len(wanted) <= FEW_KEYS:
+            return self._find_singly(wanted)
+        size = max(LEAST_KEYS_OF_A_THREAD, -(-len(wanted) // THREADS))
+        parts = [wanted[start : start + size] for start in range(0, len(wanted), size)]
+        try:
+            with ThreadPoolExecutor(THREADS) as pool:
+                return {name: info for found in pool.map(self._find_listed, parts) for name, info in found.items()}
+        except StorageError as error:
+            if code_of(error) not in DENIED:
+                raise
+            log.warning("%s may not be listed: %d objects are looked up one by one", self.uri, len(wanted))
+            return self._find_singly(wanted)
+
+    def _find_listed(self, wanted: Sequence[str]) -> dict[str, ObjectInfo]:
+        """Sorted names, looked up in a listing: keys stand in it in the order of their UTF-8 bytes, which is that of Python's strings."""
+        prefix = self.prefix + _common_folder(wanted[0], wanted[-1])
+        found: dict[str, ObjectInfo] = {}
+        position, last = 0, prefix
+        token: dict[str, str] = {}
+        while position < len(wanted):
+            before = self.prefix + wanted[position][:-1]  # sorts before the name itself, with little in between
+            page = self._ask("list_objects_v2", Prefix=prefix, MaxKeys=PAGE_KEYS, **(token or {"StartAfter": max(last, before)}))
+            contents, more = page.get("Contents", ()), page["IsTruncated"]
+            token = {"ContinuationToken": page["NextContinuationToken"]} if more and not contents else {}  # S3 may send an empty page
+            last = contents[-1]["Key"] if contents else last
+            entries = {entry["Key"].removeprefix(self.prefix): entry for entry in contents}
+            while position < len(wanted) and (not more or self.prefix + wanted[position] <= last):
+                if entry := entries.get(wanted[position]):
+                    found[wanted[position]] = self._info(wanted[position], entry)
+                position += 1
+        return found
+
+    def _find_singly(self, names: Sequence[str]) -> dict[str, ObjectInfo]:
+        def look(name: str) -> ObjectInfo | None:
+            try:
+                return self.info(name)
+            except StorageError as error:
+                if code_of(error) not in DENIED:
+                    raise
+                log.warning("%s", error)
+                return None
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return {name: info for name, info in zip(names, pool.map(look, names), strict=True) if info}
+
+    def read(self, name: str) -> bytes:
+        """The whole object; an answer that ends early is asked for again. Raises FileNotFoundError."""
+        key = self.prefix + name
+
+        def get() -> bytes:
+            answer = _client(self.config).get_object(Bucket=self.bucket, Key=key)
+            with contextlib.closing(answer["Body"]) as body:
+                return body.read()  # checks the length
+
+        return self._tried(get, key)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put an object whole, in parts where it is large."""
+        key = self.prefix + name
+        if len(content) <= self.config.part_mb * MB:
+            self._ask("put_object", Key=key, Body=content)
+        else:
+            self._write_in_parts(key, content, UPLOAD_STARTS)
+
+    def _write_in_parts(self, key: str, content: bytes, starts: int) -> None:
+        upload = self._begin_upload(key)
+        try:
+            size = self.config.part_mb * MB
+            parts = []
+            for number, start in enumerate(range(0, len(content), size), start=1):
+                part = content[start : start + size]
+                answer = self._ask("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=part)
+                parts.append({"PartNumber": number, "ETag": answer["ETag"]})
+            self._complete_upload(key, upload, parts, len(content))
+        except BaseException as error:
+            self._abort_upload(key, upload)
+            if code_of(error) != "NoSuchUpload" or starts == 1:
+                raise
+            self._write_in_parts(key, content, starts - 1)  # a second writer of the same title took our upload for a leftover
+
+    def _begin_upload(self, key: str) -> str:
+        """The id of a new upload. Where the answer to a first attempt was lost, what that one began is aborted: nobody knows its id."""
+        attempts = 0
+
+        def begin() -> str:
+            nonlocal attempts
+            attempts += 1
+            return _client(self.config).create_multipart_upload(Bucket=self.bucket, Key=key)["UploadId"]
+
+        upload = self._tried(begin, key)
+        if attempts > 1:
+            for other in self._uploads(key):
+                if other["Key"] == key and other["UploadId"] != upload:
+                    self._abort_upload(key, other["UploadId"])
+        return upload
+
+    def _complete_upload(self, key: str, upload: str, parts: Sequence[Mapping[str, Any]], size: int) -> None:
+        try:
+            self._ask("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
+        except StorageError as error:
+            if code_of(error) != "NoSuchUpload":
+                raise
+            # the first attempt may have done it and its answer been lost: then the object is there as we made it
+            info = self.info(key.removeprefix(self.prefix))
+            if info is None or info.size != size or not info.version.endswith(f"-{len(parts)}"):
+                raise
+
+    def _abort_upload(self, key: str, upload: str) -> None:
+        try:
+            self._ask("abort_multipart_upload", Key=key, UploadId=upload)
+        except StorageError as error:
+            if code_of(error) != "NoSuchUpload":  # it is done or gone
+                log.warning("an unfinished upload of %s is left in %s: %s", key, self.bucket, error)
+
+    def _uploads(self, prefix: str) -> Iterator[Mapping[str, Any]]:
+        """The multipart uploads under way below a key prefix."""
+        marks: dict[str, Any] = {}
+        while True:
+            page = self._ask("list_multipart_uploads", Prefix=prefix, **marks)
+            yield from page.get("Uploads", ())
+            if not page.get("IsTruncated"):
+                return
+            marks = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is not there is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self._ask("delete_object", Key=self.prefix + name)
+
+    def check_readable(self, name: str = "") -> bool:
+        """Whether there is such an object, or anything below the URI. Raises StorageError within seconds when nothing can be asked."""
+        quick = S3Objects(self.uri, hasty(self.config))
+        if not name:
+            return bool(quick._ask("list_objects_v2", Prefix=self.prefix, MaxKeys=1).get("Contents"))
+        try:
+            quick._ask("get_object", Key=self.prefix + name, Range="bytes=0-0")["Body"].close()  # a HEAD would be refused without a reason
+        except FileNotFoundError:
+            return False
+        except StorageError as error:
+            if code_of(error) != "InvalidRange":  # there, and empty
+                raise
+        return True
+
+    def check_writable(self, name: str) -> None:
+        """Put and remove an object. Raises StorageError within seconds when that is not possible."""
+        quick = S3Objects(self.uri, hasty(self.config))
+        quick.write(name, b"probe")
+        quick.delete(name)
+
+    def remove_partial(self) -> int:
+        """Abort the uploads that killed writers left, a day ago or more; those still being written stay."""
+        removed = 0
+        try:
+            for upload in self._uploads(self.prefix):
+                if time.time() - upload["Initiated"].timestamp() > ABANDONED_AFTER_S:
+                    self._abort_upload(upload["Key"], upload["UploadId"])
+                    removed += 1
+        except StorageError as error:  # needs a permission of its own, and is a service to the bucket's owner
+            log.info("unfinished uploads of killed runs cannot be listed: %s", error)
+        return removed
+
+    def _pages(self, **parameters: Any) -> Iterator[Mapping[str, Any]]:
+        token: dict[str, str] = {}
+        while True:
+            page = self._ask("list_objects_v2", MaxKeys=PAGE_KEYS, **parameters, **token)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _ask(self, operation: str, **parameters: Any) -> Any:
+        """One request. Raises FileNotFoundError for a key that is not there, StorageError for all else."""
+        return self._tried(lambda: getattr(_client(self.config), operation)(Bucket=self.bucket, **parameters), parameters.get("Key", ""))
+
+    def _tried(self, request: Callable[[], Any], key: str) -> Any:
+        try:
+            return retrying(request, self.config.retries)
+        except Exception as error:
+            if key and code_of(error) in MISSING:
+                raise FileNotFoundError(f"s3://{self.bucket}/{key}") from error
+            where = f"s3://{self.bucket}/{key}" if key else self.uri
+            raise StorageError(explain(error, where, self.config.endpoint_url or "AWS", identity())) from error
+
+    @staticmethod
+    def _info(name: str, entry: Mapping[str, Any]) -> ObjectInfo:
+        modified = entry["LastModified"].timestamp()
+        return ObjectInfo(name, int(entry["Size"]), str(entry.get("ETag") or modified).strip('"'), modified)
+
+
+def _common_folder(first: str, last: str) -> str:
+    """What two names share up to a '/'."""
+    folder = first[: first.rfind("/") + 1]
+    while not last.startswith(folder):
+        folder = folder[: folder.rfind("/", 0, -1) + 1]
+    return folder
+
+
+def identity() -> str:
+    """Whose credentials the standard chain gives, for messages: where they come from and the end of the access key's id."""
+    try:
+        credentials = botocore.session.Session().get_credentials()
+        return f" ({credentials.method}, access key ...{credentials.access_key[-4:]})" if credentials else ""
+    except (BotoCoreError, RuntimeError):  # they cannot be had: the error that is being explained says so
+        return ""
+
+
+@functools.cache
+def _client(config: StorageConfig) -> Any:
+    """botocore's client, one for each process and configuration; threads may share it. Its own retries are off: they are ours."""
+    options = s3_config_options(config) | {"retries": {"total_max_attempts": 1, "mode": "standard"}, "max_pool_connections": 2 * THREADS}
+    return botocore.session.Session().create_client("s3", endpoint_url=config.endpoint_url or None, config=Config(**options))
