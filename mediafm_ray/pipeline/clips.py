@@ -13,7 +13,7 @@ Shapes
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class ClipEmbedder:
         all there is, with the same synopsis and tags. Either way a shot counts by the seconds of it that lie in the clip.
         Raises DatasetError for a title that is not committed, ValueError for a clip that is empty or outside the title.
         """
-        return next(self._clips_of_title(title_id, [(start_s, end_s)], context))
+        return self._clips_of_title(title_id, [(start_s, end_s)], context)[0]
 
     def clip_embeddings(self, clips: pa.Table, context: bool = True) -> np.ndarray:
         """(N, D) float32 unit vectors of a table of clips (``title_id``, ``start_s``, ``end_s``), in its order.
@@ -84,21 +84,16 @@ class ClipEmbedder:
         spans_N2 = np.stack([clips["start_s"].to_numpy(), clips["end_s"].to_numpy()], axis=1)
         for title_id in pc.unique(clips["title_id"]).to_pylist():
             rows = np.flatnonzero(title_N == title_id)
-            for row, vector_D in zip(rows, self._clips_of_title(title_id, [tuple(spans_N2[row]) for row in rows], context), strict=True):
-                vectors_ND[row] = vector_D
+            vectors_ND[rows] = self._clips_of_title(title_id, [tuple(spans_N2[row]) for row in rows], context)
         return vectors_ND
 
-    def _clips_of_title(self, title_id: str, spans: list[tuple[float, float]], context: bool) -> Iterator[np.ndarray]:
+    def _clips_of_title(self, title_id: str, spans: Sequence[tuple[float, float]], context: bool) -> list[np.ndarray]:
         name = self.dataset.title_object(title_id)
         try:
             if context:
                 start_S, end_S, contextual_SD = self._contextual(name)
-                for start_s, end_s in spans:
-                    yield pool_clip(start_S, end_S, contextual_SD, start_s, end_s)
-            else:
-                shots = read_shots(self.dataset.output, name, self.dataset.model)
-                for start_s, end_s in spans:
-                    yield self._alone(shots, start_s, end_s)
+                return [pool_clip(start_S, end_S, contextual_SD, start_s, end_s) for start_s, end_s in spans]
+            return self._alone(read_shots(self.dataset.output, name, self.dataset.model), spans)
         except ValueError as error:
             raise ValueError(f"title {title_id!r}: {error}") from error
 
@@ -112,10 +107,15 @@ class ClipEmbedder:
         ((contextual_SD, _),) = self.contextualiser.contextualise_together([told(shots)])
         return shots.start_S, shots.end_S, contextual_SD
 
-    def _alone(self, shots: StoredShots, start_s: float, end_s: float) -> np.ndarray:
-        overlaps_S = clip_overlaps(shots.start_S, shots.end_S, start_s, end_s)
-        inside = np.flatnonzero(overlaps_S)
-        part = slice(inside[0], inside[-1] + 1)
-        clip = dataclasses.replace(shots, fused_SD=shots.fused_SD[part], start_S=shots.start_S[part], end_S=shots.end_S[part])
-        ((contextual_SD, _),) = self.contextualiser.contextualise_together([told(clip)])
-        return pool_overlaps(overlaps_S[part], contextual_SD)
+    def _alone(self, shots: StoredShots, spans: Sequence[tuple[float, float]]) -> list[np.ndarray]:
+        """Each clip as a title of its own, made of the shots that it touches."""
+        overlaps, clips = [], []
+        for start_s, end_s in spans:
+            overlaps_S = clip_overlaps(shots.start_S, shots.end_S, start_s, end_s)
+            touched = np.flatnonzero(overlaps_S)
+            part = slice(touched[0], touched[-1] + 1)
+            clip = dataclasses.replace(shots, fused_SD=shots.fused_SD[part], start_S=shots.start_S[part], end_S=shots.end_S[part])
+            overlaps.append(overlaps_S[part])
+            clips.append(told(clip))
+        computed = self.contextualiser.contextualise_together(clips)
+        return [pool_overlaps(overlaps_K, contextual_KD) for overlaps_K, (contextual_KD, _) in zip(overlaps, computed, strict=True)]
