@@ -102,14 +102,7 @@ def contextualise_stored(plan: Plan, config: ContextualiseCatalogConfig | EmbedC
         stored.ContextualiseStored,
         fn_constructor_args=(config.output.uri, plan.model, plan.checkpoint, with_threads(config.contextualiser, pool), config.storage),
         batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        compute=ActorPoolStrategy(
-            min_size=pool.min_actors, max_size=max_actors(pool), max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT_PER_ACTOR
-        ),
-        num_cpus=pool.num_cpus,
-        num_gpus=pool.num_gpus or None,
-        resources=_node_resource(pool),
+        **_in_pool(pool),
     )
 
 
@@ -120,20 +113,22 @@ def _actors(titles: Dataset, config: EmbedCatalogConfig, pool: StageConfig, stag
         _in_actor(stage, niceness, DeathGuard(config.resources.max_deaths_per_title)),
         fn_constructor_args=arguments,
         batch_size=pool.titles_per_call,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        compute=ActorPoolStrategy(
-            min_size=pool.min_actors, max_size=max_actors(pool), max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT_PER_ACTOR
-        ),
-        num_cpus=pool.num_cpus,
-        num_gpus=pool.num_gpus or None,
-        resources=_node_resource(pool),
+        **_in_pool(pool),
     )
 
 
-def _node_resource(pool: StageConfig) -> dict[str, float] | None:
-    """What keeps a pool's actors to the nodes that are meant for them."""
-    return {pool.node_resource: SHARE_OF_NODE_RESOURCE} if pool.node_resource else None
+def _in_pool(pool: StageConfig) -> dict[str, Any]:
+    """What map_batches is told of a pool of actors; a node resource keeps them to the nodes that are meant for them."""
+    return {
+        "batch_format": "pyarrow",
+        "zero_copy_batch": True,
+        "compute": ActorPoolStrategy(
+            min_size=pool.min_actors, max_size=max_actors(pool), max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT_PER_ACTOR
+        ),
+        "num_cpus": pool.num_cpus,
+        "num_gpus": pool.num_gpus or None,
+        "resources": {pool.node_resource: SHARE_OF_NODE_RESOURCE} if pool.node_resource else None,
+    }
 
 
 def _shares_cores(stage: type[Stage], arguments: Sequence[Any]) -> bool:
