@@ -21,6 +21,7 @@ from mediafm_ray.storage.dataset import Model, Output, object_name
 from mediafm_ray.storage.store import StorageConfig
 
 FRAME_RATE = 25  # a second
+SOURCE = "0123456789abcdef"
 
 
 def make_model(version: str, video: int, audio: int, text: int) -> Model:
@@ -36,9 +37,26 @@ def commit_title(
     fused_SD: np.ndarray,
     seconds_S: np.ndarray | None = None,
     metadata_M: np.ndarray | None = None,
-    source: str = "0123456789abcdef",
+    source: str = SOURCE,
 ) -> str:
-    """Put a title's object into ``shots``, and model.json if it is not there; the object's name.
+    """Put a title's object into ``shots``, and model.json if it is not there; the object's name. See ``fused_row``."""
+    ended = WriteTitle(output_uri, model, "", StorageConfig())(fused_row(title_id, fused_SD, seconds_S, metadata_M, source))
+    if error := ended["error"][0].as_py():
+        raise RuntimeError(f"title {title_id} could not be written: {error}")
+    output = Output(output_uri, model.dataset_version)
+    if output.store.info("model.json") is None:
+        output.write_model(model)
+    return object_name(SHOTS_DATASET, title_id, source)
+
+
+def fused_row(
+    title_id: str,
+    fused_SD: np.ndarray,
+    seconds_S: np.ndarray | None = None,
+    metadata_M: np.ndarray | None = None,
+    source: str = SOURCE,
+) -> pa.Table:
+    """A title's row as it comes out of the stage that fuses.
 
     ``fused_SD`` float32; ``seconds_S``: durations of the shots, 2 s each by default; ``metadata_M`` float32 for [GLOBAL].
     """
@@ -75,10 +93,4 @@ def commit_title(
     table = plan_table([{**row, "superseded": []}])
     for name, values in columns.items():
         table = table.append_column(name, values)
-    ended = WriteTitle(output_uri, model, "", StorageConfig())(table)
-    if error := ended["error"][0].as_py():
-        raise RuntimeError(f"title {title_id} could not be written: {error}")
-    output = Output(output_uri, model.dataset_version)
-    if output.store.info("model.json") is None:
-        output.write_model(model)
-    return object_name(SHOTS_DATASET, title_id, source)
+    return table

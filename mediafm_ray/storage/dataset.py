@@ -169,7 +169,7 @@ class EmbeddingDataset:
             )
         if not versions or (version is not None and version not in versions):
             there = f"there are: {', '.join(versions)}" if versions else "there is none; has a job written here?"
-            raise DatasetError(f"{uri} has no dataset version {version or ''}: {there}")
+            raise DatasetError(f"{uri} has no dataset version{f' {version}' if version else ''}: {there}")
         self.output = Output(uri, version or versions[0], config)
         try:
             self.model = Model.from_json(self.output.store.read(MODEL))

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.stored_titles import commit_title, make_model
+from benchmarks.stored_titles import commit_title, fused_row, make_model
 from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, read_config
 from mediafm_ray.models.contextualiser import TitleContextualiser, shot_times
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.models.weights import WeightsError
+from mediafm_ray.pipeline.stages import Contextualise, WriteTitle
 from mediafm_ray.pipeline.stored import ContextualiseStored, make_stored_plan, prepare_stored_output
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, read_failures, title_facts
 from mediafm_ray.storage.schemas import embedding_values
@@ -98,6 +99,22 @@ def test_every_title_gets_what_the_model_gives_for_its_shots(output, checkpoint)
         assert (results[title_id]["shot_count"], results[title_id]["duration_s"]) == (shots, title_facts(stored)["media"]["duration_s"])
         assert [spent["stage"] for spent in results[title_id]["seconds"]] == ["read_shots", "contextualise", "write"]
         assert results[title_id]["bytes_written"] > 0
+
+
+def test_the_objects_are_those_that_the_embedding_job_writes(output, checkpoint, tmp_path):
+    """Its last two stages over the fused titles, against the stored ones; with time features, metadata and long titles."""
+    config = configured(output, checkpoint)
+    plan, _ = compute(config)
+    together = []
+    for seed, (title_id, shots) in enumerate(TITLES.items()):
+        durations = np.random.default_rng(seed).uniform(0.5, 9, shots)
+        together.append(fused_row(title_id, unit_rows(shots, seed), durations, METADATA if seed % 2 else None))
+    contextualised = Contextualise(config.contextualiser, MODEL.dims["fused"])(pa.concat_tables(together))
+    ended = WriteTitle(str(tmp_path / "embedded"), MODEL, plan.checkpoint, config.storage)(contextualised)
+    assert ended["error"].to_pylist() == [None] * len(TITLES)
+    written = objects(tmp_path / "embedded")
+    assert len(written) == 2 * len(TITLES)
+    assert written == {name: content for name, content in objects(output).items() if not name.endswith("model.json")}
 
 
 def test_bytes_do_not_depend_on_the_size_of_groups_threads_or_what_was_there(output, checkpoint, tmp_path):
