@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mediafm_ray.downstream.scenes import ScenesConfig
+from mediafm_ray.downstream.options import ProbesConfig, ScenesConfig
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.models.options import (
     AudioEncoderConfig,
@@ -223,6 +223,77 @@ class DescribeTitlesConfig:
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     table: TableConfig = field(default_factory=TableConfig)
     run: DerivedRunConfig = field(default_factory=DerivedRunConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True)
+class ClipsConfig:
+    """The clips to embed, and how."""
+
+    uri: str = resource("", ".parquet, .csv or .jsonl table of clips: title_id, start_s, end_s, and what else is to be kept (required)")
+    kind: str = resource("contextual", "contextual, contextual_alone (a clip's shots read by themselves), fused, video, audio or text")
+    threads: int = resource(4, "titles read at once")
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError("clips.threads must be at least 1")
+
+
+@dataclass(frozen=True)
+class ClipTableConfig:
+    """The table of vectors that is written."""
+
+    uri: str = resource("", "a .parquet object for the clips with their vectors (required)")
+
+
+@dataclass(frozen=True)
+class EmbedClipsConfig:
+    """Everything that ``jobs.embed_clips`` takes."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    clips: ClipsConfig = field(default_factory=ClipsConfig)
+    vectors: VectorsConfig = field(default_factory=VectorsConfig)
+    contextualiser: ContextualiserConfig = field(default_factory=ContextualiserConfig)
+    table: ClipTableConfig = field(default_factory=ClipTableConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """The labels to predict."""
+
+    uri: str = resource("", ".parquet, .csv or .jsonl table: title_id, start_s, end_s of a clip, and its labels (required)")
+    columns: list[str] = resource([], "columns of labels; empty = all but title_id, start_s, end_s and clip_id")
+    inputs: list[str] = resource(
+        ["video", "audio", "text", "fused", "contextual_alone", "contextual"], "kinds of clip vectors to probe, in this order"
+    )
+    baseline: str = resource("fused", "the input that the others are compared with; where it is not probed, the first one")
+    threads: int = resource(4, "titles read at once")
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError("labels.threads must be at least 1")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Where results go."""
+
+    uri: str = resource("", "a .json object to write all numbers to; empty = only the table on the terminal")
+
+
+@dataclass(frozen=True)
+class EvaluateProbesConfig:
+    """Everything that ``jobs.evaluate_probes`` takes."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    probes: ProbesConfig = field(default_factory=ProbesConfig)
+    vectors: VectorsConfig = field(default_factory=VectorsConfig)
+    contextualiser: ContextualiserConfig = field(default_factory=ContextualiserConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 

@@ -36,23 +36,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mediafm_ray.spec import recipe
+from mediafm_ray.downstream.options import ScenesConfig
 
 LAGS = (1, 2)  # shots between the two of a difference that the noise is estimated from
 MOST_DIFFERENCES = 512  # of each lag, evenly spread, whose products give the effective dimension
 BLOCK_ROWS = 512  # rows of the Gram matrix held at once: a title of any length fits in memory
 ROUNDING = 1e-9  # squared distance of unit vectors below which float32 vectors are alike
-
-
-@dataclass(frozen=True)
-class ScenesConfig:
-    """How shots are grouped into scenes."""
-
-    penalty: float = recipe(1.0, "multiplies the price of a boundary that the data suggest: above 1 gives fewer scenes, below 1 more")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.penalty < float("inf"):
-            raise ValueError(f"scenes.penalty must be a positive number, is {self.penalty}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from threadpoolctl import threadpool_limits
 
 from mediafm_ray.config import DerivedRunConfig, VectorsConfig
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK
@@ -213,9 +214,15 @@ def derive_titles(plan: DerivedPlan, make: Callable[[PendingTitle], Derived], co
             log.exception("title %s failed", pending.title)
             return pending, None, f"{type(error).__name__}: {error}"
 
-    tally, begun = Tally(len(plan.pending)), time.monotonic()
+    with threadpool_limits(limits=1):  # a core a title: threads of threads would wait for each other
+        return _follow(in_order(attempt, plan.pending, config.threads), len(plan.pending), console)
+
+
+def _follow(ended: Iterator[tuple[PendingTitle, Derived | None, str]], planned: int, console: Console) -> Tally:
+    """Count the titles as they end, and say how it goes."""
+    tally, begun = Tally(planned), time.monotonic()
     said = begun
-    for pending, made, reason in in_order(attempt, plan.pending, config.threads):
+    for pending, made, reason in ended:
         if made is None:
             tally.failures.append((pending.title, reason))
             console.say(f"FAILED {pending.title}: {reason}")

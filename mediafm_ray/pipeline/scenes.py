@@ -6,7 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mediafm_ray.downstream.scenes import Scenes, ScenesConfig, find_scenes
+from mediafm_ray.downstream.options import ScenesConfig
+from mediafm_ray.downstream.scenes import Scenes, find_scenes
 from mediafm_ray.pipeline.derived import Derived, PendingTitle, TitleVectors, read_vectors
 from mediafm_ray.spec import TitleError, recipe_of
 from mediafm_ray.storage.dataset import SCENES, EmbeddingDataset, derived

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.config import ConfigError
-from mediafm_ray.downstream.scenes import ScenesConfig
+from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, pool_title, share_of
 from mediafm_ray.pipeline.derived import Derived, PendingTitle, read_vectors
 from mediafm_ray.pipeline.scenes import scenes_of_title, scenes_recipe

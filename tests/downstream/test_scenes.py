@@ -5,8 +5,10 @@ import time
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
-from mediafm_ray.downstream.scenes import ScenesConfig, boundary_price, find_scenes, optimal_segmentation
+from mediafm_ray.downstream.options import ScenesConfig
+from mediafm_ray.downstream.scenes import boundary_price, find_scenes, optimal_segmentation
 
 DIM = 64
 # a scene's structure -> what the shots of a scene are, from its mean: noise in every dimension, unlike in size, as encoders have it
@@ -152,15 +154,12 @@ def test_scenes_tile_the_shots_and_the_penalty_decides_how_many_there_are():
 
 
 def test_a_title_of_two_thousand_shots_takes_less_than_two_seconds():
-    vectors = np.random.default_rng(8).normal(size=(2000, 2304)).astype(np.float32) + 2 * np.eye(2304, dtype=np.float32)[:20].repeat(
-        100, axis=0
-    )
-    seconds = []
-    for _ in range(3):  # the best of three: other processes share the machine
-        start = time.perf_counter()
+    vectors = np.random.default_rng(8).normal(size=(2000, 2304)).astype(np.float32)
+    vectors[:, :20] += 2 * np.eye(20, dtype=np.float32).repeat(100, axis=0)
+    with threadpool_limits(limits=1):
+        start = time.thread_time()  # of one core: other processes share the machine
         find_scenes(vectors)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2.0, seconds
+        assert time.thread_time() - start < 2.0
 
 
 def test_input_without_sense_is_refused():

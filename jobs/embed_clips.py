@@ -1,0 +1,44 @@
+"""Vectors for a table of clips, any [start, end) of committed titles.
+
+    python -m jobs.embed_clips output.uri=embeddings/ clips.uri=clips.csv table.uri=vectors.parquet
+    python -m jobs.embed_clips ... clips.kind=contextual_alone contextualiser.checkpoint=checkpoint/
+    python -m jobs.embed_clips ... clips.kind=fused
+
+A clip's vector is the mean direction of its shots, each weighted by the seconds it has in the clip. The table that is written has
+the rows and columns of the one that is read, and a column embedding. No video is opened; a model is loaded where clips are read by
+themselves (contextual_alone), or where a checkpoint is given that has not written the contextual embeddings of a title.
+Exit code 0: all is well; 2: a bad configuration, dataset or table (every problem of it is said), nothing was written.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mediafm_ray.config import ConfigError, EmbedClipsConfig
+from mediafm_ray.pipeline.clip_tables import ClipSource, clip_vectors, read_clips
+from mediafm_ray.pipeline.command import EXIT_OK, run_job
+from mediafm_ray.pipeline.report import Console
+from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.pipeline.titles import write_table
+from mediafm_ray.storage.schemas import embedding_array
+
+
+def main(config: EmbedClipsConfig) -> int:
+    """Read the clips, embed them, write them."""
+    console = Console()
+    if not config.table.uri.endswith(".parquet"):
+        raise ConfigError(f"table.uri={config.table.uri}: give a .parquet object for the vectors")
+    dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
+    clips = read_clips(config.clips.uri, config.storage)
+    if "embedding" in clips.column_names:
+        raise ConfigError(f"clips.uri={config.clips.uri}: its column embedding would be overwritten; rename it")
+    source = ClipSource(config.output.uri, dataset, config.vectors, config.contextualiser, config.storage, config.clips.threads)
+    vectors_ND = clip_vectors(source, clips, config.clips.uri, [config.clips.kind])[config.clips.kind]
+    write_table(clips.append_column("embedding", embedding_array(vectors_ND)), config.table.uri, config.storage)
+    titles = len(clips["title_id"].unique())
+    console.say(f"{len(clips)} clips of {titles} titles, {config.clips.kind}, {vectors_ND.shape[1]} dimensions: {config.table.uri}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__ or "", EmbedClipsConfig, main))

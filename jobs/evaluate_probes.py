@@ -1,0 +1,83 @@
+"""What the vectors know: linear probes on labels of clips, for each step of the recipe.
+
+    python -m jobs.evaluate_probes output.uri=embeddings/ labels.uri=labels.csv contextualiser.checkpoint=checkpoint/ report.uri=probes.json
+    python -m jobs.evaluate_probes output.uri=embeddings/ labels.uri=labels.csv labels.inputs=[video,audio,text,fused]
+
+The table has title_id, start_s, end_s of each clip, and columns of true and false (a label each), one column of names (a;b for several), or
+one column of scores that rank the clips. For video, audio and text alone, fused, contextual in isolation (contextual_alone: a clip's
+shots read by themselves, which needs the checkpoint) and contextual in context, it prints macro and micro average precision, or
+Kendall's tau, for held-out titles, with 95 % confidence intervals, and the difference from the fused vectors: whether the next
+step is worth its price. mediafm_ray/downstream/probes.py explains the protocol.
+Exit code 0: all is well; 2: a bad configuration, dataset or table (every problem of it is said), nothing was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pyarrow as pa
+
+from mediafm_ray.config import ConfigError, EvaluateProbesConfig
+from mediafm_ray.downstream.probes import Labels, as_json, chance, describe, evaluate, labels_of, learnable
+from mediafm_ray.pipeline.clip_tables import CLIP_COLUMNS, ClipSource, check_kinds, clip_vectors, read_clips
+from mediafm_ray.pipeline.command import EXIT_OK, run_job
+from mediafm_ray.pipeline.report import Console
+from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.storage.store import Store
+from mediafm_ray.storage.tables import TableError
+
+NO_LABELS = (*CLIP_COLUMNS, "clip_id")  # columns of the table that say which clip it is
+
+
+def main(config: EvaluateProbesConfig) -> int:
+    """Read the labels, pool the clips, probe, report."""
+    console = Console()
+    dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
+    source = ClipSource(config.output.uri, dataset, config.vectors, config.contextualiser, config.storage, config.labels.threads)
+    check_kinds(source, config.labels.inputs)
+    clips = read_clips(config.labels.uri, config.storage)
+    groups_N = np.unique(np.array(clips["title_id"].to_pylist(), object), return_inverse=True)[1]
+    labels = read_labels(clips, groups_N, config, console)
+    kind = "score" if labels.is_ranking else f"{len(labels.names)} labels"
+    console.say(f"dataset version {dataset.version}: {len(clips)} clips of {groups_N.max() + 1} titles, {kind}")
+    features = clip_vectors(source, clips, config.labels.uri, config.labels.inputs)
+    baseline = config.labels.baseline if config.labels.baseline in features else config.labels.inputs[0]
+    results = evaluate(features, labels, groups_N, baseline, config.probes)
+    console.say()
+    console.say(describe(results, labels, baseline))
+    if config.report.uri:
+        content = {
+            "dataset_version": dataset.version,
+            "labels": {"uri": config.labels.uri, "names": list(labels.names), "clips": len(clips), "titles": int(groups_N.max()) + 1},
+            "checkpoint": config.contextualiser.checkpoint or config.vectors.checkpoint,
+            "probes": dataclasses.asdict(config.probes),
+            "baseline": baseline,
+            "chance": chance(labels),
+            "inputs": as_json(results),
+        }
+        folder, _, name = Store(config.report.uri, config.storage).uri.rpartition("/")
+        Store(folder or "/", config.storage).write(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        console.say(f"\n  report  {config.report.uri}")
+    return EXIT_OK
+
+
+def read_labels(clips: pa.Table, groups_N: np.ndarray, config: EvaluateProbesConfig, console: Console) -> Labels:
+    """The labels of the table that can be learned and tested; says which cannot. Raises ConfigError, TableError."""
+    columns = list(config.labels.columns) or [name for name in clips.column_names if name not in NO_LABELS]
+    unknown = [name for name in columns if name not in clips.column_names]
+    if unknown:
+        raise ConfigError(f"labels.columns: {config.labels.uri} has no {', '.join(unknown)}; there are: {', '.join(clips.column_names)}")
+    try:
+        labels, left_out = learnable(labels_of({name: clips[name].to_pylist() for name in columns}), groups_N)
+    except ValueError as error:
+        raise TableError(config.labels.uri, [str(error)]) from error
+    for line in left_out:
+        console.say(f"left out: {line}")
+    return labels
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__ or "", EvaluateProbesConfig, main))

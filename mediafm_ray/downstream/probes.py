@@ -1,0 +1,347 @@
+"""Linear probes on frozen features: how much of a clip's labels a linear model reads off its vector. numpy, scipy and scikit-learn.
+
+For labels, a logistic regression each, for a score that ranks clips, a ridge regression; L2-regularised, on unit vectors as they are, with
+the strength chosen on held-out titles of the training part (the protocol of Radford et al. 2021, arXiv:2103.00020, A.3). Clips of
+one title are alike, so titles, never clips, are divided: every title is held out once in each of several random partitions, and the
+metrics are taken over the predictions for held-out titles, averaged over the partitions. Confidence intervals are percentiles of a
+bootstrap over titles (Efron and Tibshirani 1993, chapter 13), in which the clips of a title stay together; all features see the same
+partitions and the same resampled titles, so their differences are paired.
+
+Shapes
+    N  clips
+    L  labels
+    D  dimension of a feature
+    R  partitions
+    B  bootstrap replicates
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import kendalltau
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge
+from threadpoolctl import threadpool_limits
+
+from mediafm_ray.downstream.options import ProbesConfig
+
+MICRO, MACRO, TAU = "micro_average_precision", "macro_average_precision", "kendall_tau"
+CONFIDENCE = 0.95  # of the intervals
+INNER_SHARE = 0.25  # of the training titles, held out to choose the strength of the regularisation
+MOST_ITERATIONS = 200  # of the logistic regression
+BLOCK_VALUES = 4_000_000  # of a bootstrap's weights held at once
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What is to be predicted of N clips: L labels, true or false of each, or one score that ranks them."""
+
+    names: tuple[str, ...]
+    values_NL: np.ndarray  # bool; float64 with L = 1 where it is a score
+
+    @property
+    def is_ranking(self) -> bool:
+        """Whether clips are ranked by a score."""
+        return self.values_NL.dtype != np.bool_
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What the probes on one kind of feature reach."""
+
+    metrics: Mapping[str, Estimate]  # micro and macro average precision, or Kendall's tau-b
+    against: Mapping[str, Estimate]  # its differences from the baseline, paired; empty for the baseline itself
+    average_precision: Mapping[str, float]  # of each label
+
+
+def learnable(labels: Labels, groups_N: np.ndarray) -> tuple[Labels, list[str]]:
+    """The labels that can be learned on some titles and tested on others, and a line for each that cannot.
+
+    ``groups_N``: int64, the title of each clip. Raises ValueError where none is left: one class only, or one title only.
+    """
+    titles = len(np.unique(groups_N))
+    if titles < 2:
+        raise ValueError(f"probes are trained on some titles and tested on others; all {len(groups_N)} clips are of one title")
+    kept, left_out = [], []
+    for column, name in enumerate(labels.names):
+        values_N = labels.values_NL[:, column]
+        if len(np.unique(values_N)) < 2:
+            which = f"every clip has the score {values_N[0]:g}" if labels.is_ranking else f"{'every' if values_N[0] else 'no'} clip has it"
+            left_out.append(f"{name}: one class only, {which}")
+        elif not labels.is_ranking and min(len(np.unique(groups_N[values_N == value])) for value in (False, True)) < 2:
+            left_out.append(f"{name}: the clips {'that have it' if _in_one(groups_N[values_N]) else 'without it'} are all of one title")
+        else:
+            kept.append(column)
+    if not kept:
+        raise ValueError("no label can be learned and tested: " + "; ".join(left_out))
+    return Labels(tuple(labels.names[column] for column in kept), labels.values_NL[:, kept]), left_out
+
+
+def _in_one(groups: np.ndarray) -> bool:
+    return len(np.unique(groups)) < 2
+
+
+def evaluate(
+    features: Mapping[str, np.ndarray], labels: Labels, groups_N: np.ndarray, baseline: str, config: ProbesConfig
+) -> dict[str, ProbeResult]:
+    """Probe every kind of feature, (N, D) float32 each, on the same partitions and resampled titles; ``baseline`` is one of them.
+
+    ``labels`` and ``groups_N`` as ``learnable`` takes and gives them. The same seed gives the same numbers.
+    """
+    weight_BN = _resampled_titles(groups_N, config)
+    values: dict[str, dict[str, np.ndarray]] = {}
+    precisions: dict[str, dict[str, float]] = {}
+    for name, vectors_ND in features.items():
+        scores_RNL = held_out_scores(vectors_ND, labels, groups_N, config)
+        values[name] = _metrics(scores_RNL, labels, weight_BN)
+        whole = np.ones((1, len(groups_N)))
+        precisions[name] = (
+            {} if labels.is_ranking else dict(zip(labels.names, _by_label(scores_RNL, labels, whole)[0].tolist(), strict=True))
+        )
+    return {
+        name: ProbeResult(
+            {metric: _estimate(found) for metric, found in values[name].items()},
+            {} if name == baseline else {metric: _estimate(found - values[baseline][metric]) for metric, found in values[name].items()},
+            precisions[name],
+        )
+        for name in features
+    }
+
+
+def chance(labels: Labels) -> dict[str, float]:
+    """What a probe that knows nothing reaches: the share of clips that have a label, overall and averaged over labels; tau 0."""
+    if labels.is_ranking:
+        return {TAU: 0.0}
+    share = float(labels.values_NL.mean())  # micro and macro are one: every label has all clips
+    return {MICRO: share, MACRO: share}
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def held_out_scores(vectors_ND: np.ndarray, labels: Labels, groups_N: np.ndarray, config: ProbesConfig) -> np.ndarray:
+    """(R, N, L) float64: of every clip, what probes that were trained on other titles say; a probability, or a score."""
+    rotated_ND = _rotated(vectors_ND)
+    scores_RNL = np.empty((config.repeats, *labels.values_NL.shape))
+    fold_RN = [title_folds(groups_N, config.folds, config.seed + repeat) for repeat in range(config.repeats)]
+
+    def probe(task: tuple[int, int, int]) -> None:
+        repeat, fold, column = task
+        train, test = np.flatnonzero(fold_RN[repeat] != fold), np.flatnonzero(fold_RN[repeat] == fold)
+        inner = title_folds(groups_N[train], round(1 / INNER_SHARE), config.seed + repeat) == 0
+        values_N = labels.values_NL[:, column]
+        strength = _choose_strength(rotated_ND, values_N, train[~inner], train[inner], config)
+        scores_RNL[repeat, test, column] = _predict(rotated_ND, values_N, train, test, strength)
+
+    tasks = itertools.product(range(config.repeats), range(int(fold_RN[0].max()) + 1), range(labels.values_NL.shape[1]))
+    with warnings.catch_warnings():  # weakly regularised, separable labels never converge, and are ranked long before
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        # a core a probe: matrices this small gain nothing from several, and on a busy machine lose by waiting for each other
+        with threadpool_limits(limits=1), ThreadPoolExecutor(config.threads or os.cpu_count()) as pool:
+            list(pool.map(probe, tasks))
+    return scores_RNL
+
+
+def title_folds(groups_N: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """(N,) int64: the fold of each clip. Titles are shuffled, then each goes to the fold with the fewest clips: folds are nearly even."""
+    titles, group_N, clips = np.unique(groups_N, return_inverse=True, return_counts=True)
+    fold_of = np.empty(len(titles), np.int64)
+    filled = np.zeros(min(folds, len(titles)))
+    for title in np.random.default_rng(seed).permutation(len(titles)):
+        fold_of[title] = np.argmin(filled)
+        filled[fold_of[title]] += clips[title]
+    return fold_of[group_N]
+
+
+def _rotated(vectors_ND: np.ndarray) -> np.ndarray:
+    """Features about their mean, of total variance 1, in at most N dimensions: a rotation, to which L2-regularised models are blind."""
+    centred_ND = vectors_ND.astype(np.float64) - vectors_ND.mean(axis=0, dtype=np.float64)
+    left_NK, singular_K, _ = np.linalg.svd(centred_ND, full_matrices=False)
+    scale = np.sqrt(np.sum(singular_K**2) / len(vectors_ND))
+    return left_NK * (singular_K / scale) if scale > 0 else left_NK * 0
+
+
+def _choose_strength(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.ndarray, test: np.ndarray, config: ProbesConfig) -> float:
+    """The strength that does best on the held-out part; the strongest regularisation where it cannot tell."""
+    strengths = sorted(config.strengths)
+    if len(strengths) == 1 or not len(train) or len(np.unique(values_N[test])) < 2:
+        return strengths[0]
+    whole = np.ones((1, len(test)))
+    reached = []
+    for strength in strengths:
+        scores = _predict(rotated_ND, values_N, train, test, strength)
+        ranking = values_N.dtype != np.bool_
+        reached.append(_tau(scores, values_N[test]) if ranking else float(average_precisions(scores, values_N[test], whole)[0]))
+    return strengths[int(np.argmax(reached))]
+
+
+def _predict(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.ndarray, test: np.ndarray, strength: float) -> np.ndarray:
+    if values_N.dtype != np.bool_:
+        return Ridge(alpha=1 / strength).fit(rotated_ND[train], values_N[train]).predict(rotated_ND[test])
+    if len(np.unique(values_N[train])) < 2:  # these titles do not say what tells the label apart
+        return np.full(len(test), float(values_N[train].mean()))
+    probe = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS).fit(rotated_ND[train], values_N[train])
+    return probe.predict_proba(rotated_ND[test])[:, 1]
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def average_precisions(scores_N: np.ndarray, truth_N: np.ndarray, weight_BN: np.ndarray) -> np.ndarray:
+    """(B,) float64 average precision with clips weighted by each row of ``weight_BN``: sum of precision times the step in recall.
+
+    Clips of one score are taken together, as scikit-learn's average_precision_score does. NaN where no clip of weight has the label.
+    """
+    order = np.argsort(-scores_N, kind="stable")
+    scores_N, truth_N = scores_N[order], truth_N[order]
+    last_of_score = np.append(np.flatnonzero(np.diff(scores_N)), len(scores_N) - 1)
+    found_B = np.empty(len(weight_BN))
+    rows = max(1, BLOCK_VALUES // len(scores_N))
+    for begin in range(0, len(weight_BN), rows):
+        weight = weight_BN[begin : begin + rows, order]
+        hits = np.cumsum(weight * truth_N, axis=1)[:, last_of_score]
+        taken = np.cumsum(weight, axis=1)[:, last_of_score]
+        precision = np.divide(hits, taken, out=np.zeros_like(hits), where=taken > 0)
+        found = np.sum(np.diff(hits, axis=1, prepend=0) * precision, axis=1)
+        there = hits[:, -1]
+        found_B[begin : begin + rows] = np.divide(found, there, out=np.full_like(found, np.nan), where=there > 0)
+    return found_B
+
+
+def _by_label(scores_RNL: np.ndarray, labels: Labels, weight_BN: np.ndarray) -> np.ndarray:
+    """(B, L) average precision of each label, averaged over the partitions."""
+    found_RLB = [
+        [average_precisions(scores_NL[:, column], labels.values_NL[:, column], weight_BN) for column in range(scores_NL.shape[1])]
+        for scores_NL in scores_RNL
+    ]
+    return np.mean(found_RLB, axis=0).T
+
+
+def _metrics(scores_RNL: np.ndarray, labels: Labels, weight_BN: np.ndarray) -> dict[str, np.ndarray]:
+    """(1 + B,) values of each metric: over all clips as they are, then over each bootstrap replicate."""
+    weight_BN = np.concatenate([np.ones((1, weight_BN.shape[1])), weight_BN])
+    if labels.is_ranking:
+        values_N = labels.values_NL[:, 0]
+        picks = [np.repeat(np.arange(len(values_N)), weight_N.astype(np.int64)) for weight_N in weight_BN]
+        return {TAU: np.array([np.mean([_tau(scores_NL[pick, 0], values_N[pick]) for scores_NL in scores_RNL]) for pick in picks])}
+    micro = [
+        average_precisions(scores_NL.T.reshape(-1), labels.values_NL.T.reshape(-1), np.tile(weight_BN, scores_NL.shape[1]))
+        for scores_NL in scores_RNL
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice")  # a replicate without any label is no replicate
+        return {MICRO: np.mean(micro, axis=0), MACRO: np.nanmean(_by_label(scores_RNL, labels, weight_BN), axis=1)}
+
+
+def _tau(scores: np.ndarray, values: np.ndarray) -> float:
+    """Kendall's tau-b; NaN where one side does not vary."""
+    return float(kendalltau(scores, values).statistic)
+
+
+def _resampled_titles(groups_N: np.ndarray, config: ProbesConfig) -> np.ndarray:
+    """(B, N) float64: how often each clip is in a replicate that draws as many titles as there are, with replacement."""
+    titles, group_N = np.unique(groups_N, return_inverse=True)
+    random = np.random.default_rng(config.seed)
+    drawn_BT = random.multinomial(len(titles), np.full(len(titles), 1 / len(titles)), size=config.bootstrap)
+    return drawn_BT[:, group_N].astype(np.float64)
+
+
+def _estimate(values: np.ndarray) -> Estimate:
+    """From the value over all clips and those of the replicates."""
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(values[1:], [tail, 100 - tail]) if np.isfinite(values[1:]).any() else (np.nan, np.nan)
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def describe(results: Mapping[str, ProbeResult], labels: Labels, baseline: str) -> str:
+    """The results as one table for people."""
+    metrics = [TAU] if labels.is_ranking else [MACRO, MICRO]
+    titles = {TAU: "Kendall's tau", MACRO: "macro AP (mAP)", MICRO: "micro AP"}
+    head = f"  {'features':<18}" + "".join(f"{titles[metric]:>24}  {'against ' + baseline:>25}" for metric in metrics)
+    lines = [head]
+    for name, result in results.items():
+        cells = [f"{_cell(result.metrics[metric]):>24}  {_cell(result.against.get(metric), signed=True):>25}" for metric in metrics]
+        lines.append(f"  {name:<18}" + "".join(cells))
+    known = chance(labels)
+    lines.append(f"  {'(chance)':<18}" + "".join(f"{known[metric]:>7.3f}{'':<17}  {'':>25}" for metric in metrics).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(estimate: Estimate | None, signed: bool = False) -> str:
+    if estimate is None:
+        return ""
+    form = "+.3f" if signed else ".3f"
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def as_json(results: Mapping[str, ProbeResult]) -> dict[str, Any]:
+    """The results as a value for JSON; intervals are [low, high]; what is not defined is null."""
+
+    def plain(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+        return {name: {"value": number(one.value), "interval": [number(one.low), number(one.high)]} for name, one in estimates.items()}
+
+    def number(value: float) -> float | None:
+        return value if np.isfinite(value) else None
+
+    return {
+        name: {"metrics": plain(one.metrics), "against_baseline": plain(one.against), "average_precision": dict(one.average_precision)}
+        for name, one in results.items()
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+def labels_of(columns: Mapping[str, Sequence[Any]]) -> Labels:
+    """What columns of a table say about the clips.
+
+    Columns of true and false (or 1 and 0) are a label each. One column of strings, or of lists of strings, names the labels of each clip
+    (several in one string are separated by ';'). One column of other numbers is a score that ranks the clips.
+    Raises ValueError for anything else, empty cells among them.
+    """
+    for name, values in columns.items():
+        empty = [row for row, value in enumerate(values, start=1) if value is None or value != value]
+        if empty:
+            raise ValueError(f"the column {name} is empty in row {empty[0]}" + (f" and {len(empty) - 1} more" if len(empty) > 1 else ""))
+    if (
+        columns
+        and all(set(values) <= {0, 1} for values in columns.values() if _is_numbers(values))
+        and all(map(_is_numbers, columns.values()))
+    ):
+        return Labels(tuple(columns), np.array(list(columns.values()), bool).T)
+    if len(columns) == 1:
+        ((name, values),) = columns.items()
+        if _is_numbers(values):
+            scores_N1 = np.array(values, np.float64)[:, None]
+            if not np.isfinite(scores_N1).all():
+                raise ValueError(f"the column {name} is not finite in row {int(np.argmin(np.isfinite(scores_N1[:, 0]))) + 1}")
+            return Labels((name,), scores_N1)
+        named = [[part.strip() for part in (value.split(";") if isinstance(value, str) else value)] for value in values]
+        names = sorted({part for parts in named for part in parts if part})
+        if names:
+            return Labels(tuple(names), np.array([[name in parts for name in names] for parts in named], bool))
+    kinds = ", ".join(f"{name} ({type(values[0]).__name__ if len(values) else 'empty'})" for name, values in columns.items())
+    raise ValueError(
+        f"labels are columns of true and false (or 1 and 0), one column of names, or one column of scores; these are: {kinds or 'none'}"
+    )
+
+
+def _is_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, (bool, int, float)) for value in values)
