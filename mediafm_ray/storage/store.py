@@ -296,11 +296,14 @@ def _create_partial(folder: str) -> tuple[int, str]:
     """A new file in the folder of partial files: its descriptor and path."""
     path = os.path.join(folder, f"{os.getpid()}-{secrets.token_hex(8)}")
     while True:
-        os.makedirs(folder, exist_ok=True)
         try:
+            os.makedirs(folder, exist_ok=True)
             return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, FILE_MODE), path
-        except FileNotFoundError:  # another job removed the empty folder just now
+        except FileNotFoundError:  # another writer removed the empty folder just now
             continue
+        except FileExistsError:  # ... while makedirs looked whether what exists is a folder
+            if os.path.exists(folder) and not os.path.isdir(folder):
+                raise
 
 
 def _write_all(stream: Any, content: bytes) -> None:

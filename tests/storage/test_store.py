@@ -3,6 +3,7 @@
 import os
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,11 @@ def test_absolute():
 )
 def test_percent_encoding(text, encoded):
     assert percent_encode(text) == encoded
+
+
+def test_threads_that_write_at_once_do_not_trip_over_each_other(tmp_path):
+    """Each removes the folder of partial files when it finds it empty, while others are about to use it."""
+    store = Store(str(tmp_path))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: store.write(f"object{number}", str(number).encode()), range(600)))
+    assert {info.name: store.read(info.name) for info in store.list()} == {f"object{number}": str(number).encode() for number in range(600)}
