@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import sys
 import time
-import traceback
 
-from jobs.embed_catalog import report
-from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig
+from jobs.embed_catalog import report, run
+from mediafm_ray.config import ContextualiseCatalogConfig
 from mediafm_ray.pipeline.command import EXIT_OK, run_job
 from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan
-from mediafm_ray.pipeline.report import Console, Tally, follow, reason_of
+from mediafm_ray.pipeline.report import Console, Tally, follow
 from mediafm_ray.pipeline.stored import make_stored_plan, prepare_stored_output
 
 LOGS = ("contextualise-summary.json", "contextualise.log", "contextualise-titles.jsonl")  # beside those of the job that embeds
@@ -33,15 +32,8 @@ def main(config: ContextualiseCatalogConfig) -> int:
     if config.run.dry_run:
         return EXIT_OK
     prepare_stored_output(plan, config)
-    tally = Tally(plan.pending.num_rows)
-    if tally.planned:
-        try:
-            contextualise(plan, config, console, tally)
-        except ConfigError:
-            raise
-        except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
-            traceback.print_exc()
-            tally.aborted = reason_of(error)
+    tally = Tally.of(plan)
+    run(plan, tally, lambda: contextualise(plan, config, console, tally))
     return report(plan, tally, time.monotonic() - start, config, console, names=LOGS)
 
 

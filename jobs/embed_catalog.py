@@ -13,8 +13,11 @@ import dataclasses
 import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.pipeline.backfill import Limits
 from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, run_job
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.metrics import Metrics
@@ -33,35 +36,44 @@ def main(config: EmbedCatalogConfig) -> int:
         console.say(describe_cost(plan, config))
         return EXIT_OK
     prepare_output(plan, config)
-    tally = Tally(plan.pending.num_rows)
-    if tally.planned:
-        try:
-            embed(plan, config, console, tally)
-        except ConfigError:
-            raise
-        except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
-            traceback.print_exc()
-            tally.aborted = reason_of(error)
+    tally = Tally.of(plan)
+    run(plan, tally, lambda: embed(plan, config, console, tally))
     return report(plan, tally, time.monotonic() - start, config, console)
 
 
-def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally) -> None:
-    """The recipe, step by step, over the pending titles; ``tally`` counts how they end."""
+def run(plan: Plan, tally: Tally, work: Callable[[], None]) -> None:
+    """Do the work, if anything is pending; what ends it early is kept in ``tally``. Raises ConfigError."""
+    if not plan.pending.num_rows:
+        return
+    try:
+        work()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
+        traceback.print_exc()
+        tally.aborted = reason_of(error)
+
+
+def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally, limits: Limits | None = None) -> None:
+    """The recipe, step by step, over the pending titles; ``tally`` counts how they end. Without ``limits`` all are taken."""
     from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
+    from mediafm_ray.pipeline.budget import SharedBudget
     from mediafm_ray.pipeline.cluster import check_room, connected
 
     begun = time.monotonic()
     with connected(config.resources):
         check_room(config.resources, graph.pools(plan, config))
+        budget = SharedBudget(limits) if limits else None
         titles = graph.read_plan(plan)
-        titles = graph.detect_shots(titles, config)
+        titles = graph.detect_shots(titles, config, budget)
         titles = graph.encode_video(titles, config)
         titles = graph.encode_audio(titles, config)
         titles = graph.encode_text(titles, config)
         titles = graph.fuse(titles, plan, config)
         titles = graph.contextualise(titles, plan, config)
-        results = graph.write(titles, plan, config)
-        follow(graph.blocks(results), tally, begun, console, Metrics(plan.model.dataset_version))
+        results = graph.blocks(graph.write(titles, plan, config))
+        metrics = Metrics(plan.model.dataset_version)
+        follow(budget.follow(results, tally, limits.interrupted) if budget and limits else results, tally, begun, console, metrics)
 
 
 def say_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
@@ -89,9 +101,10 @@ def report(
     config: EmbedCatalogConfig | ContextualiseCatalogConfig,
     console: Console,
     names: tuple[str, str, str] = (SUMMARY, LOG, TITLES_LOG),
+    more: Mapping[str, Any] | None = None,
 ) -> int:
-    """Summary on the terminal and in the output, with the logs beside it; the exit code."""
-    content = summary(plan, tally, wall_s, dataclasses.asdict(config))
+    """Summary on the terminal and in the output, with ``more`` in it and the logs beside it; the exit code."""
+    content = {**summary(plan, tally, wall_s, dataclasses.asdict(config)), **(more or {})}
     console.say()
     console.say(summary_table(content, config.output.uri, names[0]))
     try:
@@ -107,7 +120,7 @@ def report(
     if tally.lost:
         console.say(f"error: {tally.lost} titles were planned and never came back; run the same command again")
         return EXIT_FAILED_TITLES
-    allowed = config.run.max_failed_fraction * tally.planned
+    allowed = config.run.max_failed_fraction * tally.finished
     return EXIT_FAILED_TITLES if tally.failed > allowed else EXIT_OK
 
 

@@ -297,6 +297,68 @@ class EvaluateProbesConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 
+@dataclass(frozen=True)
+class BackfillConfig:
+    """What a scheduled run takes on, and when it stops."""
+
+    order: str = resource("newest", "newest: the videos modified last go first; catalog: in the order of the catalog's rows")
+    max_titles: int = resource(0, "take at most so many titles; 0 = all")
+    max_video_hours: float = resource(0.0, "take no new title once so many hours of video are read; 0 = no limit")
+    max_wall_minutes: float = resource(0.0, "take no new title so many minutes after the start; those begun are finished; 0 = no limit")
+    max_attempts: int = resource(4, "a title that failed so often is given up until its source, or the dataset version, changes")
+    retry_delay_hours: float = resource(1.0, "a failed title is tried again after so long, then after twice as long, and so on")
+    recompute_stale: bool = resource(False, "compute titles, too, that are committed under another dataset version only")
+    delete_missing: bool = resource(False, "delete the objects of titles that are gone from the catalog")
+    max_delete_fraction: float = resource(0.1, "refuse to delete when a larger share of the committed titles is gone from the catalog")
+    lease_minutes: float = resource(10.0, "after a crash, no other backfill of the dataset starts for so long; renewed while the job runs")
+
+    def __post_init__(self) -> None:
+        if self.order not in ("newest", "catalog"):
+            raise ValueError(f"backfill.order must be newest or catalog, is {self.order!r}")
+        for name in ("max_titles", "max_video_hours", "max_wall_minutes", "retry_delay_hours"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"backfill.{name} cannot be negative, is {getattr(self, name)}")
+        if self.max_attempts < 1 or self.lease_minutes <= 0:
+            raise ValueError("backfill.max_attempts must be at least 1 and backfill.lease_minutes positive")
+        if not 0 <= self.max_delete_fraction <= 1:
+            raise ValueError(f"backfill.max_delete_fraction must be between 0 and 1, is {self.max_delete_fraction}")
+
+
+@dataclass(frozen=True)
+class BackfillCatalogConfig(EmbedCatalogConfig):
+    """Everything that ``jobs.backfill_catalog`` takes."""
+
+    backfill: BackfillConfig = field(default_factory=BackfillConfig)
+
+    def __post_init__(self) -> None:
+        if self.run.max_titles or not self.run.retry_failed:
+            raise ValueError(
+                "run.max_titles and run.retry_failed are for jobs.embed_catalog; of a backfill set backfill.max_titles and max_attempts"
+            )
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """How the objects of an output are checked."""
+
+    version: str = resource("", "dataset version to check; empty = all")
+    repair: bool = resource(False, "delete what is broken, so that the next run computes it anew")
+    threads: int = resource(8, "objects read at once; each is in memory whole")
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"verify.threads must be at least 1, is {self.threads}")
+
+
+@dataclass(frozen=True)
+class VerifyDatasetConfig:
+    """Everything that ``jobs.verify_dataset`` takes."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
 def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str]) -> Job:
     """A job's configuration from YAML files and ``key=value`` overrides, later ones over earlier ones. Raises ConfigError."""
     merged = OmegaConf.structured(kind)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
+import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -35,15 +38,22 @@ def run_job(description: str, kind: type[Job], job: Callable[[Job], int], argume
         return EXIT_INTERRUPTED
 
 
+def holder_of_lease(job: str) -> str:
+    """Who this is, for whoever finds the lease held."""
+    return f"{job} (process {os.getpid()} on {socket.gethostname()})"
+
+
 def parse(description: str, kind: type[Any], arguments: Sequence[str] | None) -> Any:
     """The configuration that a command line asks for. Raises ConfigError."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--help] [--config FILE [FILE ...]] [key=value ...]",
+        usage="%(prog)s [--help] [--dry-run] [--config FILE [FILE ...]] [key=value ...]",
         epilog=f"keys, with their defaults:\n{describe(kind)}",
     )
     parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="FILE", help="YAML files, later ones over earlier ones")
+    if any(section.name == "run" for section in dataclasses.fields(kind)):
+        parser.add_argument("--dry-run", action="store_true", help="the same as run.dry_run=true")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="single values, over the files")
     found = parser.parse_intermixed_args(arguments)
     # argparse gives everything up to the next option to --config: what is no YAML file is an override
@@ -52,4 +62,5 @@ def parse(description: str, kind: type[Any], arguments: Sequence[str] | None) ->
     wrong = [value for value in rest if "=" not in value]
     if wrong:
         raise ConfigError(f"--config {wrong[0]}: expected a .yaml file or key=value")
-    return read_config(kind, files, [*rest, *found.overrides])
+    dry = ["run.dry_run=true"] if getattr(found, "dry_run", False) else []
+    return read_config(kind, files, [*rest, *found.overrides, *dry])

@@ -43,11 +43,16 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def detect_shots(titles: Dataset, config: EmbedCatalogConfig, stage: type[Stage] = stages.DetectShots) -> Dataset:
-    """Find the shots of each title, and read the frames, audio and text of each shot, in one pass over the video."""
+def detect_shots(
+    titles: Dataset, config: EmbedCatalogConfig, budget: stages.TitleBudget | None = None, stage: type[Stage] = stages.DetectShots
+) -> Dataset:
+    """Find the shots of each title, and read the frames, audio and text of each shot, in one pass over the video.
+
+    Titles that the budget does not take any more pass through as TitleLeft.
+    """
     pool = config.resources.detect_shots
     detector = with_threads(config.detector, pool)
-    return _actors(titles, config, pool, stage, detector, config.frames, config.timed_text, config.media, config.storage)
+    return _actors(titles, config, pool, stage, detector, config.frames, config.timed_text, config.media, config.storage, budget)
 
 
 def encode_video(titles: Dataset, config: EmbedCatalogConfig, stage: type[Stage] = stages.EncodeVideo) -> Dataset:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ ARITHMETIC = 2  # raise it with a change of the code that changes the numbers: i
 VERSION_DIGITS = 12  # hex digits of a dataset version
 IN_CATALOG, WITH_SHOTS = "in_catalog", "with_committed_shots"  # the titles that a job starts from
 CHECKPOINT_TYPE = "mediafm_contextualiser"  # model_type in the config.json of a contextualiser
+Listing = Mapping[tuple[str, str], Sequence[ObjectInfo]]  # by encoded title and source
 
 
 @dataclass(frozen=True)
@@ -66,41 +68,109 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
     return Model(digest_of(recipe)[:VERSION_DIGITS], recipe, {**dims, "fused": sum(dims.values())}, spans(dims))
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What is there: the titles of the catalog, and the objects of the dataset version from one (paged) listing."""
+
+    entries: Sequence[Entry]
+    model: Model
+    checkpoint: str  # name of the contextualiser's checkpoint; empty when none is configured
+    output: Output
+    listed: Mapping[str, Listing]  # by dataset
+
+    @property
+    def failures(self) -> Listing:
+        """The failure records."""
+        return self.listed.get(FAILURES, {})
+
+    @cached_property
+    def wanted(self) -> Sequence[Listing]:
+        """What a title must stand in to be done, the shots first."""
+        names = [SHOTS, *([contextual(self.checkpoint)] if self.checkpoint else [])]
+        return [self.listed.get(name, {}) for name in names]
+
+    @cached_property
+    def objects_of_title(self) -> Mapping[str, Sequence[tuple[str, ObjectInfo]]]:
+        """The objects of every title, in all datasets, with their sources."""
+        found: dict[str, list[tuple[str, ObjectInfo]]] = defaultdict(list)
+        for listing in self.listed.values():
+            for (title, source), infos in listing.items():
+                found[title] += [(source, info) for info in infos]
+        return found
+
+    def is_done(self, entry: Entry) -> bool:
+        """Whether everything is committed that is wanted of a title as it is now."""
+        return all(key_of(entry) in listing for listing in self.wanted)
+
+    def older(self, entry: Entry) -> list[ObjectInfo]:
+        """The objects of a title's other sources."""
+        title, source = key_of(entry)
+        return [info for other, info in self.objects_of_title.get(title, ()) if other != source]
+
+    def leftovers(self, entry: Entry) -> list[str]:
+        """What an earlier run should have removed after it committed this title.
+
+        Only what is older: another job may just have committed a newer source than this one's catalog knew.
+        """
+        key = key_of(entry)
+        committed = max(info.modified for info in self.wanted[0][key])
+        return [info.name for info in [*self.older(entry), *self.failures.get(key, ())] if info.modified <= committed]
+
+    def row(self, entry: Entry) -> dict[str, Any]:
+        """A pending title as a row of the plan."""
+        title = entry.title
+        return {
+            "title_id": title.title_id,
+            "source": entry.source,
+            "video": title.video,
+            "timed_text": [{"uri": text.uri, "language": text.language, "kind": text.kind} for text in title.timed_text],
+            "synopsis": title.synopsis,
+            "tags": list(title.tags),
+            "superseded": [info.name for info in self.older(entry)],
+        }
+
+
+def key_of(entry: Entry) -> tuple[str, str]:
+    """How a title as it is now is named in a listing."""
+    return encode_title(entry.title.title_id), entry.source
+
+
+def survey(config: EmbedCatalogConfig, model: Model | None = None) -> Survey:
+    """Read the catalog and list the output once. Writes nothing. ``model``: where ``describe_model`` was asked before.
+
+    Raises CatalogError with every problem of the catalog, StorageError, and what ``describe_model`` and ``checkpoint_name`` raise.
+    """
+    entries = read_catalog(config.catalog.uri, config.storage)
+    model = model or describe_model(config)
+    checkpoint = checkpoint_name(config, model)
+    output = Output(config.output.uri, model.dataset_version, config.storage)
+    output.store.check_readable()
+    return Survey(entries, model, checkpoint, output, {dataset: output.list(dataset) for dataset in output.datasets()})
+
+
 def make_plan(config: EmbedCatalogConfig) -> Plan:
     """Read the catalog, list the output once, and keep what is not committed. Writes nothing.
 
     Raises CatalogError with every problem of the catalog, StorageError, WeightsError.
     """
-    entries = read_catalog(config.catalog.uri, config.storage)
-    model = describe_model(config)
-    checkpoint = checkpoint_name(config, model)
-    output = Output(config.output.uri, model.dataset_version, config.storage)
-    output.store.check_readable()
-    listed = {dataset: output.list(dataset) for dataset in output.datasets()}
-    wanted = [listed.get(dataset, {}) for dataset in (SHOTS, *([contextual(checkpoint)] if checkpoint else []))]
-    failures = listed.get(FAILURES, {})
+    there = survey(config)
     rows, leftovers = [], []
     done = failed_before = only_contextual = 0
-    objects_of_title = _by_title(listed.values())
-    for entry in entries:
-        key = (encode_title(entry.title.title_id), entry.source)
-        others = [info for source, info in objects_of_title.get(key[0], ()) if source != entry.source]
-        if all(key in objects for objects in wanted):
+    for entry in there.entries:
+        if there.is_done(entry):
             done += 1
-            # only what is older: another job may just have committed a newer source than this one's catalog knew
-            committed = max(info.modified for info in wanted[0][key])
-            leftovers += [info.name for info in [*others, *failures.get(key, ())] if info.modified <= committed]
-        elif key in failures and not config.run.retry_failed:
+            leftovers += there.leftovers(entry)
+        elif key_of(entry) in there.failures and not config.run.retry_failed:
             failed_before += 1
         else:
-            only_contextual += key in wanted[0]
-            rows.append(_row(entry, [info.name for info in others]))
+            only_contextual += key_of(entry) in there.wanted[0]
+            rows.append(there.row(entry))
     taken = rows[: config.run.max_titles] if config.run.max_titles else rows
     return Plan(
-        model=model,
-        checkpoint=checkpoint,
+        model=there.model,
+        checkpoint=there.checkpoint,
         pending=plan_table(taken),
-        titles=len(entries),
+        titles=len(there.entries),
         done=done,
         failed_before=failed_before,
         left=len(rows) - len(taken),
@@ -159,25 +229,3 @@ def _recipe(config: Any, weights_sha256: str) -> dict[str, Any]:
     fields = recipe_of(config)
     fields.pop("weights", None)
     return {**fields, "weights_sha256": weights_sha256}
-
-
-def _by_title(listings: Iterable[Mapping[tuple[str, str], list[ObjectInfo]]]) -> Mapping[str, list[tuple[str, ObjectInfo]]]:
-    """The objects of every title, in all datasets, with their sources."""
-    found: dict[str, list[tuple[str, ObjectInfo]]] = defaultdict(list)
-    for listing in listings:
-        for (title, source), infos in listing.items():
-            found[title] += [(source, info) for info in infos]
-    return found
-
-
-def _row(entry: Entry, superseded: list[str]) -> dict[str, Any]:
-    title = entry.title
-    return {
-        "title_id": title.title_id,
-        "source": entry.source,
-        "video": title.video,
-        "timed_text": [{"uri": text.uri, "language": text.language, "kind": text.kind} for text in title.timed_text],
-        "synopsis": title.synopsis,
-        "tags": list(title.tags),
-        "superseded": superseded,
-    }

@@ -72,17 +72,24 @@ class Tally:
     """What the finished titles add up to."""
 
     planned: int
+    left: int = 0  # planned, but beyond what the run may take
     ok: int = 0
     failed: int = 0
     shots: int = 0
     video_s: float = 0.0
     bytes_written: int = 0
+    ended_by: str = ""  # the limit that kept the run from taking the titles that are left
     aborted: str = ""  # why the run ended before its titles did
     startup_s: float = 0.0  # until the first title could have begun: Ray, its actors, their models
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     measures: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     failures: list[dict[str, str]] = field(default_factory=list)
     warned: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, plan: Plan) -> Tally:
+        """Nothing is done yet; what the plan leaves to later runs is left."""
+        return cls(plan.pending.num_rows + plan.left, plan.left, ended_by="max_titles" if plan.left else "")
 
     @property
     def finished(self) -> int:
@@ -91,8 +98,8 @@ class Tally:
 
     @property
     def lost(self) -> int:
-        """Titles that were planned and never came back: a defect of the job, not of a title."""
-        return self.planned - self.finished
+        """Titles that were begun, or should have been, and never came back: a defect of the job, not of a title."""
+        return self.planned - self.left - self.finished
 
     def add(self, result: Mapping[str, Any]) -> None:
         """Count one title's result, a row that WriteTitle left."""
@@ -116,7 +123,7 @@ class Tally:
 def follow(results: Iterator[pa.Table], tally: Tally, begun: float, console: Console, metrics: Metrics | None = None) -> None:
     """Count the results as they come, and say a line for each title. ``begun``: time.monotonic() when Ray's start began."""
     metrics = metrics or Metrics()
-    metrics.planned(tally.planned)
+    metrics.planned(tally.planned - tally.left)
     for table in results:
         for result in table.to_pylist() if table.num_columns else []:
             tally.add(result)
@@ -131,9 +138,10 @@ def follow(results: Iterator[pa.Table], tally: Tally, begun: float, console: Con
 
 def progress_line(result: Mapping[str, Any], tally: Tally, elapsed_s: float) -> str:
     """How one title ended, and how far the run is."""
-    width = len(str(tally.planned))
-    count = f"[{tally.finished:>{width}}/{tally.planned}]"
-    left_s = elapsed_s / tally.finished * (tally.planned - tally.finished)
+    expected = tally.planned - tally.left
+    width = len(str(expected))
+    count = f"[{tally.finished:>{width}}/{expected}]"
+    left_s = elapsed_s / tally.finished * (expected - tally.finished)
     pace = f"{tally.video_s / max(elapsed_s, 1e-9):.2f} video-h/h, {_clock(left_s)} left, {tally.failed} failed"
     if result["error"] is not None:
         return f"{count} FAILED {result['title_id']}: {result['error']['stage']}: {result['error']['message']} | {pace}"
@@ -176,8 +184,9 @@ def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) 
             "lost": tally.lost,
             "skipped": plan.done,
             "skipped_failed_before": plan.failed_before,
-            "left_by_max_titles": plan.left,
+            "left": tally.left,
         },
+        "left_because_of": tally.ended_by or None,
         "aborted": tally.aborted or None,
         "failures": tally.failures,
         "warnings": tally.warned,
@@ -222,11 +231,11 @@ def summary_table(content: Mapping[str, Any], output_uri: str, name: str = SUMMA
     rows = [(f"titles {key.replace('_', ' ')}", f"{titles[key]}") for key in (IN_CATALOG, WITH_SHOTS) if key in titles]
     rows += [("skipped, committed before", f"{titles['skipped']}")]
     rows += [("skipped, failed before", f"{titles['skipped_failed_before']}")] if titles["skipped_failed_before"] else []
-    rows += [("left for later runs", f"{titles['left_by_max_titles']}")] if titles["left_by_max_titles"] else []
     rows += [("planned", f"{titles['planned']}")]
     if titles["planned"]:
         rows += [("  ok", f"{titles['ok']}"), ("  failed", f"{titles['failed']}")]
         rows += [("  LOST", f"{titles['lost']}")] if titles["lost"] else []
+        rows += [("  left for later runs", f"{titles['left']} ({content['left_because_of']})")] if titles["left"] else []
         rows += [("shots", f"{content['shots']}"), ("video", f"{content['video_hours']:.4f} h")]
         rows += [("wall time", f"{content['wall_s']:.1f} s, of which {content['startup_s']:.1f} s until Ray and its actors were up")]
         rows += [(f"seconds in {stage}", f"{seconds:.1f}") for stage, seconds in content["seconds_by_stage"].items()]

@@ -248,6 +248,15 @@ def failed(title: pa.Table, stage: str, failure: BaseException) -> pa.Table:
     return _replaced(title, "error", pa.array([error_value(stage, failure)], ERROR))
 
 
+class TitleLeft(TitleError):
+    """The run takes no more titles: this one is neither done nor failed, and is there for the next run."""
+
+
+def was_left(error: Mapping[str, str] | None) -> bool:
+    """Whether the value of the column ``error`` is no failure, but that the title was not taken."""
+    return error is not None and error["type"] == TitleLeft.__name__
+
+
 def plan_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Rows of the plan as a table of PLAN_SCHEMA: nothing has gone wrong, no time is spent and nothing counted yet."""
     return pa.Table.from_pylist([{**row, "error": None, "seconds": [], "measures": []} for row in rows], schema=PLAN_SCHEMA)

@@ -11,7 +11,7 @@ import json
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,7 @@ from mediafm_ray.pipeline.rows import (
     to_json,
     vectors_cell,
     vectors_type,
+    was_left,
 )
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name
@@ -69,6 +70,18 @@ def max_actors(stage: StageConfig) -> int:
     return max(stage.min_actors, stage.max_actors or (os.cpu_count() or 1) // 2)
 
 
+class TitleBudget(Protocol):
+    """Decides whether the run takes another title; one for all actors of a job (budget.SharedBudget)."""
+
+    def take(self, title_id: str) -> None:
+        """Begin a title. Raises TitleLeft when the run takes no more."""
+        ...
+
+    def was_read(self, title_id: str, duration_s: float) -> None:
+        """A title that was begun turned out to have so many seconds of video."""
+        ...
+
+
 class DetectShots(Stage):
     """Step 1: one pass over the container gives the shots, and of each its frames, audio and text."""
 
@@ -76,13 +89,20 @@ class DetectShots(Stage):
     takes = ("title_id", "video", "timed_text")
 
     def __init__(
-        self, detector: DetectorConfig, frames: FramesConfig, timed_text: TimedTextConfig, media: MediaConfig, storage: StorageConfig
+        self,
+        detector: DetectorConfig,
+        frames: FramesConfig,
+        timed_text: TimedTextConfig,
+        media: MediaConfig,
+        storage: StorageConfig,
+        budget: TitleBudget | None = None,
     ):
+        """``budget``: who decides whether the run takes another title; without it, all are taken."""
         from mediafm_ray.media.isolation import IsolatedReader
         from mediafm_ray.models.transnet import ShotDetector
 
         self.detector = ShotDetector(detector)
-        self.media, self.storage = media, storage
+        self.media, self.storage, self.budget = media, storage, budget
         self.reader = IsolatedReader(frames, timed_text, media)
 
     @property
@@ -91,10 +111,14 @@ class DetectShots(Stage):
 
     def process(self, row: TitleRow) -> Mapping[str, Any]:
         title = row.title()
+        if self.budget is not None:
+            self.budget.take(title.title_id)
         self.reader.media = media_options(self.media, title.video, self.storage)
         media = self.reader.read(title, self.detector.stream())
         self.measure("frames_decoded", media.frame_count)
         self.measure("bytes_read", media.facts["bytes"])
+        if self.budget is not None:
+            self.budget.was_read(title.title_id, media.duration_s)
         shots = [
             {
                 **dataclasses.asdict(shot.span),
@@ -329,7 +353,7 @@ class WriteTitle(Stage):
             return table
         errors = table.column("error").to_pylist()
         for index, error in enumerate(errors):
-            if error is not None:
+            if error is not None and not was_left(error):
                 row = TitleRow(table.slice(index, 1))
                 try:
                     self._record_failure(row, error)

@@ -6,7 +6,8 @@ A folder
     Hidden files and folders (a leading dot) are passed over.
 A table
     Parquet, CSV or JSON lines with ``title_id``, ``video`` and optionally ``timed_text`` (a list of URIs; in CSV separated by
-    ';'), ``synopsis``, ``tags`` (a list; in CSV separated by ';'). Other columns are left alone. Relative URIs are relative to the table.
+    ';'), ``synopsis``, ``tags`` (a list; in CSV separated by ';'), ``duration_s`` (seconds of video; only plans and budgets use it).
+    Other columns are left alone. Relative URIs are relative to the table.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -42,6 +44,7 @@ VIDEO_ENDINGS = frozenset(
 )
 TIMED_TEXT_ENDINGS = frozenset([".srt", ".vtt", ".ttml", ".dfxp", ".imsc", ".xml", ".scc", ".ass", ".ssa"])
 TIMED_TEXT_KINDS = frozenset(["captions", "cc", "sdh", "subtitles", "subtitle", "forced", "descriptions", "ad", "chapters"])
+COLUMNS = ("title_id", "video", "timed_text", "synopsis", "tags", "duration_s")
 TABLE_ENDINGS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
 CSV_LIST_SEPARATOR = ";"
 MAX_TITLE_ID_BYTES = 1024  # of UTF-8
@@ -67,6 +70,10 @@ class Entry:
 
     title: Title
     source: str  # 16 hex digits over URI, size and ETag or modification time of the video and the timed text
+    position: int = 0  # in the catalog: its row, or its place in the order of names
+    size: int = 0  # bytes of the video; 0 = unknown
+    modified: float = 0.0  # of the video, seconds since the epoch; 0 = unknown
+    duration_s: float | None = None  # seconds of video, where the catalog says so
 
 
 def read_catalog(uri: str, config: StorageConfig | None = None) -> list[Entry]:
@@ -103,6 +110,12 @@ def source_digest(title: Title, objects: Mapping[str, ObjectInfo | None]) -> str
     return digest_of(identity)[:SOURCE_DIGITS]
 
 
+def _entry(title: Title, objects: Mapping[str, ObjectInfo | None], position: int, duration_s: float | None = None) -> Entry:
+    video = objects.get(title.video)
+    size, modified = (video.size, video.modified) if video else (0, 0.0)
+    return Entry(title, source_digest(title, objects), position, size, modified, duration_s)
+
+
 # ----------------------------------------------------------------------------------------------------------- folders
 
 
@@ -128,7 +141,7 @@ def _read_folder(store: Store) -> list[Entry]:
         found_metadata = dict(
             zip(described, pool.map(lambda stem: _read_metadata(store, f"{stem}.json", problems), described), strict=True)
         )
-    entries = []
+    entries: list[Entry] = []
     for stem, name in by_stem.items():
         metadata = found_metadata.get(stem, {})
         texts = sidecars.get(stem, [])
@@ -141,7 +154,7 @@ def _read_folder(store: Store) -> list[Entry]:
         )
         problems.extend(f"{name}: {problem}" for problem in _problems_of_id(stem))
         found = {title.video: objects[name]} | {join(uri, text): objects[text] for text, _, _ in texts}
-        entries.append(Entry(title, source_digest(title, found)))
+        entries.append(_entry(title, found, len(entries)))
     if problems:
         raise CatalogError(uri, problems)
     return entries
@@ -198,6 +211,7 @@ def _read_table(base: str, name: str, kind: str, config: StorageConfig) -> list[
     problems: list[str] = []
     rows = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}[kind](content, problems)
     titles: list[Title] = []
+    durations: list[float | None] = []
     seen: dict[str, str] = {}
     for where, row in rows:
         title_id = row.get("title_id")
@@ -208,12 +222,14 @@ def _read_table(base: str, name: str, kind: str, config: StorageConfig) -> list[
         title = _title_of(where, row, base, problems)
         if title is not None:
             titles.append(title)
+            durations.append(float(row["duration_s"]) if row.get("duration_s") else None)
     if not titles and not problems:
         problems.append("the table has no rows")
     if problems:
         raise CatalogError(f"{base}/{name}", problems)
     objects = _look_up([uri for title in titles for uri in [title.video, *(text.uri for text in title.timed_text)]], config)
-    return [Entry(title, source_digest(title, objects)) for title in titles]
+    found = zip(titles, durations, strict=True)
+    return [_entry(title, objects, position, duration_s) for position, (title, duration_s) in enumerate(found)]
 
 
 def _title_of(where: str, row: Mapping[str, Any], base: str, problems: list[str]) -> Title | None:
@@ -234,6 +250,7 @@ def _title_of(where: str, row: Mapping[str, Any], base: str, problems: list[str]
     timed_text, synopsis, tags = row.get("timed_text"), row.get("synopsis"), row.get("tags")
     wrong.extend(_problems_of_list("timed_text", timed_text))
     wrong.extend(_problems_of_metadata(synopsis, tags))
+    wrong.extend(_problems_of_duration(row.get("duration_s")))
     uris = [video] if isinstance(video, str) else []
     uris += [uri for uri in timed_text if isinstance(uri, str)] if isinstance(timed_text, (list, tuple)) else []
     wrong.extend(f"{uri!r} is no URI: it has characters that none has" for uri in uris if not _is_clean(uri))
@@ -296,6 +313,15 @@ def _problems_of_metadata(synopsis: Any, tags: Any) -> list[str]:
     return wrong
 
 
+def _problems_of_duration(value: Any) -> list[str]:
+    """Of a number, or of its text in a CSV; nothing, or 0, is a duration that is not known."""
+    try:
+        seconds = float(value or 0)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    return [] if 0 <= seconds < math.inf else [f"duration_s must be a number of seconds, is {value!r}"]
+
+
 def _parquet_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
@@ -304,7 +330,7 @@ def _parquet_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[s
         if missing:
             problems.extend(f"the column {name} is missing (there are: {', '.join(names)})" for name in missing)
             return []
-        table = file.read([name for name in ("title_id", "video", "timed_text", "synopsis", "tags") if name in names])
+        table = file.read([name for name in COLUMNS if name in names])
     except (pa.ArrowException, OSError) as error:
         problems.append(f"not a readable Parquet file: {error}")
         return []

@@ -6,6 +6,7 @@
     <output>/<dataset version>/scenes-<fused|contextual>-<options>/shard=<00..ff>/<title>@<source>.parquet
     <output>/<dataset version>/titles-<fused|contextual>-<options>/shard=<00..ff>/<title>@<source>.parquet
     <output>/<dataset version>/failures/shard=<00..ff>/<title>@<source>.json
+    <output>/leases/<dataset version>/...                                       who is at work, see lease.py
 
 The listing is the ledger: an object that exists is committed, resume is the catalog minus the listing. There is no journal.
 """
@@ -32,6 +33,7 @@ SHOTS = "shots"
 FAILURES = "failures"
 SCENES = "scenes"  # kinds of datasets that are derived from the vectors of shots: see derived()
 TITLES = "titles"
+LEASES = "leases"
 MODEL = "model.json"
 DERIVED_DIGITS = 12  # hex digits that tell derived datasets of one kind apart
 MAX_NAME_BYTES = 160  # of an encoded title in an object's name; file systems allow 255 in all
@@ -57,6 +59,11 @@ def derived(kind: str, vectors: str, recipe: Mapping[str, Any]) -> str:
     """
     source = "fused" if vectors == SHOTS else "contextual"
     return f"{kind}-{source}-{digest_of({'vectors': vectors, 'recipe': dict(recipe)})[:DERIVED_DIGITS]}"
+
+
+def lease_folder(dataset_version: str) -> str:
+    """Where the lease of a dataset version is kept, below the output: beside the version, which may not be there yet."""
+    return f"{LEASES}/{dataset_version}"
 
 
 def encode_title(title_id: str) -> str:
@@ -135,6 +142,11 @@ class Output:
     def datasets(self) -> Sequence[str]:
         """The names of the datasets that are there: shots, contextual-<checkpoint>, scenes-..., titles-..., failures."""
         return [name for name in self.store.folders() if DATASET_PATTERN.fullmatch(name)]
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """The facts that an object carries; only the end of it is read. Raises pyarrow's errors where it is no Parquet file."""
+        with self.store.filesystem.open(self.store.path(name), "rb") as stream:
+            return read_facts(pq.read_schema(stream))
 
     def write_model(self, model: Model) -> None:
         """Put model.json; the same version always has the same bytes."""

@@ -1,0 +1,101 @@
+"""Keep an output up to date with its catalog: what a scheduler runs every night.
+
+    python -m jobs.backfill_catalog --config conf/offline.yaml catalog.uri=videos/ output.uri=embeddings/ backfill.max_wall_minutes=300
+    python -m jobs.backfill_catalog --dry-run ...
+
+Computes what is new, changed, failed before and due again, and by choice what is committed under another dataset version only; within a
+budget; one run at a time a dataset version. A title that the budget leaves is there for the next run. With --dry-run it says what it
+would do and writes nothing.
+Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or catalog, or another run
+holds the lease: nothing was started; 3: the run ended before its titles did.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from jobs.embed_catalog import embed, report, run
+from mediafm_ray.config import BackfillCatalogConfig
+from mediafm_ray.pipeline.backfill import (
+    HOUR,
+    Backfill,
+    Limits,
+    delete_missing,
+    describe,
+    describe_time,
+    last_pace,
+    plan_backfill,
+    summary_part,
+)
+from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, holder_of_lease, run_job
+from mediafm_ray.pipeline.dry_run import describe_cost
+from mediafm_ray.pipeline.plan import describe_model, prepare_output
+from mediafm_ray.pipeline.report import Console, Tally
+from mediafm_ray.storage.dataset import Output, lease_folder
+from mediafm_ray.storage.lease import Lease, held
+from mediafm_ray.storage.store import Store
+
+MINUTE = 60  # seconds
+LEASE_LOST = "the lease was lost"
+
+
+def main(config: BackfillCatalogConfig) -> int:
+    """Take the lease, then plan, delete, embed, report; or, dry, only plan."""
+    console, start = Console(), time.monotonic()
+    store = Store(config.output.uri, config.storage)
+    if config.run.dry_run:
+        return preview(config, store, console)
+    model = describe_model(config)
+    store.check_writable()
+    holder = holder_of_lease("jobs.backfill_catalog")
+    with held(store, lease_folder(model.dataset_version), holder, config.backfill.lease_minutes * MINUTE) as lease:
+        backfill = plan_backfill(config, model)
+        console.say(describe(backfill, config))
+        prepare_output(backfill.plan, config)
+        pace = last_pace(store)
+        deleted = delete(backfill, config, console)
+        tally, budget = Tally.of(backfill.plan), limits(backfill, config, start, lease)
+        run(backfill.plan, tally, lambda: embed(backfill.plan, config, console, tally, budget))
+        wall_s = time.monotonic() - start
+        part = summary_part(backfill, tally, wall_s, deleted, pace)
+        code = report(backfill.plan, tally, wall_s, config, console, more={"backfill": part})
+    if tally.ended_by == LEASE_LOST:
+        console.say(
+            "error: the run took no more titles because its lease was lost: another may be at work; look, and run the same command again"
+        )
+        return EXIT_ABORTED
+    return code
+
+
+def preview(config: BackfillCatalogConfig, store: Store, console: Console) -> int:
+    """What a run would do, take and cost."""
+    backfill = plan_backfill(config)
+    console.say(describe(backfill, config))
+    console.say(describe_time(backfill, last_pace(store)))
+    console.say(describe_cost(backfill.plan, config))
+    return EXIT_OK
+
+
+def limits(backfill: Backfill, config: BackfillCatalogConfig, start: float, lease: Lease) -> Limits:
+    """What the run may take. ``start``: time.monotonic() when the job began."""
+    minutes = config.backfill.max_wall_minutes
+    return Limits(
+        max_video_s=config.backfill.max_video_hours * HOUR,
+        wall_until=start + minutes * MINUTE if minutes else float("inf"),
+        expected_s=backfill.hours.expected_s,
+        interrupted=lambda: "" if lease.is_valid() else LEASE_LOST,
+    )
+
+
+def delete(backfill: Backfill, config: BackfillCatalogConfig, console: Console) -> int:
+    """Delete the objects of titles that are gone from the catalog, where that is wanted; how many."""
+    if not config.backfill.delete_missing or not backfill.missing.objects:
+        return 0
+    deleted = delete_missing(backfill.missing, Output(config.output.uri, backfill.plan.model.dataset_version, config.storage))
+    console.say(f"deleted {deleted} objects of {len(backfill.missing.titles)} titles that are gone from the catalog")
+    return deleted
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__ or "", BackfillCatalogConfig, main))

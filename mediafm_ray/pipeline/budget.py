@@ -1,0 +1,104 @@
+"""What a run may take: one actor that every ``DetectShots`` asks before it begins a title, so that the job ends within its budget.
+
+A budget stops new titles only; those begun are finished. It may be passed by what is under way when it is reached: a title for each
+actor. A title that does not fit whole is taken all the same, or a film longer than the budget would never be done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mediafm_ray.pipeline.backfill import Limits
+from mediafm_ray.pipeline.report import Tally
+from mediafm_ray.pipeline.rows import TitleLeft, was_left
+
+
+class Budget:
+    """What is left of the limits; plain enough to be a Ray actor."""
+
+    def __init__(
+        self, max_video_s: float, wall_left_s: float, expected_s: Mapping[str, float], clock: Callable[[], float] = time.monotonic
+    ):
+        self.max_video_s, self.expected_s, self.clock = max_video_s, expected_s, clock
+        self.wall_until = clock() + wall_left_s
+        self.seconds_of_title: dict[str, float] = {}  # taken titles: expected until they are read, then true; failed ones stay as expected
+        self.video_s = 0.0  # their sum
+        self.ended_by = ""
+
+    def take(self, title_id: str) -> str:
+        """Begin a title: empty when it may, else what ended the budget. A title that was begun before may always begin again."""
+        if title_id in self.seconds_of_title:  # its actor died
+            return ""
+        if not self.ended_by and self.max_video_s and self.video_s >= self.max_video_s:
+            self.ended_by = "max_video_hours"
+        if not self.ended_by and self.clock() >= self.wall_until:
+            self.ended_by = "max_wall_minutes"
+        if not self.ended_by:
+            self.was_read(title_id, self.expected_s.get(title_id, 0.0))
+        return self.ended_by
+
+    def was_read(self, title_id: str, duration_s: float) -> None:
+        """The seconds of video of a title that was begun."""
+        self.video_s += duration_s - self.seconds_of_title.get(title_id, 0.0)
+        self.seconds_of_title[title_id] = duration_s
+
+    def end(self, reason: str) -> None:
+        """Take no more titles."""
+        self.ended_by = self.ended_by or reason
+
+    def state(self) -> tuple[str, int]:
+        """What ended the budget (empty while it lasts), and how many titles were taken."""
+        return self.ended_by, len(self.seconds_of_title)
+
+
+class SharedBudget:
+    """The budget of a job, for all its actors: a ``stages.TitleBudget`` that may be sent to any of them."""
+
+    def __init__(self, limits: Limits):
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # the driver's node: it lives as long
+        wall_left_s = limits.wall_until - time.monotonic()
+        keeper = ray.remote(num_cpus=0)(Budget).options(scheduling_strategy=here)
+        self.keeper: Any = keeper.remote(limits.max_video_s, wall_left_s, dict(limits.expected_s))
+
+    def take(self, title_id: str) -> None:
+        """See TitleBudget."""
+        try:
+            ended_by = ray.get(self.keeper.take.remote(title_id))
+        except RayActorError as error:  # no fault of the title's; the driver finds the same, and ends the run
+            raise TitleLeft(f"the keeper of the run's budget is gone: {error}") from error
+        if ended_by:
+            raise TitleLeft(f"not taken: {ended_by}")
+
+    def was_read(self, title_id: str, duration_s: float) -> None:
+        """See TitleBudget."""
+        self.keeper.was_read.remote(title_id, duration_s)  # nothing to wait for
+
+    def follow(self, results: Iterator[pa.Table], tally: Tally, interrupted: Callable[[], str]) -> Iterator[pa.Table]:
+        """The results of the titles taken, until the last of them is finished; ``tally`` then knows how many were left and why.
+
+        ``interrupted``: asked after each title; a reason to take no more, or empty. Titles that the graph never came to are not waited for.
+        """
+        finished = 0
+        for table in results:
+            left = [was_left(error) for error in table["error"].to_pylist()] if table.num_columns else []
+            taken = table.filter(pa.array([not one for one in left], pa.bool_())) if any(left) else table
+            finished += taken.num_rows
+            if taken.num_rows:
+                yield taken
+            reason = interrupted()
+            if reason:
+                ray.get(self.keeper.end.remote(reason))
+            if any(left) or reason:
+                ended_by, begun = ray.get(self.keeper.state.remote())
+                if ended_by and finished >= begun:
+                    break
+        ended_by, begun = ray.get(self.keeper.state.remote())
+        tally.ended_by = ended_by or tally.ended_by
+        tally.left = tally.planned - begun
