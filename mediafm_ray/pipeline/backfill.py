@@ -82,7 +82,7 @@ class Hours:
         how += [f"of {unknown} titles unknown"] if unknown else []
         if unknown == self.titles:
             return "unknown hours of video"
-        return f"{self.total_s / HOUR:.2f} h of video" + (f" ({', '.join(how)})" if how else "")
+        return f"{_span(self.total_s)} of video" + (f" ({', '.join(how)})" if how else "")
 
 
 @dataclass(frozen=True)
@@ -311,8 +311,9 @@ def describe_time(backfill: Backfill, pace: float) -> str:
         return "time: unknown, there is no earlier run in this output to go by"
     if not backfill.hours.expected_s:
         return f"time: unknown; the last run did {pace:.2f} hours of video an hour"
-    hours = backfill.hours.total_s / HOUR / pace
-    return f"time: about {hours:.2f} h on the machines of the last run, which did {pace:.2f} hours of video an hour"
+    return (
+        f"time: about {_span(backfill.hours.total_s / pace)} on the machines of the last run, which did {pace:.2f} hours of video an hour"
+    )
 
 
 def last_pace(store: Store) -> float:
@@ -347,6 +348,11 @@ def summary_part(backfill: Backfill, tally: Tally, wall_s: float, deleted: int, 
         },
         "pace_video_hours_per_hour": _pace(tally.video_s, wall_s - tally.startup_s) or pace_before,
     }
+
+
+def _span(seconds: float) -> str:
+    """A length of time for people."""
+    return f"{seconds / HOUR:.1f} h" if seconds >= HOUR else f"{seconds / 60:.1f} min"
 
 
 def _pace(video_s: float, seconds: float) -> float:

@@ -63,9 +63,8 @@ class SharedBudget:
 
     def __init__(self, limits: Limits):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # the driver's node: it lives as long
-        wall_left_s = limits.wall_until - time.monotonic()
         keeper = ray.remote(num_cpus=0)(Budget).options(scheduling_strategy=here)
-        self.keeper: Any = keeper.remote(limits.max_video_s, wall_left_s, dict(limits.expected_s))
+        self.keeper: Any = keeper.remote(limits.max_video_s, limits.wall_until - time.monotonic(), dict(limits.expected_s))
 
     def take(self, title_id: str) -> None:
         """See TitleBudget."""
