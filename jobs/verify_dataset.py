@@ -11,6 +11,7 @@ output cannot be read.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections import Counter
@@ -18,14 +19,16 @@ from collections.abc import Sequence
 
 from mediafm_ray.config import VerifyDatasetConfig
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job
+from mediafm_ray.pipeline.derived import in_order
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.storage.dataset import DatasetError, Output, dataset_versions, lease_folder
 from mediafm_ray.storage.lease import Lease, held
-from mediafm_ray.storage.store import Store
-from mediafm_ray.storage.verify import Finding, check_model, check_titles
+from mediafm_ray.storage.store import StorageError, Store
+from mediafm_ray.storage.verify import Finding, check_model, check_title, list_titles
 
 LEASE_S = 600
 PROGRESS_S = 10  # between two lines of progress
+MAX_REFUSED = 20  # objects that the store does not give: then it is in trouble, not they
 
 
 def main(config: VerifyDatasetConfig) -> int:
@@ -50,13 +53,17 @@ def verify(version: str, config: VerifyDatasetConfig, console: Console) -> int:
         model, findings = check_model(output)
         count: Counter[str] = Counter()
         settle(findings, output, lease, count, console)
-        objects, checks = check_titles(output, model, config.verify.threads)
-        console.say(f"dataset version {version}: {objects} objects")
+        titles, strangers = list_titles(output)
+        settle(strangers, output, lease, count, console)
+        objects = sum(map(len, titles))
         begun = said = time.monotonic()
-        for checked in checks:
+        for checked in in_order(functools.partial(check_title, output, model), titles, config.verify.threads):
             count["objects"] += checked.objects
             count["bytes"] += checked.size
+            count["refused"] += sum(finding.refused for finding in checked.findings)
             settle(checked.findings, output, lease, count, console)
+            if count["refused"] > MAX_REFUSED:
+                raise StorageError(f"{output.store.uri}: {count['refused']} objects could not be read: look at the store first")
             if time.monotonic() - said > PROGRESS_S:
                 said = time.monotonic()
                 console.say(progress(count, objects, said - begun))

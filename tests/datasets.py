@@ -40,6 +40,7 @@ def finished_row(row: pa.Table, model: Model, shot_frames: list[int], checkpoint
             "text": "" if number == 1 else "hello",
             "language": "",
             "thumbnail": b"\xff\xd8",
+            "audio_levels": [-20] * 10,
         }
         for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
     ]

@@ -10,9 +10,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.spec import MODALITIES, digest_of
-from mediafm_ray.storage.dataset import FAILURES, MODEL, OBJECT_PATTERN, SHOTS, Model, Output, object_name
-from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, shots_schema
-from mediafm_ray.storage.store import ObjectInfo, StorageError
+from mediafm_ray.storage.dataset import FAILURES, MODEL, OBJECT_PATTERN, SCENES, SHOTS, Model, Output, contextual, derived, object_name
+from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, scenes_schema, shots_schema, titles_schema
+from mediafm_ray.storage.store import ObjectInfo
 
 NORM_TOLERANCE = 1e-3  # of a unit vector's norm
-IN_FLIGHT_PER_THREAD = 2  # titles read or waiting
-UNREADABLE = "could not be read"
-MAX_UNREADABLE = 20  # then it is the store that is in trouble, not the objects
 TIMES = ("shot_index", "start_s", "end_s")  # what the contextual rows of a title have in common with its shots
 
 
@@ -42,7 +37,8 @@ class Finding:
 
     name: str  # below the dataset version
     reason: str
-    removable: bool = True  # the next run computes it anew; False: not this program's, or it could not be read at all
+    removable: bool = True  # the next run computes it anew; False: not this program's, or not known to be broken
+    refused: bool = False  # the store did not give it
 
 
 @dataclass(frozen=True)
@@ -75,61 +71,22 @@ def check_model(output: Output) -> tuple[Model | None, list[Finding]]:
     return model, [Finding(MODEL, one, removable=False) for one in wrong]
 
 
-def check_titles(output: Output, model: Model | None, threads: int) -> tuple[int, Iterator[Checked]]:
-    """How many objects there are, and the checks of them title by title, as they are done; a few titles are in memory at a time.
-
-    ``model``: None where model.json is unreadable; objects are then compared with themselves only. Raises StorageError when
-    objects cannot be read because the store fails; whatever is wrong with an object itself is a finding.
-    """
+def list_titles(output: Output) -> tuple[list[Sequence[tuple[str, ObjectInfo]]], list[Finding]]:
+    """The objects of a dataset version with their datasets, together for each title and source; and what else lies among them."""
     titles: dict[tuple[str, str], list[tuple[str, ObjectInfo]]] = {}
     strangers = []
-    count = 0
     for dataset in output.datasets():
         for info in output.store.list(f"{dataset}/"):
             match = OBJECT_PATTERN.fullmatch(info.name.removeprefix(f"{dataset}/"))
-            count += 1
             if match and info.name.endswith(".json" if dataset == FAILURES else ".parquet"):
                 titles.setdefault((match["title"], match["source"]), []).append((dataset, info))
             else:
-                strangers.append(
-                    Finding(info.name, "is no object of this program, and readers of the folder may trip over it", removable=False)
-                )
-    first = [Checked(len(strangers), 0, strangers)] if strangers else []
-    return count, _checked(output, model, first, titles, threads)
-
-
-def _checked(
-    output: Output,
-    model: Model | None,
-    first: Sequence[Checked],
-    titles: Mapping[tuple[str, str], list[tuple[str, ObjectInfo]]],
-    threads: int,
-) -> Iterator[Checked]:
-    yield from first
-    unreadable = 0
-    waiting: deque[Future[Checked]] = deque()
-    todo = iter(sorted(titles))
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            while True:
-                while len(waiting) < threads * IN_FLIGHT_PER_THREAD and (key := next(todo, None)):
-                    waiting.append(pool.submit(check_title, output, model, titles[key]))
-                if not waiting:
-                    return
-                checked = waiting.popleft().result()
-                unreadable += sum(finding.reason.startswith(UNREADABLE) for finding in checked.findings)
-                if unreadable > MAX_UNREADABLE:
-                    raise StorageError(
-                        f"{output.store.uri}: more than {MAX_UNREADABLE} objects could not be read: {checked.findings[-1].reason}"
-                    )
-                yield checked
-        finally:
-            for future in waiting:
-                future.cancel()
+                strangers.append(Finding(info.name, "no object of this program: readers of the folder may trip over it", removable=False))
+    return [titles[key] for key in sorted(titles)], strangers
 
 
 def check_title(output: Output, model: Model | None, objects: Sequence[tuple[str, ObjectInfo]]) -> Checked:
-    """All objects of one title from one source."""
+    """All objects of one title from one source. Whatever is wrong with one is a finding, also that the store does not give it."""
     findings = []
     shots: pa.Table | None = None
     for dataset, info in sorted(objects, key=lambda pair: pair[0] != SHOTS):  # the shots first: the others are compared with them
@@ -138,7 +95,7 @@ def check_title(output: Output, model: Model | None, objects: Sequence[tuple[str
         except FileNotFoundError:  # superseded meanwhile
             continue
         except Exception as error:  # fsspec implementations raise many kinds; none says that the object is broken
-            findings.append(Finding(info.name, f"{UNREADABLE} ({type(error).__name__}: {error})", removable=False))
+            findings.append(Finding(info.name, f"it could not be read ({type(error).__name__}: {error})", removable=False, refused=True))
             if dataset == SHOTS:  # nothing to judge the others by
                 break
             continue
@@ -147,8 +104,10 @@ def check_title(output: Output, model: Model | None, objects: Sequence[tuple[str
                 check_failure(content, info.name, output.dataset_version)
             elif dataset == SHOTS:
                 shots = check_shots(content, info.name, output.dataset_version, model)
-            else:
+            elif dataset.startswith(contextual("")):
                 check_contextual(content, info.name, output.dataset_version, dataset, model, shots)
+            else:
+                check_derived(content, info.name, output.dataset_version, dataset, shots)
         except BrokenObject as error:
             findings.append(Finding(info.name, str(error)))
     return Checked(len(objects), sum(info.size for _, info in objects), findings)
@@ -159,10 +118,10 @@ def check_title(output: Output, model: Model | None, objects: Sequence[tuple[str
 
 def check_shots(content: bytes, name: str, version: str, model: Model | None) -> pa.Table:
     """The shots of one title, as an object of the dataset ``shots``; returns them. Raises BrokenObject."""
-    table, facts = _read(content, name, SHOTS, version, model)
-    dims, spans = facts["dims"], facts["spans"]
+    table, facts = _read(content, name, SHOTS, version)
+    dims, spans = _spaces(facts, model)
     _check_schema(table, shots_schema(_dim(dims, "fused")))
-    _check_rows(table, facts)
+    _check_rows(table, facts, "shot_index")
     _check_tiling(table, "start_frame", "end_frame")
     media = _fact(facts, "media", dict)
     for column, whole in (("end_s", "duration_s"), ("end_frame", "frame_count")):
@@ -186,21 +145,46 @@ def check_shots(content: bytes, name: str, version: str, model: Model | None) ->
 
 def check_contextual(content: bytes, name: str, version: str, dataset: str, model: Model | None, shots: pa.Table | None) -> None:
     """The contextual embeddings of one title; ``shots``: what they belong to, None where it is not there or broken. Raises BrokenObject."""
-    table, facts = _read(content, name, dataset, version, model)
-    dim = _dim(facts["dims"], "fused")
+    table, facts = _read(content, name, dataset, version)
+    dims, _ = _spaces(facts, model)
+    dim = _dim(dims, "fused")
     _check_schema(table, contextual_schema(dim))
     if f"contextual-{facts.get('checkpoint')}" != dataset:
         raise BrokenObject(f"it was made by the checkpoint {facts.get('checkpoint')}")
-    _check_rows(table, facts)
+    _check_rows(table, facts, "shot_index")
     _check_vectors(embedding_values(table["contextual_embedding"]), None, "contextual_embedding")
     _check_base64(facts, "cls_embedding", dim, optional=False)
-    if shots is None:
-        raise BrokenObject("the shots that it belongs to are not there, or broken")
+    shots = _present(shots)
     if len(table) != len(shots):
         raise BrokenObject(f"it has {len(table)} rows, the title has {len(shots)} shots")
     for column in TIMES:
         if not table[column].equals(shots[column]):
             raise BrokenObject(f"its {column} is not that of the title's shots")
+
+
+def check_derived(content: bytes, name: str, version: str, dataset: str, shots: pa.Table | None) -> None:
+    """The scenes of one title, or its row among the titles; ``shots``: what they are made from. Raises BrokenObject."""
+    kind = dataset.split("-")[0]
+    table, facts = _read(content, name, dataset, version)
+    if derived(kind, _fact(facts, "vectors", str), _fact(facts, "recipe", dict)) != dataset:
+        raise BrokenObject("its vectors and recipe are not those that the dataset's name is the digest of")
+    shots = _present(shots)
+    duration_s = shots["end_s"][-1].as_py()
+    if kind == SCENES:
+        _check_schema(table, scenes_schema())
+        _check_rows(table, facts, "scene_index")
+        first_K, last_K = table["first_shot"].to_numpy(), table["last_shot"].to_numpy()
+        if first_K[0] != 0 or last_K[-1] != len(shots) - 1 or (first_K[1:] != last_K[:-1] + 1).any() or (last_K < first_K).any():
+            raise BrokenObject(f"scenes do not tile the {len(shots)} shots of the title")
+        if table["end_s"][-1].as_py() != duration_s:
+            raise BrokenObject(f"the last scene ends at {table['end_s'][-1]} s, the last shot at {duration_s} s")
+        return
+    _check_schema(table, titles_schema(table.schema.field("pooled_embedding").type.list_size) if _has_vectors(table) else titles_schema(1))
+    if len(table) != 1 or table["title_id"][0].as_py() != facts["title_id"]:
+        raise BrokenObject("it is not the one row of its title")
+    if table["shots"][0].as_py() != len(shots) or table["duration_s"][0].as_py() != duration_s:
+        raise BrokenObject(f"it says {table['shots'][0]} shots in {table['duration_s'][0]} s; there are {len(shots)} in {duration_s} s")
+    _check_vectors(embedding_values(table["pooled_embedding"]), np.ones(1), "pooled_embedding")
 
 
 def check_failure(content: bytes, name: str, version: str) -> None:
@@ -220,10 +204,10 @@ def check_failure(content: bytes, name: str, version: str) -> None:
         raise BrokenObject(f"it is of dataset version {written_by}")
 
 
-def _read(content: bytes, name: str, dataset: str, version: str, model: Model | None) -> tuple[pa.Table, Mapping[str, Any]]:
-    """A title's file whole, and its facts, which agree with its name and with model.json."""
+def _read(content: bytes, name: str, dataset: str, version: str) -> tuple[pa.Table, Mapping[str, Any]]:
+    """A title's file whole, and its facts, which agree with its name."""
     try:
-        table = pq.read_table(pa.BufferReader(content))
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
         table.validate(full=True)
         facts = read_facts(table.schema)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -235,34 +219,41 @@ def _read(content: bytes, name: str, dataset: str, version: str, model: Model | 
         )
     if _fact(facts, "dataset_version", str) != version:
         raise BrokenObject(f"it is of dataset version {facts['dataset_version']}")
+    return table, facts
+
+
+def _spaces(facts: Mapping[str, Any], model: Model | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The dimensions and spans of a title's vectors, which are those of model.json."""
     dims, spans = _fact(facts, "dims", dict), _fact(facts, "spans", dict)
     if set(spans) != set(MODALITIES):
         raise BrokenObject(f"its facts have spans of {sorted(spans)}")
     if model is not None and (dims != dict(model.dims) or spans != {key: list(span) for key, span in model.spans.items()}):
         raise BrokenObject("its dimensions or spans are not those of model.json")
-    return table, facts
+    return dims, spans
 
 
 def _check_schema(table: pa.Table, schema: pa.Schema) -> None:
-    """The promised columns with their types; there may be more."""
+    """The promised columns with their types; there may be more, and those that may be null may be missing."""
     for field in schema:
         if field.name not in table.column_names:
+            if field.nullable:
+                continue
             raise BrokenObject(f"the column {field.name} is missing")
         found = table.schema.field(field.name)
         if found.type != field.type:
             raise BrokenObject(f"the column {field.name} is {found.type}, must be {field.type}")
-        if table[field.name].null_count:
+        if table[field.name].null_count and not field.nullable:
             raise BrokenObject(f"the column {field.name} has nulls")
 
 
-def _check_rows(table: pa.Table, facts: Mapping[str, Any]) -> None:
-    """At least one shot, all of one title, in order, tiling its time from 0."""
+def _check_rows(table: pa.Table, facts: Mapping[str, Any], index: str) -> None:
+    """At least one row, all of one title, counted in order by the column ``index``, tiling its time from 0."""
     if not len(table):
         raise BrokenObject("it has no rows")
     if set(table["title_id"].to_pylist()) != {facts["title_id"]}:
         raise BrokenObject("its rows are of another title")
-    if not np.array_equal(table["shot_index"].to_numpy(), np.arange(len(table))):
-        raise BrokenObject("shot_index does not count from 0 in steps of 1")
+    if not np.array_equal(table[index].to_numpy(), np.arange(len(table))):
+        raise BrokenObject(f"{index} does not count from 0 in steps of 1")
     _check_tiling(table, "start_s", "end_s")
 
 
@@ -273,6 +264,17 @@ def _check_tiling(table: pa.Table, start: str, end: str) -> None:
     if wrong_S.any():
         shot = _first(wrong_S)
         raise BrokenObject(f"shots do not tile the title: {start} and {end} of shot {shot} are {starts_S[shot]} and {ends_S[shot]}")
+
+
+def _has_vectors(table: pa.Table) -> bool:
+    found = table.schema.get_field_index("pooled_embedding")
+    return found >= 0 and pa.types.is_fixed_size_list(table.schema.field(found).type)
+
+
+def _present(shots: pa.Table | None) -> pa.Table:
+    if shots is None:
+        raise BrokenObject("the shots that it belongs to are not there, or broken")
+    return shots
 
 
 def _check_vectors(vectors_SD: np.ndarray, unit_S: np.ndarray | None, column: str) -> None:

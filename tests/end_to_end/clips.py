@@ -68,8 +68,13 @@ def run_job(job: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def embed_and_kill(catalog: Path, output: Path, *overrides: str, after_objects: int) -> int:
-    """Start the main job, kill its driver once so many titles are committed, and wait until its Ray is gone; return the exit code."""
-    process = subprocess.Popen(command(catalog, output, *overrides), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Start the main job, kill its driver once so many titles are committed, and wait until it is gone; return the exit code."""
+    return kill_after(command(catalog, output, *overrides), output, after_objects)
+
+
+def kill_after(job: Sequence[str], output: Path, after_objects: int) -> int:
+    """Start a job and kill its driver once so many titles are committed; return the exit code."""
+    process = subprocess.Popen(job, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while len(list(output.glob("*/shots/*/*.parquet"))) < after_objects:
         assert process.poll() is None, "the job ended before it could be killed"

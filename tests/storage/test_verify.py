@@ -1,5 +1,6 @@
 """The check of a whole output, against objects broken in every way that we could think of, and the repair."""
 
+import importlib
 import json
 import os
 import shutil
@@ -11,11 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import verify_dataset
-from mediafm_ray.config import VerifyDatasetConfig, read_config
-from mediafm_ray.storage.dataset import FAILURES, SHOTS, Output, contextual, object_name
+from mediafm_ray.config import DescribeTitlesConfig, SegmentScenesConfig, VerifyDatasetConfig, read_config
+from mediafm_ray.storage.dataset import FAILURES, SHOTS, DatasetError, contextual, object_name
 from mediafm_ray.storage.schemas import METADATA_KEY, embedding_array, embedding_values, encode_parquet, read_facts
-from mediafm_ray.storage.store import StorageError
-from mediafm_ray.storage.verify import MAX_UNREADABLE, check_model, check_titles
+from mediafm_ray.storage.store import StorageError, Store
 from tests.datasets import CHECKPOINT, MODEL, SOURCE, write_dataset
 
 TITLES = {"one": [10, 20, 30], "a/b": [40], "été": [25, 25]}
@@ -79,12 +79,17 @@ def scaled(factor):
     return change
 
 
+def flipped(content, position):
+    return content[:position] + bytes([content[position] ^ 16]) + content[position + 1 :]
+
+
 BYTES = {
     "empty": (lambda content: b"", "Parquet"),
     "cut short": (lambda content: content[: len(content) // 2], "Parquet"),
     "last byte gone": (lambda content: content[:-1], "Parquet"),
     "no Parquet": (lambda content: b"<html>503 Slow Down</html>", "Parquet"),
-    "zeros in the middle": (lambda content: content[:400] + bytes(200) + content[600:], ""),
+    "zeros in the middle": (lambda content: content[:400] + bytes(200) + content[600:], "Parquet"),
+    "one bit of a vector": (lambda content: flipped(content, len(content) // 3), "Parquet"),
 }
 TABLES = {  # of the shots: (table, facts) -> (table, facts), and what the reason must tell
     "a column is missing": (lambda table, facts: (table.drop_columns(["fused_norm"]), facts), "fused_norm is missing"),
@@ -140,6 +145,22 @@ CONTEXTUAL = {
 }
 
 
+DERIVED = {  # jobs over the stored vectors, and how their objects break
+    "segment_scenes": {
+        "a scene less": (lambda table, facts: (table.slice(0, 0), facts), "no rows"),
+        "shots left out": (column("last_shot", [1]), "do not tile the 3 shots"),
+        "another end": (column("end_s", [2.0]), "the last scene ends at 2.0 s"),
+        "another recipe": (fact(recipe={"other": 1}), "digest"),
+    },
+    "describe_titles": {
+        "two rows": (lambda table, facts: (pa.concat_tables([table, table]), facts), "one row"),
+        "another number of shots": (column("shots", [4]), "4 shots"),
+        "no unit norm": (lambda table, facts: (vectors(table, scaled(2.0), "pooled_embedding"), facts), "norm 2"),
+        "no vector": (lambda table, facts: (table.drop_columns(["pooled_embedding"]), facts), "pooled_embedding is missing"),
+    },
+}
+
+
 def rewrite(path, change):
     table = pq.read_table(path, partitioning=None)
     table, facts = change(table, read_facts(table.schema))
@@ -184,6 +205,28 @@ def test_contextual_embeddings_that_do_not_belong_to_their_shots(uri, capsys, ch
     broken = found(uri, capsys)
     assert set(broken) == {CONTEXTUAL_OF_ONE}
     assert reason in broken[CONTEXTUAL_OF_ONE]
+
+
+@pytest.mark.parametrize("job", DERIVED)
+def test_what_is_derived_from_the_vectors(uri, capsys, job):
+    module = importlib.import_module(f"jobs.{job}")
+    kind = SegmentScenesConfig if job == "segment_scenes" else DescribeTitlesConfig
+    assert module.main(read_config(kind, [], [f"output.uri={uri}", "vectors.kind=fused"])) == 0
+    (path,) = (uri / MODEL.dataset_version).glob(f"{'scenes' if job == 'segment_scenes' else 'titles'}-fused-*/*/one@*.parquet")
+    assert verify(uri) == 0
+    whole = path.read_bytes()
+    for change, reason in DERIVED[job].values():
+        path.write_bytes(whole)
+        rewrite(path, change)
+        capsys.readouterr()
+        broken = found(uri, capsys)
+        assert list(broken) == [str(path.relative_to(uri / MODEL.dataset_version))]
+        assert reason in next(iter(broken.values()))
+
+
+def test_files_from_before_a_column_that_may_be_null_pass(uri):
+    rewrite(uri / MODEL.dataset_version / SHOTS_OF_ONE, lambda table, facts: (table.drop_columns(["audio_levels"]), facts))
+    assert verify(uri) == 0
 
 
 def test_more_columns_than_promised_are_no_defect(uri):
@@ -276,8 +319,6 @@ def test_a_repair_deletes_what_is_broken_and_nothing_else(uri, capsys):
 
 
 def test_only_the_versions_asked_for_are_checked_and_one_that_is_not_there_is_an_error(uri):
-    from mediafm_ray.storage.dataset import DatasetError
-
     (uri / "ffffffffffff").mkdir()
     assert verify(uri) == 1
     assert verify(uri, f"verify.version={MODEL.dataset_version}") == 0
@@ -287,34 +328,35 @@ def test_only_the_versions_asked_for_are_checked_and_one_that_is_not_there_is_an
         verify(uri.parent / "nowhere")
 
 
-def test_what_the_store_refuses_to_give_is_not_taken_for_broken(uri):
+def test_what_the_store_refuses_to_give_is_not_taken_for_broken(uri, capsys, monkeypatch):
     """A person without permission, or a store in trouble, must not lead to a deletion."""
-    output = Output(str(uri), MODEL.dataset_version)
-    model, _ = check_model(output)
-    read = output.store.read
+    read, before = Store.read, files(uri)
 
-    def refuse(name):
+    def refuse(store, name):
         if name == SHOTS_OF_ONE:
             raise PermissionError("403 Forbidden")
-        return read(name)
+        return read(store, name)
 
-    output.store.read = refuse
-    findings = [finding for checked in check_titles(output, model, 2)[1] for finding in checked.findings]
-    by_name = {finding.name: finding for finding in findings}
-    assert not by_name[SHOTS_OF_ONE].removable
-    assert "403" in by_name[SHOTS_OF_ONE].reason
-    assert all(not finding.removable for finding in findings), "what belongs to unread shots is not judged"
+    monkeypatch.setattr(Store, "read", refuse)
+    assert verify(uri, "verify.repair=true") == 1
+    said = capsys.readouterr().out
+    assert f"{SHOTS_OF_ONE}: it could not be read (PermissionError: 403 Forbidden)" in said
+    assert "1 broken, 0 deleted" in said
+    assert files(uri) == before
 
 
-def test_a_store_that_is_down_ends_the_check(tmp_path):
-    output = write_dataset(str(tmp_path / "out"), {f"title {number}": [5] for number in range(MAX_UNREADABLE + 1)})
+def test_a_store_that_is_down_ends_the_check(tmp_path, monkeypatch):
+    write_dataset(str(tmp_path / "out"), {f"title {number}": [5] for number in range(verify_dataset.MAX_REFUSED + 1)})
+    read = Store.read
 
-    def down(name):
-        raise ConnectionError("connection refused")
+    def down(store, name):
+        if name.endswith(".parquet"):
+            raise ConnectionError("connection refused")
+        return read(store, name)
 
-    output.store.read = down
-    with pytest.raises(StorageError, match="connection refused"):
-        list(check_titles(output, None, 4)[1])
+    monkeypatch.setattr(Store, "read", down)
+    with pytest.raises(StorageError, match="look at the store first"):
+        verify(tmp_path / "out")
 
 
 def test_the_metadata_key_is_what_the_files_carry(uri):
