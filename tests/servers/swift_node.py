@@ -16,10 +16,6 @@ from swift.common.ring import RingBuilder
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BACKENDS = ("account", "container", "object")  # on the ports above the proxy's
-USERS = {
-    "user_test_tester": "testing .admin",
-    "user_other_reader": "reading .admin",
-}  # the second has another account: no right to the first's
 CLOCK_SKEW_S = os.environ.get("CLOCK_SKEW_S", "900")
 
 SWIFT = """
@@ -62,7 +58,7 @@ conn_timeout = 5
 error_suppression_limit = 1000000
 [filter:tempauth]
 use = egg:swift#tempauth
-{users}
+user_test_tester = testing .admin
 [filter:s3api]
 use = egg:swift#s3api
 location = us-east-1
@@ -77,9 +73,8 @@ def write_configuration(folder: Path, port: int) -> None:
     (folder / "disks" / "one").mkdir(parents=True, exist_ok=True)
     (folder / "swift.conf").write_text(SWIFT)
     utils.set_swift_dir(str(folder))
-    users = "\n".join(f"{name} = {value}" for name, value in USERS.items())
     filters = "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n" for name in FILTERS)
-    proxy = PROXY.format(port=port, folder=folder, users=users, clock_skew=CLOCK_SKEW_S) + filters
+    proxy = PROXY.format(port=port, folder=folder, clock_skew=CLOCK_SKEW_S) + filters
     (folder / "proxy-server.conf").write_text(proxy)
     for offset, name in enumerate(BACKENDS, start=1):
         (folder / f"{name}-server.conf").write_text(BACKEND.format(name=name, port=port + offset, folder=folder))
