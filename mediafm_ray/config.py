@@ -359,6 +359,42 @@ class VerifyDatasetConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 
+@dataclass(frozen=True)
+class TitlePageConfig:
+    """Where the page of the title goes."""
+
+    path: str = resource("", "file or object to write; empty = pages/titles/<title>.html of the dataset version")
+
+
+@dataclass(frozen=True)
+class ReportTitleConfig:
+    """Everything that ``jobs.report_title`` takes."""
+
+    title_id: str = resource("", "the title to show (required)")
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    report: TitlePageConfig = field(default_factory=TitlePageConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True)
+class CatalogPagesConfig:
+    """Where the pages of the catalog go, and which."""
+
+    folder: str = resource("", "folder or bucket prefix that receives index.html and titles/; empty = pages/ of the dataset version")
+    title_pages: bool = resource(False, "write the page of every committed title, too; without it the list links to those that are there")
+
+
+@dataclass(frozen=True)
+class ReportCatalogConfig:
+    """Everything that ``jobs.report_catalog`` takes."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    report: CatalogPagesConfig = field(default_factory=CatalogPagesConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
 def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str]) -> Job:
     """A job's configuration from YAML files and ``key=value`` overrides, later ones over earlier ones. Raises ConfigError."""
     merged = OmegaConf.structured(kind)
@@ -432,9 +468,12 @@ def describe(kind: type[Any]) -> str:
     lines = []
     for section in dataclasses.fields(kind):
         default = section.default_factory() if section.default_factory is not dataclasses.MISSING else section.default
-        title = (type(default).__doc__ or "").split("\n")[0]
-        lines += ["", f"{section.name}: {title}"]
-        for key, value, help_ in _leaves(section.name, default):
+        if dataclasses.is_dataclass(default):
+            lines += ["", f"{section.name}: {(type(default).__doc__ or '').splitlines()[0]}"]
+            leaves = list(_leaves(section.name, default))
+        else:  # a key of its own
+            leaves = [(section.name, _yaml(default), section.metadata.get("help", ""))]
+        for key, value, help_ in leaves:
             lines.append(f"  {key}={value}")
             lines += textwrap.wrap(help_, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""Write the page of a catalog: every title with its length, shots and warnings, failures with their reasons, the last run.
+
+    python -m jobs.report_catalog output.uri=embeddings/
+    python -m jobs.report_catalog output.uri=embeddings/ report.title_pages=true
+
+Self-contained HTML; no video is opened, no model is loaded. Title pages are linked where they are there.
+Exit code 0: the pages are there; 1: some titles' pages could not be made; 2: a bad configuration or dataset.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mediafm_ray.config import ReportCatalogConfig
+from mediafm_ray.downstream.pages import catalog_page
+from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, run_job
+from mediafm_ray.pipeline.pages import INDEX, catalog_content, committed_titles, pages_folder, write_title_page
+from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.storage.dataset import EmbeddingDataset
+from mediafm_ray.storage.store import StorageError, Store
+
+
+def main(config: ReportCatalogConfig) -> int:
+    """Write the titles' pages if asked to, then the list that links to them; say where."""
+    dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
+    pages = Store(config.report.folder or pages_folder(dataset), config.storage)
+    failed = write_title_pages(dataset, pages) if config.report.title_pages else 0
+    pages.write(INDEX, catalog_page(catalog_content(dataset, config.output.uri, pages)).encode())
+    print(f"{pages.uri}/{INDEX}")
+    return EXIT_FAILED_TITLES if failed else EXIT_OK
+
+
+def write_title_pages(dataset: EmbeddingDataset, pages: Store) -> int:
+    """Write the page of every committed title, say where each stands; how many could not be made."""
+    failed = 0
+    for title_id in committed_titles(dataset):
+        try:
+            print(write_title_page(dataset, title_id, pages, index=f"../{INDEX}"))
+        except StorageError:
+            raise
+        except Exception as error:  # any: one title without a page does not keep the others from theirs
+            failed += 1
+            print(f"FAILED {title_id}: {type(error).__name__}: {error}")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__ or "", ReportCatalogConfig, main))

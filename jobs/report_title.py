@@ -1,0 +1,34 @@
+"""Write the page of one title: its shots and scenes on a timeline, what each modality saw, how similar the shots are, nearest shots.
+
+    python -m jobs.report_title output.uri=embeddings/ title_id=NAME
+    python -m jobs.report_title output.uri=s3://bucket/embeddings title_id=NAME report.path=page.html
+
+One self-contained HTML file; opening it asks no server for anything. No video is opened, no model is loaded.
+Exit code 0: the page is there; 2: a bad configuration, or the title is not committed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from mediafm_ray.config import ConfigError, ReportTitleConfig
+from mediafm_ray.pipeline.command import EXIT_OK, run_job
+from mediafm_ray.pipeline.pages import pages_folder, write_title_page
+from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.storage.store import Store
+
+
+def main(config: ReportTitleConfig) -> int:
+    """Read the title, write its page, say where."""
+    if not config.title_id:
+        raise ConfigError("title_id is required: the title to show")
+    dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
+    folder, name = os.path.split(config.report.path)
+    pages = Store((folder or ".") if config.report.path else pages_folder(dataset), config.storage)
+    print(write_title_page(dataset, config.title_id, pages, name))
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__ or "", ReportTitleConfig, main))

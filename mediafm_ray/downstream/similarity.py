@@ -1,0 +1,86 @@
+"""Cosines between the shots of one title: the nearest of each shot, and a map of all pairs. numpy only.
+
+Shapes
+    S  shots of the title
+    D  dimension of a vector
+    K  neighbours of a shot
+    N  cells along a side of the map, at most S
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+ROWS_AT_ONCE = 1024  # shots whose cosines to all others are in memory together
+LEAST_NORM = 1e-12  # a shorter vector has no direction: the modality is absent
+UNDEFINED = 0  # the code of a cell without a pair of shots that have vectors
+LEVELS = 255  # codes of the others: 1 to 255
+CLIPPED_PERCENT = 1.0  # of the cells at either end of the scale: one black frame must not flatten all other differences
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """The nearest other shots of each shot, nearest first; among equals the earlier shot."""
+
+    index_SK: np.ndarray  # int32; -1 where there are fewer
+    cosine_SK: np.ndarray  # float32; NaN where there are fewer
+
+
+@dataclass(frozen=True, eq=False)
+class SimilarityMap:
+    """Mean cosines between runs of shots, as codes: 0 is undefined, 1 to 255 lie evenly from ``low`` to ``high``."""
+
+    code_NN: np.ndarray  # uint8
+    first_N: np.ndarray  # int32, the first shot of each cell's run; the last run ends with the title
+    low: float
+    high: float
+
+
+def unit_vectors(vectors_SD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(S, D) float32 vectors scaled to norm 1, and (S,) bool: which have a direction at all. The others are zero."""
+    norm_S = np.linalg.norm(vectors_SD, axis=1)
+    present_S = norm_S > LEAST_NORM
+    return np.divide(vectors_SD, norm_S[:, None], out=np.zeros_like(vectors_SD, np.float32), where=present_S[:, None]), present_S
+
+
+def nearest_shots(vectors_SD: np.ndarray, count: int) -> Neighbours:
+    """The ``count`` shots nearest to each by cosine, itself left out; shots without a vector have none and are nobody's."""
+    unit_SD, present_S = unit_vectors(vectors_SD)
+    shots = len(unit_SD)
+    kept = max(min(count, shots - 1), 0)
+    index_SK = np.full((shots, kept), -1, np.int32)
+    cosine_SK = np.full((shots, kept), np.nan, np.float32)
+    for begin in range(0, shots, ROWS_AT_ONCE) if kept else ():
+        rows = np.arange(begin, min(begin + ROWS_AT_ONCE, shots))
+        cosine_RS = unit_SD[rows] @ unit_SD.T
+        cosine_RS[:, ~present_S] = -np.inf
+        cosine_RS[~present_S[rows]] = -np.inf
+        cosine_RS[np.arange(len(rows)), rows] = -np.inf
+        order_RK = np.argsort(-cosine_RS, axis=1, kind="stable")[:, :kept]
+        found_RK = np.take_along_axis(cosine_RS, order_RK, axis=1)
+        index_SK[rows] = np.where(np.isfinite(found_RK), order_RK, -1)
+        cosine_SK[rows] = np.where(np.isfinite(found_RK), found_RK, np.nan)
+    return Neighbours(index_SK, cosine_SK)
+
+
+def similarity_map(vectors_SD: np.ndarray, most_cells: int) -> SimilarityMap:
+    """All pairs of shots. A title of more than ``most_cells`` shots is divided into runs of (nearly) equal numbers of shots.
+
+    The mean cosine of two runs is the product of their mean unit vectors; shots without a vector are left out of the means.
+    """
+    unit_SD, present_S = unit_vectors(vectors_SD)
+    cells = min(len(unit_SD), most_cells)
+    first_N = (np.arange(cells) * len(unit_SD) // max(cells, 1)).astype(np.int32)
+    if cells == 0:
+        return SimilarityMap(np.zeros((0, 0), np.uint8), first_N, 0.0, 1.0)
+    count_N = np.add.reduceat(present_S.astype(np.float32), first_N)
+    mean_ND = np.add.reduceat(unit_SD, first_N, axis=0) / np.maximum(count_N, 1)[:, None]
+    cosine_NN = mean_ND @ mean_ND.T
+    defined_NN = (count_N[:, None] > 0) & (count_N[None] > 0)
+    apart = cosine_NN[defined_NN & ~np.eye(cells, dtype=bool)]
+    low, high = (float(bound) for bound in np.percentile(apart, [CLIPPED_PERCENT, 100 - CLIPPED_PERCENT])) if len(apart) else (0.0, 1.0)
+    share_NN = np.clip((cosine_NN - low) / max(high - low, LEAST_NORM), 0, 1)
+    code_NN = np.where(defined_NN, 1 + np.rint(share_NN * (LEVELS - 1)), UNDEFINED).astype(np.uint8)
+    return SimilarityMap(code_NN, first_N, low, high)
