@@ -90,6 +90,7 @@ class RemoteStream:
     def __init__(self, name: str, open_there: Callable[[], Any], opened: Any):
         self.name, self._open, self._file = name, open_there, opened
         self._size, self._position = int(opened.size), 0
+        self._version = _version_of(opened)
 
     def read(self, size: int = -1) -> bytes:
         """Up to ``size`` bytes; fewer only at the end. Raises TitleError where the object changed meanwhile or cannot be read on."""
@@ -137,7 +138,7 @@ class RemoteStream:
     def _read(self, size: int) -> bytes:
         if self._file is None:
             self._file = self._open()
-            if self._file.size != self._size:
+            if self._file.size != self._size or _version_of(self._file) != self._version:
                 raise TitleError(f"{self.name} was replaced while it was read")
         self._file.seek(self._position)
         content = self._file.read(size)
@@ -146,6 +147,11 @@ class RemoteStream:
             raise EOFError(f"{len(content)} bytes came instead of {expected}")
         self._position += len(content)
         return content
+
+
+def _version_of(opened: Any) -> str:
+    """The ETag of an open file, where the file system tells it."""
+    return str(opened.details.get("ETag", ""))
 
 
 def read_whole(uri: str, media: MediaConfig, max_bytes: int) -> bytes:

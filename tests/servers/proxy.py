@@ -140,7 +140,7 @@ class FaultProxy:
                 fault = self._fault_for(request.line)
                 self.requests.append((request.line, fault.action if fault else ""))
                 await self._answer(request, fault, reader, writer)
-        except (_Broken, OSError, asyncio.IncompleteReadError):
+        except (_Broken, OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             writer.close()

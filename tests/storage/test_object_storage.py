@@ -7,13 +7,16 @@ import uuid
 import numpy as np
 import pytest
 
+from mediafm_ray.media import source
+from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.models import weights
+from mediafm_ray.spec import TitleError
 from mediafm_ray.storage import s3
 from mediafm_ray.storage.base import StorageConfig
 from mediafm_ray.storage.catalog import read_catalog
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.s3 import S3Objects
-from mediafm_ray.storage.store import Store
+from mediafm_ray.storage.store import Store, fsspec_options
 from tests.servers.proxy import Fault
 
 ODD_NAMES = ["a b/c", "50%/%41", "plus+plus", "été ☃ 影片", "x=1&y=2", "a#b?c", "q'\"<>", "~tilde", "two::colons", "semi;colon,comma"]
@@ -280,6 +283,30 @@ def test_what_killed_uploads_left_is_aborted_after_a_day(swift, monkeypatch):
     assert store.remove_partial() == 1
     monkeypatch.undo()
     assert swift.uploads(bucket) == ["elsewhere"]
+
+
+@pytest.mark.usefixtures("s3_keys")
+def test_a_video_is_read_on_where_the_network_broke(proxy, swift, monkeypatch):
+    monkeypatch.setattr(source, "READ_PAUSE_S", 0.02)
+    bucket = swift.bucket()
+    store = faulty(proxy, bucket, retries=2)
+    content = np.random.default_rng(4).bytes(7_000_000)  # more than the reader keeps
+    store.write("a film +%20::é.mp4", content)
+    options = MediaConfig(read_ahead_mb=1, storage_options=fsspec_options(store.uri, store.config))
+    proxy.faults = [Fault("truncate", match="^GET", share=0.4, size=300_000), Fault("reset_after", match="^GET", share=0.2)]
+    with source.open_bytes(f"{store.uri}/a film +%20::é.mp4", options) as stream:
+        pieces = []
+        while piece := stream.read(200_000):
+            pieces.append(piece)
+        assert b"".join(pieces) == content
+        assert stream.seek(-10, 2) == len(content) - 10
+        assert stream.read() == content[-10:]
+        assert sum(proxy.injected().values()) > 0
+        store.write("a film +%20::é.mp4", content[::-1])  # as large, but another
+        proxy.faults = []
+        stream.seek(0)
+        with pytest.raises(TitleError, match="was replaced while it was read"):
+            stream.read(100)
 
 
 @pytest.mark.usefixtures("s3_keys", "quick_pauses")
