@@ -1,6 +1,7 @@
 """How long the pages take to be written and opened, and how large they are.
 
     python -m benchmarks.pages [--shots 1000] [--titles 20000] [--screenshots FOLDER]
+    python -m benchmarks.pages --pictures demo/embeddings/VERSION/pages     the pictures of benchmarks/figures/, and nothing else
 
 A title of the MediaFM profile's dimensions with pictures, captions, levels of sound, scenes and contextual embeddings is committed to a
 temporary output; jobs.report_title is run as a command; the page is opened in Chromium, where it is ready once the timeline answers keys
@@ -38,6 +39,9 @@ SHOTS_PER_SCENE = 12
 WORDS = ("the", "river", "keeps", "its", "own", "time", "we", "have", "only", "one", "boat", "tonight", "hold", "rope", "look", "back")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 VIEWPORT = {"width": 1280, "height": 900}
+FIGURES = Path(__file__).parent / "figures"
+PICTURES_MS = 500  # in which the page's pictures are decoded
+MARGIN = 18  # pixels below the last part shown
 
 
 def commit_title(output_uri: str, title_id: str, count: int, seed: int = 0, text: str = "", warnings: tuple[str, ...] = ()) -> None:
@@ -155,7 +159,11 @@ def main() -> None:
     parser.add_argument("--titles", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--screenshots", type=Path)
+    parser.add_argument("--pictures", type=Path)
     options = parser.parse_args()
+    if options.pictures:
+        take_pictures(options.pictures)
+        return
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         output, title, catalog = Path(folder, "out"), Path(folder, "title.html"), Path(folder, "catalog.html")
         commit_title(str(output), "benchmark", options.shots)
@@ -178,6 +186,27 @@ def main() -> None:
         sorted_ = _timed(lambda: page.click("[data-sort=duration]"))
         print(f"catalog page: ready in {min(ready):.2f} s (worst {max(ready):.2f} s); a filter {found:.2f} s, a sort {sorted_:.2f} s")
         _screenshot(page, options.screenshots, "catalog")
+        browser.close()
+
+
+def take_pictures(pages: Path) -> None:
+    """Pictures of the demo's pages: a title down to its similarities, the catalog down to its last line."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path())
+        for name, path, last in (("title_page", "titles/bikes.html", ".two"), ("catalog_page", "index.html", "#titles")):
+            page = browser.new_page(viewport=VIEWPORT)  # type: ignore[arg-type]
+            open_page(page, pages / path)
+            if page.locator("#strip").count():
+                page.focus("#strip")
+                _press(page, "ArrowRight", 3)
+            page.wait_for_timeout(PICTURES_MS)
+            bottom = page.evaluate("(last) => document.querySelector(last).getBoundingClientRect().bottom + scrollY", last) + MARGIN
+            page.set_viewport_size({"width": VIEWPORT["width"], "height": round(bottom)})
+            page.evaluate("document.activeElement.blur()")
+            page.wait_for_timeout(PICTURES_MS)
+            picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+            FIGURES.mkdir(exist_ok=True)
+            picture.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(FIGURES / f"{name}.png", optimize=True)
         browser.close()
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import duckdb
 
-from jobs import embed_catalog
-from mediafm_ray.config import EmbedCatalogConfig, read_config
+from jobs import embed_catalog, report_catalog, segment_scenes
+from mediafm_ray.config import EmbedCatalogConfig, ReportCatalogConfig, SegmentScenesConfig, read_config
 from mediafm_ray.pipeline.command import run_job
 from mediafm_ray.storage.dataset import EmbeddingDataset
 
@@ -56,7 +56,17 @@ def main(folder: Path) -> int:
     dataset = EmbeddingDataset(str(output))
     print(f"\nwhat is in {output}, read by DuckDB without this package:\n")
     print(duckdb.sql(QUERY.format(files=f"{output}/{dataset.version}/shots/*/*.parquet")))
-    return failed
+    return failed or make_pages(output)
+
+
+def make_pages(output: Path) -> int:
+    """Group the shots into scenes, and write the pages of the catalog and of its titles; the exit code of the job that failed, or 0."""
+    overrides = [f"output.uri={output}", "vectors.kind=fused"]
+    print(f"$ python -m jobs.segment_scenes {' '.join(overrides)}\n")
+    failed = segment_scenes.main(read_config(SegmentScenesConfig, [], overrides))
+    overrides = [f"output.uri={output}", "report.title_pages=true"]
+    print(f"\npages to look at; they ask no server for anything:\n\n$ python -m jobs.report_catalog {' '.join(overrides)}\n")
+    return report_catalog.main(read_config(ReportCatalogConfig, [], overrides)) or failed
 
 
 def make_catalog(folder: Path) -> None:
