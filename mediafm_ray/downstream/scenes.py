@@ -67,14 +67,14 @@ def find_scenes(vectors_SD: np.ndarray, config: ScenesConfig | None = None) -> S
     besides the vectors. Raises ValueError for no shots or values that are not finite.
     """
     config = config or ScenesConfig()
-    centred_SD = _centred_directions(vectors_SD)
+    centred_SD = centred_directions(vectors_SD)
     price = max(config.penalty * boundary_price(centred_SD), ROUNDING)
     first_K, merged_K = optimal_segmentation(centred_SD, price)
     last_K = np.append(first_K[1:], len(centred_SD)) - 1
     return Scenes(first_K.astype(np.int32), last_K.astype(np.int32), (merged_K / price).astype(np.float32))
 
 
-def _centred_directions(vectors_SD: np.ndarray) -> np.ndarray:
+def centred_directions(vectors_SD: np.ndarray) -> np.ndarray:
     """Unit vectors about their common mean, float64: the mean changes no scatter, and without it sums keep their digits."""
     if vectors_SD.ndim != 2 or not len(vectors_SD):
         raise ValueError(f"scenes need the (S, D) vectors of at least one shot, not an array of shape {vectors_SD.shape}")
