@@ -39,10 +39,11 @@ def main(config: EvaluateProbesConfig) -> int:
     source = ClipSource(config.output.uri, dataset, config.vectors, config.contextualiser, config.storage, config.labels.threads)
     check_kinds(source, config.labels.inputs)
     clips = read_clips(config.labels.uri, config.storage)
-    groups_N = np.unique(np.array(clips["title_id"].to_pylist(), object), return_inverse=True)[1]
+    groups_N = group_clips(clips, config)
     labels = read_labels(clips, groups_N, config, console)
     kind = "score" if labels.is_ranking else f"{len(labels.names)} labels"
-    console.say(f"dataset version {dataset.version}: {len(clips)} clips of {groups_N.max() + 1} titles, {kind}")
+    groups = f"{groups_N.max() + 1} {'titles' if not config.labels.group else f'groups by {config.labels.group}'}"
+    console.say(f"dataset version {dataset.version}: {len(clips)} clips of {groups}, {kind}")
     features = clip_vectors(source, clips, config.labels.uri, config.labels.inputs)
     baseline = config.labels.baseline if config.labels.baseline in features else config.labels.inputs[0]
     results = evaluate(features, labels, groups_N, baseline, config.probes)
@@ -51,7 +52,7 @@ def main(config: EvaluateProbesConfig) -> int:
     if config.report.uri:
         content = {
             "dataset_version": dataset.version,
-            "labels": {"uri": config.labels.uri, "names": list(labels.names), "clips": len(clips), "titles": int(groups_N.max()) + 1},
+            "labels": {"uri": config.labels.uri, "names": list(labels.names), "clips": len(clips), "groups": int(groups_N.max()) + 1},
             "checkpoint": config.contextualiser.checkpoint or config.vectors.checkpoint,
             "probes": dataclasses.asdict(config.probes),
             "baseline": baseline,
@@ -64,9 +65,21 @@ def main(config: EvaluateProbesConfig) -> int:
     return EXIT_OK
 
 
+def group_clips(clips: pa.Table, config: EvaluateProbesConfig) -> np.ndarray:
+    """(N,) int64: which clips are held out together, those of a title or of a group of titles. Raises ConfigError."""
+    name = config.labels.group or "title_id"
+    if name not in clips.column_names:
+        raise ConfigError(f"labels.group: {config.labels.uri} has no {name}; there are: {', '.join(clips.column_names)}")
+    groups_N = np.unique([str(value) for value in clips[name].to_pylist()], return_inverse=True)[1]
+    titles_N = np.unique([str(value) for value in clips["title_id"].to_pylist()], return_inverse=True)[1]
+    if len(np.unique(np.stack([titles_N, groups_N]), axis=1).T) > len(np.unique(titles_N)):
+        raise ConfigError(f"labels.group={name}: clips of one title are in several groups; a title belongs to one")
+    return groups_N
+
+
 def read_labels(clips: pa.Table, groups_N: np.ndarray, config: EvaluateProbesConfig, console: Console) -> Labels:
     """The labels of the table that can be learned and tested; says which cannot. Raises ConfigError, TableError."""
-    columns = list(config.labels.columns) or [name for name in clips.column_names if name not in NO_LABELS]
+    columns = list(config.labels.columns) or [name for name in clips.column_names if name not in (*NO_LABELS, config.labels.group)]
     unknown = [name for name in columns if name not in clips.column_names]
     if unknown:
         raise ConfigError(f"labels.columns: {config.labels.uri} has no {', '.join(unknown)}; there are: {', '.join(clips.column_names)}")

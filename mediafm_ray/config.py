@@ -265,6 +265,10 @@ class LabelsConfig:
 
     uri: str = resource("", ".parquet, .csv or .jsonl table: title_id, start_s, end_s of a clip, and its labels (required)")
     columns: list[str] = resource([], "columns of labels; empty = all but title_id, start_s, end_s and clip_id")
+    group: str = resource(
+        "",
+        "column that says which titles belong together, such as a series or the cuts of one film: they are held out together; empty = none",
+    )
     inputs: list[str] = resource(
         ["video", "audio", "text", "fused", "contextual_alone", "contextual"], "kinds of clip vectors to probe, in this order"
     )

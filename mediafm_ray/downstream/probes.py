@@ -137,7 +137,7 @@ def chance(labels: Labels) -> dict[str, float]:
 
 
 def held_out_scores(vectors_ND: np.ndarray, labels: Labels, groups_N: np.ndarray, config: ProbesConfig) -> np.ndarray:
-    """(R, N, L) float64: of every clip, what probes that were trained on other titles say; a probability, or a score."""
+    """(R, N, L) float64: of every clip, what probes that were trained on other titles say; log-odds, or a score."""
     rotated_ND = _rotated(vectors_ND)
     scores_RNL = np.empty((config.repeats, *labels.values_NL.shape))
     fold_RN = [title_folds(groups_N, config.folds, config.seed + repeat) for repeat in range(config.repeats)]
@@ -193,12 +193,25 @@ def _choose_strength(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.nda
 
 
 def _predict(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.ndarray, test: np.ndarray, strength: float) -> np.ndarray:
+    """What a probe of some clips says of others, with its intercept corrected to the share of all clips that have the label.
+
+    Where few titles have a label, the more of it is held out, the less of it is in training, and intercepts that follow that rank the
+    parts against each other the wrong way round: the stratification bias of pooled cross-validation (Parker, Guenter and Bedo 2007, BMC
+    Bioinformatics 8:326). The correction is that of King and Zeng 2001, "Logistic regression in rare events data".
+    """
+    seen_N = values_N[train]
     if values_N.dtype != np.bool_:
-        return Ridge(alpha=1 / strength).fit(rotated_ND[train], values_N[train]).predict(rotated_ND[test])
-    if len(np.unique(values_N[train])) < 2:  # these titles do not say what tells the label apart
-        return np.full(len(test), float(values_N[train].mean()))
-    probe = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS).fit(rotated_ND[train], values_N[train])
-    return probe.predict_proba(rotated_ND[test])[:, 1]
+        offset = float(values_N.mean() - seen_N.mean())
+        return Ridge(alpha=1 / strength).fit(rotated_ND[train], seen_N).predict(rotated_ND[test]) + offset
+    if len(np.unique(seen_N)) < 2:  # these titles do not say what tells the label apart
+        return np.full(len(test), _log_odds(values_N))
+    probe = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS).fit(rotated_ND[train], seen_N)
+    return probe.decision_function(rotated_ND[test]) + _log_odds(values_N) - _log_odds(seen_N)
+
+
+def _log_odds(values_N: np.ndarray) -> float:
+    share = float(values_N.mean())
+    return float(np.log(share / (1 - share)))
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics

@@ -72,7 +72,7 @@ def vectors_dataset(dataset: EmbeddingDataset, config: VectorsConfig) -> str:
     if not found or wanted:
         missing = wanted or "no contextual embeddings"
         raise DatasetError(
-            f"{where} {'no ' * bool(wanted)}{missing}; there are: {', '.join(there) or 'none'}: run jobs.contextualise_catalog, "
+            f"{where} {'no ' * bool(wanted)}{missing}; there are: {', '.join(there) or 'none'}; run jobs.contextualise_catalog, "
             "or set vectors.kind=fused"
         )
     if len(found) > 1:

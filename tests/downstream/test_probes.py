@@ -76,6 +76,21 @@ def test_what_tells_titles_apart_is_not_taken_for_knowledge():
     assert average_precision_score(labels.values_NL[:, 0], scores[0, :, 0]) < 0.65
 
 
+@pytest.mark.parametrize("ranking", [False, True])
+def test_what_is_held_out_does_not_count_against_itself(ranking):
+    """Features that say nothing, labels that whole titles have: what is left for training is no hint at what is held out."""
+    groups = np.repeat(np.arange(6), 40)
+    values = np.isin(groups, (0, 1)) if not ranking else groups * 1.0
+    labels = Labels(("of titles",), values[:, None])
+    nothing = np.zeros((240, 4), np.float32)
+    nothing[:, 0] = np.random.default_rng(0).normal(size=240)
+    scores = held_out_scores(nothing, labels, groups, dataclasses.replace(QUICK, strengths=[0.01], folds=6))
+    if ranking:
+        assert abs(kendalltau(scores[0, :, 0], values).statistic) < 0.15
+    else:
+        assert abs(average_precision_score(values, scores[0, :, 0]) - 1 / 3) < 0.1
+
+
 def test_a_planted_ranking_is_found():
     random = np.random.default_rng(1)
     groups = np.arange(CLIPS) % TITLES

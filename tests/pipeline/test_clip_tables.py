@@ -170,6 +170,27 @@ def test_probes_of_every_kind_find_what_is_planted(folders, tmp_path, capsys):
     assert "(chance)" in printed
 
 
+def test_titles_that_belong_together_are_held_out_together(folders, tmp_path, capsys):
+    """A label that is known by the film, and every film is there twice: it is learned where the other cut of the film may be seen."""
+    output = tmp_path / "cuts"
+    rows = []
+    for title in range(TITLES):
+        film = title // 2
+        vectors = np.random.default_rng(film).normal(size=48) + 0.1 * np.random.default_rng(100 + title).normal(size=(SHOTS, 48))
+        commit_title(str(output), MODEL, f"film{film}-cut{title % 2}", vectors.astype(np.float32), np.full(SHOTS, SHOT_S))
+        rows += [(f"film{film}-cut{title % 2}", SHOT_S * shot, SHOT_S * (shot + 1), film % 2, f"film{film}") for shot in range(SHOTS)]
+    names = ("title_id", "start_s", "end_s", "label", "film")
+    labels = write_clips(tmp_path / "cuts.csv", **dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+    reached = []
+    for overrides in ([], ["labels.group=film"]):
+        report = tmp_path / "report.json"
+        arguments = [f"output.uri={output}", f"labels.uri={labels}", "labels.inputs=[fused]", f"report.uri={report}", *overrides]
+        assert probe(folders, *arguments) == 0
+        reached.append(json.loads(report.read_text(encoding="utf-8"))["inputs"]["fused"]["metrics"]["macro_average_precision"]["value"])
+    assert reached[0] > 0.9 > reached[1] + 0.2
+    assert "120 clips of 6 groups by film" in capsys.readouterr().out
+
+
 def test_probes_rank_clips_by_a_score(folders, capsys):
     assert probe(folders, "labels.columns=[score]", "labels.inputs=[fused,audio]") == 0
     assert "Kendall's tau" in capsys.readouterr().out
@@ -191,6 +212,8 @@ def test_what_probes_cannot_do_is_said_before_anything_starts(folders, tmp_path,
         (["labels.inputs=[fused]", f"labels.uri={one_class}"], "one class only, every clip has it"),
         (["labels.inputs=[fused]", f"labels.uri={one_title}"], "all 2 clips are of one title"),
         (["labels.inputs=[fused]", "probes.folds=1"], "probes.folds"),
+        (["labels.inputs=[fused]", "labels.group=series"], "has no series; there are: title_id"),
+        (["labels.inputs=[fused]", "labels.group=score"], "clips of one title are in several groups"),
     ):
         assert probe(folders, *overrides) == 2, reason
         assert reason in capsys.readouterr().err
