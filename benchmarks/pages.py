@@ -133,7 +133,7 @@ def make_catalog(count: int, seed: int = 0) -> CatalogContent:
             titles.append(CatalogTitle(title_id, failure=failure))
         else:
             warnings = ("audio ends 2.1 s before the picture",) if index % 17 == 0 else ()
-            titles.append(CatalogTitle(title_id, float(random.uniform(1200, 7000)), int(random.integers(200, 2500)), True, warnings))
+            titles.append(CatalogTitle(title_id, float(random.uniform(1200, 7000)), int(random.integers(200, 2500)), warnings))
     return CatalogContent("s3://bucket/embeddings", "0123456789ab", titles)
 
 

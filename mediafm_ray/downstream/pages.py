@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -259,7 +259,6 @@ class CatalogTitle:
     title_id: str
     duration_s: float = 0.0
     shots: int = 0
-    has_audio: bool = False
     warnings: Sequence[str] = ()
     failure: Mapping[str, Any] | None = None  # stage, type, message, attempts of a failure record
     page: str = ""  # relative address of the title's page; empty = there is none
@@ -291,7 +290,6 @@ def catalog_page(content: CatalogContent) -> str:
         "id": [visible(_cut(title.title_id, SHOWN_ID)) for title in titles],
         "duration": [round(title.duration_s, 2) for title in titles],
         "shots": [title.shots for title in titles],
-        "sound": [int(title.has_audio) for title in titles],
         "status": [title.status for title in titles],
         "page": [title.page for title in titles],
         "warnings": [[visible(_cut(warning, MESSAGE)) for warning in title.warnings] for title in titles],
@@ -411,11 +409,9 @@ def _render(name: str, data: Mapping[str, Any], **values: Any) -> str:
 
 @cache
 def _template(name: str) -> jinja2.Template:
-    filters: Mapping[str, Callable[..., Any]] = {"clock": clock}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(filters)
     return environment.get_template(name)
 
 

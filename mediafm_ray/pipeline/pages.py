@@ -32,13 +32,12 @@ from mediafm_ray.storage.dataset import (
     title_facts,
 )
 from mediafm_ray.storage.schemas import embedding_values, read_facts
-from mediafm_ray.storage.store import ObjectInfo, Store
+from mediafm_ray.storage.store import ObjectInfo, Store, public_uri
 
 PAGES = "pages"
 INDEX = "index.html"
 READING_THREADS = 16  # a GET from object storage waits most of its time
 MOST_PICTURES = 300  # titles with a picture in the list of a catalog: more would make the page large
-LIGHT_COLUMNS = ("has_audio",)  # of a title's shots, that the list needs beside the facts
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)  # what an object raises that is damaged or of something else
 OTHERS_NAMED = 5  # titles that are there, in the message about one that is not
 
@@ -115,7 +114,7 @@ def _others(dataset: EmbeddingDataset, title_id: str) -> str:
 def catalog_content(dataset: EmbeddingDataset, output_uri: str, pages: Store) -> CatalogContent:
     """What a catalog's page shows: of every title its length, shots, warnings and failure, and a link to its page where ``pages`` has it.
 
-    Only the facts and small columns of each object are read, in threads.
+    Of each object little more than the end is read, in threads.
     """
     there = {info.name for info in pages.list("titles")}
     committed = newest_objects(dataset.output.list(SHOTS))
@@ -129,7 +128,11 @@ def catalog_content(dataset: EmbeddingDataset, output_uri: str, pages: Store) ->
     done = {object_key(info.name)[0] for info in committed}
     titles += [CatalogTitle(record["title_id"], failure=record) for title, record in failed.items() if title not in done]
     return CatalogContent(
-        name=output_uri, dataset_version=dataset.version, titles=titles, run=_run_summary(output_uri, dataset), dims=dataset.model.dims
+        name=public_uri(output_uri),
+        dataset_version=dataset.version,
+        titles=titles,
+        run=_run_summary(output_uri, dataset),
+        dims=dataset.model.dims,
     )
 
 
@@ -138,7 +141,7 @@ def _committed_title(
 ) -> CatalogTitle:
     key, source = object_key(info.name)
     try:
-        facts, columns = _light(dataset, info, pictured)
+        facts, shots, picture = _light(dataset, info, pictured)
     except UNREADABLE as error:  # a damaged object is a line of the list, not the end of it
         reason = f"{info.name} cannot be read ({error}): delete it and run the job again that wrote it"
         return CatalogTitle(urllib.parse.unquote(key), failure={"stage": "reading back", "type": type(error).__name__, "message": reason})
@@ -148,21 +151,22 @@ def _committed_title(
     return CatalogTitle(
         title_id=facts["title_id"],
         duration_s=media.get("duration_s", 0.0),
-        shots=columns.num_rows,
-        has_audio=any(columns["has_audio"].to_pylist()),
+        shots=shots,
         warnings=media.get("warnings", ()),
         failure=failure if failure and failure.get("source") != source else None,  # of this source: a retry has succeeded since
         page=urllib.parse.quote(page) if page in there else "",
-        picture=columns["thumbnail"][columns.num_rows // 2].as_py() if pictured and columns.num_rows else b"",
+        picture=picture,
     )
 
 
-def _light(dataset: EmbeddingDataset, info: ObjectInfo, pictured: bool) -> tuple[Mapping[str, Any], pa.Table]:
-    """The facts of a title and its small columns."""
+def _light(dataset: EmbeddingDataset, info: ObjectInfo, pictured: bool) -> tuple[Mapping[str, Any], int, bytes]:
+    """The facts of a title, how many shots it has, and the picture of the one in the middle; little more than the object's end is read."""
     store = dataset.output.store
     with store.filesystem.open(store.path(info.name), "rb") as stream:
         file = pq.ParquetFile(stream)
-        return read_facts(file.schema_arrow), file.read([*LIGHT_COLUMNS, *(["thumbnail"] if pictured else [])])
+        shots = file.metadata.num_rows
+        pictures = file.read(["thumbnail"])["thumbnail"] if pictured and shots else None
+        return read_facts(file.schema_arrow), shots, b"" if pictures is None else pictures[shots // 2].as_py()
 
 
 def _run_summary(output_uri: str, dataset: EmbeddingDataset) -> Mapping[str, Any] | None:

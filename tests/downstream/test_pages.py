@@ -84,7 +84,7 @@ def with_text(content, text):
 def catalog_with(text):
     failure = {"stage": text, "type": text, "message": text, "attempts": 2}
     run = {"aborted": text, "versions": {text: text}, "seconds_by_stage": {text: 1.0}, "wall_s": 1.0, "dataset_version": "other"}
-    titles = [CatalogTitle(text, 60.0, 10, True, (text, text), page="titles/x.html"), CatalogTitle(text + "2", failure=failure)]
+    titles = [CatalogTitle(text, 60.0, 10, (text, text), page="titles/x.html"), CatalogTitle(text + "2", failure=failure)]
     return CatalogContent(text, "0123456789ab", titles, run)
 
 

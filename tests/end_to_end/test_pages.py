@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.pages import BROWSERS, browser_path, commit_title
+from benchmarks.pages import BROWSERS, browser_path, commit_title, make_catalog
 from jobs import report_title
 from mediafm_ray.config import ReportTitleConfig
+from mediafm_ray.downstream.pages import catalog_page
 from mediafm_ray.pipeline.command import EXIT_BAD_INPUT, run_job
 from mediafm_ray.storage.dataset import FAILURES, EmbeddingDataset, encode_title
 from tests.end_to_end.clips import ROOT
@@ -22,6 +23,7 @@ from tests.hostile_text import HOSTILE
 PLAIN = "series/a title"
 SHOTS = 40
 SINGLE = "one shot"
+NAMES = HOSTILE[:4]  # of titles; the others are reasons of failures
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +45,10 @@ def pages(tmp_path_factory):
     output = tmp_path_factory.mktemp("pages") / "out"
     commit_title(str(output), PLAIN, SHOTS, warnings=("the audio ends early",))
     commit_title(str(output), SINGLE, 1)
-    for seed, text in enumerate(HOSTILE[:6]):
+    for seed, text in enumerate(NAMES):
         commit_title(str(output), text, 3, seed, text, (text,))
     storage = EmbeddingDataset(str(output)).output
-    for text in [*HOSTILE[6:], "broken"]:
+    for text in [*HOSTILE[len(NAMES) :], "broken"]:
         record = {"title_id": text, "source": "00", "stage": "detect_shots", "type": "TitleError", "message": text, "attempts": 1}
         storage.write(FAILURES, text, "00", json.dumps(record).encode())
     done = subprocess.run(
@@ -235,7 +237,7 @@ def test_text_can_be_read_in_both_colour_schemes(pages, visit, scheme):
 
 
 def test_hostile_titles_are_shown_as_they_are_written(pages, visit):
-    for text in HOSTILE[:6]:
+    for text in NAMES:
         page = visit(title_path(pages, text))
         assert page.text_content("h1") == text
         assert page.locator("#sheet .words").first.text_content() == text[:300]
@@ -247,11 +249,11 @@ def test_hostile_titles_are_shown_as_they_are_written(pages, visit):
 
 def test_the_catalog_is_sorted_filtered_and_leads_to_the_titles(pages, visit):
     page = visit(pages / "index.html")
-    count = len(HOSTILE) + 3
+    count, failed = len(HOSTILE) + 3, len(HOSTILE) - len(NAMES) + 1
     assert page.locator("#rows tr").count() == count
-    assert page.locator(".badge.failed").count() == len(HOSTILE) - 5
+    assert page.locator(".badge.failed").count() == failed
     page.select_option("#status", "failed")
-    assert page.locator("#rows tr").count() == len(HOSTILE) - 5
+    assert page.locator("#rows tr").count() == failed
     page.select_option("#status", "")
     page.fill("#find", PLAIN)
     assert page.locator("#rows tr").count() == 1
@@ -266,6 +268,25 @@ def test_the_catalog_is_sorted_filtered_and_leads_to_the_titles(pages, visit):
     assert page.text_content("h1") == PLAIN
     page.click("text=All titles")
     assert page.locator("#titles").count() == 1
+
+
+def test_a_catalog_of_20_000_titles_stays_usable(tmp_path, visit):
+    path = tmp_path / "index.html"
+    path.write_text(catalog_page(make_catalog(20_000)), encoding="utf-8")
+    page = visit(path)
+    assert page.locator("#rows tr").count() == 50
+    assert page.is_disabled("#previous")
+    page.click("#next")
+    assert page.text_content("#found") == "51 to 100 of 20,000"
+    page.click("#last")
+    assert page.text_content("#found") == "19,951 to 20,000 of 20,000"
+    assert page.is_disabled("#next")
+    page.select_option("#status", "failed")
+    assert page.text_content("#found") == "1 to 50 of 2,000 (20,000 in all)"
+    page.fill("#find", "episode 13.mp4")  # in the reason of one
+    assert page.text_content("#found") == "1 to 1 of 1 (20,000 in all)"
+    page.fill("#find", "nowhere")
+    assert page.text_content("#found") == "no title fits"
 
 
 def test_one_title_can_be_written_where_the_user_says(pages, tmp_path, visit):
