@@ -1,0 +1,339 @@
+"""What a title costs the driver, whatever its stages do: the real graph over 20,000 titles with stand-ins for the stages that compute.
+
+    python -m benchmarks.scale [--titles 20000] [--kill]     a catalog through the job: driver seconds a title, memory over time
+    python -m benchmarks.scale --nodes [--titles 60]         one simulated node against two, stage times simulated by sleeping
+
+The plan, the graph, the commits and the report are the job's own; only shot detection and the three encoders are replaced, by stages that
+give every title one shot with fixed vectors at once (or, with --nodes, after a nap). With --kill the driver is killed by SIGKILL when
+half of the titles are committed, and run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mediafm_ray.config import EmbedCatalogConfig, read_config
+from mediafm_ray.pipeline.rows import AUDIO, FLAGS, FRAMES, SHOTS, Stage, TitleRow, to_json, vectors_cell, vectors_type
+
+ROOT = Path(__file__).parents[1]
+NAPS = {"detect_shots": 0.4, "encode_video": 0.2, "encode_audio": 0.1, "encode_text": 0.1}  # seconds a title, with --nodes
+NODE_CPUS = 4  # logical, of a simulated node
+SAMPLE_EVERY_S = 2.0
+DIMS = {"video": 1280, "audio": 192, "text": 384}  # of the offline profile, whose plan is used
+SHOT = {
+    "start_s": 0.0,
+    "end_s": 1.0,
+    "start_frame": 0,
+    "end_frame": 25,
+    "boundary_kind": "start",
+    "boundary_probability": 1.0,
+    "transition_start_frame": 0,
+    "transition_end_frame": 0,
+    "dropped_boundaries": 0,
+    "text": "",
+    "language": "",
+    "thumbnail": b"",
+}
+
+
+class _StandIn(Stage):
+    """A stage that does nothing, at once or after a nap."""
+
+    def __init__(self, *arguments: Any):
+        self.nap_s = NAPS[self.name] if os.environ.get("BENCHMARK_NAPS") else 0.0
+
+    def process(self, row: TitleRow) -> Mapping[str, Any]:
+        time.sleep(self.nap_s)
+        return self.result()
+
+    def result(self) -> Mapping[str, Any]:
+        """What every title gets."""
+        raise NotImplementedError
+
+
+class NoDetection(_StandIn):
+    """One shot, no frame, no audio."""
+
+    name = "detect_shots"
+    takes = ("title_id", "video", "timed_text")
+
+    @property
+    def adds(self) -> Mapping[str, pa.DataType]:
+        return {"shots": SHOTS, "frames": FRAMES, "audio": AUDIO, "media": pa.string()}
+
+    def result(self) -> Mapping[str, Any]:
+        """See _StandIn."""
+        facts = {"duration_s": 1.0, "frame_count": 25, "warnings": [], "facts": {}}
+        return {"shots": [SHOT], "frames": [[b""]], "audio": [b""], "media": to_json(facts)}
+
+
+class _NoEncoder(_StandIn):
+    """One vector."""
+
+    modality: str
+
+    @property
+    def adds(self) -> Mapping[str, pa.DataType]:
+        return {f"{self.modality}_embeddings": vectors_type(DIMS[self.modality]), f"has_{self.modality}": FLAGS}
+
+    def result(self) -> Mapping[str, Any]:
+        """See _StandIn."""
+        return {f"{self.modality}_embeddings": vectors_cell(np.ones((1, DIMS[self.modality]), np.float32)), f"has_{self.modality}": [True]}
+
+
+class NoVideo(_NoEncoder):
+    """In the place of EncodeVideo."""
+
+    name, modality = "encode_video", "video"
+    takes = drops = ("frames",)
+
+
+class NoAudio(_NoEncoder):
+    """In the place of EncodeAudio."""
+
+    name, modality = "encode_audio", "audio"
+    takes = drops = ("audio",)
+
+
+class NoText(_NoEncoder):
+    """In the place of EncodeText."""
+
+    name, modality = "encode_text", "text"
+    takes = ("shots", "synopsis", "tags")
+
+    @property
+    def adds(self) -> Mapping[str, pa.DataType]:
+        return {**super().adds, "metadata_embedding": pa.list_(pa.float32())}
+
+    def result(self) -> Mapping[str, Any]:
+        """See _StandIn."""
+        return {**super().result(), "metadata_embedding": None}
+
+
+def main() -> None:
+    """Run what the command line asks for, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--titles", type=int, default=0, help="20,000, or 60 with --nodes")
+    parser.add_argument("--kill", action="store_true", help="kill the driver in the middle, and run again")
+    parser.add_argument("--nodes", action="store_true", help="compare one simulated node with two")
+    parser.add_argument("--job", nargs=2, metavar=("CATALOG", "OUTPUT"), help=argparse.SUPPRESS)
+    arguments, overrides = parser.parse_known_args()
+    if arguments.job:
+        run_job(arguments.job[0], arguments.job[1], overrides)
+        return
+    print(f"{platform.machine()}, {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.nodes:
+            compare_nodes(Path(folder), arguments.titles or 60)
+        else:
+            run_catalog(Path(folder), arguments.titles or 20_000, arguments.kill, overrides)
+
+
+# ---------------------------------------------------------------------------------------------------------- the job
+
+
+def run_job(catalog: str, output: str, overrides: list[str]) -> None:
+    """The job of jobs.embed_catalog with stand-ins; memory and driver time as JSON lines on standard error."""
+    from jobs.embed_catalog import report, say_plan
+    from mediafm_ray.pipeline import graph
+    from mediafm_ray.pipeline.cluster import connected
+    from mediafm_ray.pipeline.plan import make_plan, prepare_output
+    from mediafm_ray.pipeline.report import Console, Tally, follow
+
+    start, console = time.monotonic(), Console()
+    config = read_config(EmbedCatalogConfig, [], [f"catalog.uri={catalog}", f"output.uri={output}", *overrides])
+    plan = make_plan(config)
+    say_plan(plan, console)
+    prepare_output(plan, config)
+    tally = Tally(plan.pending.num_rows)
+    planned_s, begun = time.process_time(), time.monotonic()
+    with connected(config.resources), sampled(tally, begun):
+        titles = graph.read_plan(plan)
+        titles = graph.detect_shots(titles, config, NoDetection)
+        titles = graph.encode_video(titles, config, NoVideo)
+        titles = graph.encode_audio(titles, config, NoAudio)
+        titles = graph.encode_text(titles, config, NoText)
+        titles = graph.fuse(titles, plan, config)
+        results = graph.write(titles, plan, config)
+        connected_s = time.process_time()
+        follow(timed(graph.blocks(results), begun), tally, begun, console)
+        say({"driver_s": time.process_time() - connected_s, "wall_s": time.monotonic() - begun, "plan_s": planned_s})
+    report(plan, tally, time.monotonic() - start, config, console)
+
+
+def timed(blocks: Iterator[pa.Table], begun: float) -> Iterator[pa.Table]:
+    """The blocks; the moment of the first is said."""
+    for number, block in enumerate(blocks):
+        if number == 0:
+            say({"first_s": time.monotonic() - begun})
+        yield block
+
+
+@contextmanager
+def sampled(tally: Any, begun: float) -> Iterator[None]:
+    """Memory of the driver and of the object store, said every two seconds."""
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    ended = threading.Event()
+
+    def sample() -> None:
+        state = get_state_from_address(ray.get_runtime_context().gcs_address)
+        while not ended.wait(SAMPLE_EVERY_S):
+            store = get_memory_info_reply(state).store_stats
+            say(
+                {
+                    "elapsed_s": round(time.monotonic() - begun, 1),
+                    "titles": tally.finished,
+                    "driver_mb": resident_mb(),
+                    "store_mb": store.object_store_bytes_used / 1e6,
+                    "spilled_mb": store.spilled_bytes_total / 1e6,
+                }
+            )
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def resident_mb() -> float:
+    """Resident memory of this process that is its own."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return (int(fields["RssAnon"].split()[0])) / 1e3
+
+
+def say(sample: Mapping[str, Any]) -> None:
+    """One JSON line for the benchmark's own eyes."""
+    print(json.dumps(sample), file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------- a catalog
+
+
+def make_catalog(folder: Path, titles: int) -> Path:
+    """Tiny files: nobody opens them."""
+    videos = folder / "videos"
+    for number in range(titles):
+        path = videos / f"{number % 100:02d}" / f"title{number:06d}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(str(number).encode())
+    return videos
+
+
+def job_command(catalog: Path, output: Path, overrides: list[str]) -> list[str]:
+    """The job in a process of its own."""
+    return [sys.executable, "-m", "benchmarks.scale", "--job", str(catalog), str(output), *overrides]
+
+
+def committed(output: Path) -> int:
+    """Titles that are there."""
+    return sum(len(list(os.scandir(shard))) for shard in output.glob("*/shots/*"))
+
+
+def run_catalog(folder: Path, titles: int, kill: bool, overrides: list[str]) -> None:
+    """A catalog through the job, killed in the middle or not."""
+    catalog, output = make_catalog(folder, titles), folder / "out"
+    kept = folder / "samples.jsonl"
+    done_before = 0
+    if kill:
+        with (
+            kept.open("w") as stream,
+            subprocess.Popen(job_command(catalog, output, overrides), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stream) as process,
+        ):
+            while committed(output) < titles // 2 and process.poll() is None:
+                time.sleep(1)
+            process.send_signal(signal.SIGKILL)
+        time.sleep(5)  # tasks that were writing end with their Ray
+        done_before = committed(output)
+        print(f"killed when {done_before} of {titles} titles were committed (exit code {process.returncode})")
+        table(kept)
+    with kept.open("w") as stream:
+        done = subprocess.run(job_command(catalog, output, overrides), cwd=ROOT, stdout=subprocess.PIPE, stderr=stream, text=True)
+    lines = done.stdout.splitlines()
+    print(*lines[:1], *lines[-14:], sep="\n")
+    if done.returncode:
+        raise SystemExit(f"the job ended with {done.returncode}:\n{kept.read_text()[-2000:]}")
+    summary = json.loads((output / "run-summary.json").read_text())
+    facts = table(kept)
+    computed = summary["titles"]["ok"]
+    print(f"driver time a title      {facts['driver_s'] / computed * 1e3:8.1f} ms   (processor time, after start-up)")
+    print(f"wall time a title        {facts['wall_s'] / computed * 1e3:8.1f} ms   (with start-up)")
+    print(f"first title committed    {facts['first_s']:8.1f} s    after Ray began to start")
+    print(f"computed in this run     {computed:8d}      of {titles}; {done_before} were there before it")
+    print(f"there afterwards         {committed(output):8d}")
+
+
+def table(kept: Path) -> dict[str, float]:
+    """Print the samples of a run, ten of them; what it said once."""
+    samples, facts = [], {}
+    for line in kept.read_text().splitlines():
+        if line.startswith("{"):
+            said = json.loads(line)
+            if "elapsed_s" in said:
+                samples.append(said)
+            else:
+                facts.update(said)
+    print(f"{'seconds':>10}{'titles':>10}{'driver MB':>12}{'store MB':>12}{'spilled MB':>12}")
+    for one in samples[:: max(1, len(samples) // 10)]:
+        print(f"{one['elapsed_s']:>10.0f}{one['titles']:>10}{one['driver_mb']:>12.0f}{one['store_mb']:>12.1f}{one['spilled_mb']:>12.1f}")
+    return facts
+
+
+# ------------------------------------------------------------------------------------------------------ two nodes
+
+
+def compare_nodes(folder: Path, titles: int) -> None:
+    """The same catalog on a cluster of one simulated node and of two, in turn; one warm-up each is not counted."""
+    catalog = make_catalog(folder, titles)
+    seconds = {nodes: run_on_nodes(catalog, folder / f"out{nodes}", nodes) for nodes in (1, 2)}
+    for nodes, took_s in seconds.items():
+        print(f"{nodes} node(s) of {NODE_CPUS} logical CPUs: {took_s:6.1f} s from the first title's end to the last's, {titles} titles")
+    print(f"two nodes / one node     {seconds[2] / seconds[1]:8.2f}")
+
+
+def run_on_nodes(catalog: Path, output: Path, nodes: int) -> float:
+    """Seconds between the ends of the first and the last title on a cluster of so many nodes beside a head without work."""
+    from ray.cluster_utils import Cluster
+
+    # a node takes two detectors and one of each encoder
+    pool = {"detect_shots": 2, "encode_video": 1, "encode_audio": 1, "encode_text": 1}
+    overrides = [f"resources.{stage}.{bound}_actors={count * nodes}" for stage, count in pool.items() for bound in ("max", "min")]
+    overrides += [f"resources.{stage}.num_cpus=0.7" for stage in pool]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 200 << 20})
+    try:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=200 << 20)
+        environment = {**os.environ, "RAY_ADDRESS": cluster.address, "BENCHMARK_NAPS": "1"}
+        command = job_command(catalog, output, overrides)
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    finally:
+        cluster.shutdown()
+    facts = {}
+    for line in done.stderr.splitlines():
+        if line.startswith("{"):
+            facts.update(json.loads(line))
+    return facts["wall_s"] - facts["first_s"]
+
+
+if __name__ == "__main__":
+    main()
