@@ -14,7 +14,7 @@ FORBIDDEN = {  # layer -> libraries that it must run without
     "spec": ("ray", "torch", "transformers", "av", "pyarrow", "omegaconf", "fsspec"),
     "media": ("ray", "torch", "transformers", "omegaconf", "pyarrow"),
     "models": ("ray", "av", "omegaconf", "pyarrow", "fsspec"),
-    "training": ("ray", "av", "omegaconf"),
+    "training": ("ray", "av", "omegaconf", "pyarrow", "fsspec", "matplotlib", "tensorboardX"),
     "storage": ("ray", "torch", "transformers", "av", "omegaconf"),
     "downstream": ("ray", "torch", "av", "omegaconf"),
 }

@@ -1,0 +1,108 @@
+"""Muon for the hidden matrices, AdamW for the rest, and the learning rate over the steps.
+
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes every update of a matrix orthogonal. It is meant for the matrices
+inside the network; embeddings, input and output projections, norms and biases are AdamW's. An update has the singular values
+learning rate x sqrt(max(1, rows / columns)), whatever the width of the network: one learning rate serves small and large ones. Query, key
+and value are three maps that share one tensor: each is a matrix of its own to Muon, as its author advises.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mediafm_ray.models.contextualiser import Contextualiser
+from mediafm_ray.training.options import TrainingConfig
+
+ADAMW_BETAS = (0.9, 0.98)  # a second moment that forgets in 50 steps, as BERT-like models of few steps want it
+MUON_MOMENTUM = 0.95
+STACKED = {"query_key_value": 3}  # matrices that share one tensor, row blocks one above the other
+
+
+class Optimisers:
+    """The optimisers of a contextualiser as one: ``step`` and a state that can be kept."""
+
+    def __init__(self, model: Contextualiser, config: TrainingConfig):
+        """Make it after the model is on its device: the optimisers hold on to its tensors."""
+        hidden = {f"layers.{name}": tensor for name, tensor in model.layers.named_parameters() if tensor.ndim == 2}
+        if config.optimiser == "adamw":
+            hidden = {}
+        self.blocks = [block for name, tensor in hidden.items() for block in _blocks(name, tensor)]
+        rest = {name: tensor for name, tensor in model.named_parameters() if name not in hidden}
+        groups = [
+            {
+                "params": [tensor for name, tensor in rest.items() if _decays(name, tensor) == decays],
+                "weight_decay": decays * config.weight_decay,
+            }
+            for decays in (True, False)
+        ]
+        self.all: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW(groups, lr=config.learning_rate, betas=ADAMW_BETAS)}
+        if self.blocks:
+            self.all["muon"] = torch.optim.Muon(
+                [block for block, _, _ in self.blocks],
+                lr=config.muon_learning_rate,
+                momentum=MUON_MOMENTUM,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="original",
+            )
+        self.parameters = list(model.parameters())
+        self.config = config
+
+    def step(self, step: int) -> Tensor:
+        """Clip the gradients, take a step at the learning rate of ``step``, and drop the gradients. Returns their norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_norm or math.inf)
+        for block, tensor, rows in self.blocks:
+            assert tensor.grad is not None
+            block.grad = tensor.grad[rows]
+        for name, optimiser in self.all.items():
+            highest = self.config.muon_learning_rate if name == "muon" else self.config.learning_rate
+            for group in optimiser.param_groups:
+                group["lr"] = highest * schedule(step, self.config)
+            optimiser.step()
+        for tensor in self.parameters:
+            tensor.grad = None
+        return norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors that a later ``load_state_dict`` goes on from, by optimiser, number of the parameter and name."""
+        return {
+            f"{name}.{index}.{key}": tensor
+            for name, optimiser in self.all.items()
+            for index, entry in optimiser.state_dict()["state"].items()
+            for key, tensor in entry.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of ``state_dict``."""
+        for name, optimiser in self.all.items():
+            entries: dict[int, dict[str, Any]] = {}
+            for place, tensor in state.items():
+                owner, _, rest = place.partition(".")
+                index, _, key = rest.partition(".")
+                if owner == name:
+                    entries.setdefault(int(index), {})[key] = tensor
+            optimiser.load_state_dict({"state": entries, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def schedule(step: int, config: TrainingConfig) -> float:
+    """The share of the highest learning rate: rises linearly over the first ``warmup_steps``, then falls to 0 along half a cosine."""
+    warmup = min(config.warmup_steps, config.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+def _blocks(name: str, tensor: nn.Parameter) -> list[tuple[nn.Parameter, nn.Parameter, slice]]:
+    """The matrices in a tensor: each as a parameter in the same memory, with the tensor and its rows in it."""
+    count = next((count for part, count in STACKED.items() if part in name.split(".")), 1)
+    rows = len(tensor) // count
+    places = [slice(index * rows, (index + 1) * rows) for index in range(count)]
+    return [(nn.Parameter(tensor.detach()[place]), tensor, place) for place in places]
+
+
+def _decays(name: str, tensor: Tensor) -> bool:
+    """Matrices decay; norms, biases, tokens and position embeddings do not."""
+    return tensor.ndim == 2 and not name.startswith("positions.")
