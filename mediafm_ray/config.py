@@ -30,6 +30,7 @@ from mediafm_ray.models.options import (
 from mediafm_ray.models.weights import with_endpoint
 from mediafm_ray.spec import resource
 from mediafm_ray.storage.store import StorageConfig
+from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 
 HELP_WIDTH = 118  # columns
 ADDRESSES = ("weights", "temporal_weights", "checkpoint")  # keys of any section whose values are addresses of weights
@@ -396,6 +397,46 @@ class ReportCatalogConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
     report: CatalogPagesConfig = field(default_factory=CatalogPagesConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True)
+class DatasetConfig(StoredDatasetConfig):
+    """What to train on: what ``jobs.embed_catalog`` wrote."""
+
+    uri: str = resource("", "folder or bucket prefix that embed_catalog wrote to, its output.uri (required)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where the trained model goes."""
+
+    uri: str = resource("", "folder or bucket prefix of one training; receives config.json, model.safetensors and the state (required)")
+
+
+@dataclass(frozen=True)
+class TrainingResourcesConfig:
+    """What training runs on. It changes no number but those of dropout, and the last digits."""
+
+    workers: int = resource(1, "processes that share every step; with training.device=cuda each has a GPU of its own")
+    num_cpus: float = resource(1.0, "logical CPUs that Ray reserves for a worker")
+    max_restarts: int = resource(3, "times that workers which died are replaced; training then goes on from the last saved state")
+    ray_address: str = resource("", "Ray cluster to join; empty = RAY_ADDRESS if it is set, else a Ray of its own on this machine")
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.max_restarts < 0 or self.num_cpus < 0:
+            raise ValueError("resources.workers must be at least 1, and max_restarts and num_cpus of resources not negative")
+
+
+@dataclass(frozen=True)
+class TrainContextualiserConfig:
+    """Everything that ``jobs.train_contextualiser`` takes."""
+
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    model: ShapeConfig = field(default_factory=ShapeConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    resources: TrainingResourcesConfig = field(default_factory=TrainingResourcesConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 

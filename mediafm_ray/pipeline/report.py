@@ -142,7 +142,7 @@ def progress_line(result: Mapping[str, Any], tally: Tally, elapsed_s: float) -> 
     width = len(str(expected))
     count = f"[{tally.finished:>{width}}/{expected}]"
     left_s = elapsed_s / tally.finished * (expected - tally.finished)
-    pace = f"{tally.video_s / max(elapsed_s, 1e-9):.2f} video-h/h, {_clock(left_s)} left, {tally.failed} failed"
+    pace = f"{tally.video_s / max(elapsed_s, 1e-9):.2f} video-h/h, {clock(left_s)} left, {tally.failed} failed"
     if result["error"] is not None:
         return f"{count} FAILED {result['title_id']}: {result['error']['stage']}: {result['error']['message']} | {pace}"
     return f"{count} ok     {result['title_id']}: {result['shot_count']} shots, {result['duration_s']:.1f} s of video | {pace}"
@@ -266,7 +266,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,63 @@
+"""Train a contextualiser on the shots of an embedded catalog, by masked shot modelling.
+
+    python -m jobs.train_contextualiser --config conf/training/small.yaml dataset.uri=embeddings/ checkpoint.uri=contextualiser/
+
+checkpoint.uri is then what contextualiser.checkpoint= of the other jobs takes: the model that did best on held-out titles.
+A killed training goes on when the same command is run again, with the same numbers as if nothing had been; a finished one says so.
+Exit code 0: training is finished; 2: a bad configuration, dataset or state, nothing was started; 3: it ended early.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mediafm_ray.config import TrainContextualiserConfig
+from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, run_job
+from mediafm_ray.pipeline.report import Console
+from mediafm_ray.pipeline.train import TrainingPlan, Watch, describe_cosines, plan_training, run_workers
+from mediafm_ray.pipeline.training_folder import FINISHED, TrainingFolder
+
+
+def main(config: TrainContextualiserConfig) -> int:
+    """Plan, train, report."""
+    console = Console()
+    plan = plan_training(config)
+    say_plan(plan, config, console)
+    if plan.finished is None:
+        aborted = run_workers(plan, config, Watch(config.training, console))
+        if aborted:
+            console.say(f"error: training ended early: {aborted}; run the same command again to go on from the last saved state")
+            return EXIT_ABORTED
+    return report(config, console)
+
+
+def say_plan(plan: TrainingPlan, config: TrainContextualiserConfig, console: Console) -> None:
+    """What the run is about to do."""
+    titles = plan.titles
+    console.say(
+        f"dataset version {titles.dataset_version}: {len(titles.objects)} titles, {plan.train} to train on, {plan.held_out} held out"
+    )
+    for note in plan.notes:
+        console.say(note)
+    if not plan.held_out:
+        console.say("no title is held out: the last model is kept, and training does not stop early")
+    if plan.finished is not None:
+        console.say("training is finished: there is nothing to do")
+    elif plan.resume_step:
+        console.say(f"going on from step {plan.resume_step} of {config.training.steps}")
+    else:
+        console.say(f"training {config.training.steps} steps of {config.training.windows_per_step} windows")
+
+
+def report(config: TrainContextualiserConfig, console: Console) -> int:
+    """How training ended, and how to use what it gave."""
+    ending = TrainingFolder(config.checkpoint.uri, config.storage).read_json(FINISHED)
+    assert ending is not None, "training ends with it"
+    console.say(f"ended at step {ending['step']}: {ending['reason']}")
+    console.say(f"the model of step {ending['best_step']} is kept: {describe_cosines(ending)}")
+    console.say(f"use it with contextualiser.checkpoint={config.checkpoint.uri}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__ or "", TrainContextualiserConfig, main))
