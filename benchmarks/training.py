@@ -1,0 +1,254 @@
+"""How fast training is: through Ray Train beside a bare PyTorch loop (CPU), and beside the chip's matmul rate (GPU).
+
+    python -m benchmarks.training                      # Ray Train / bare loop, interleaved
+    python -m benchmarks.training --device cuda        # 12 layers x 768 at 512 shots; imports no ray
+
+The bare loop has the same model, optimisers and batch shapes, in tensors that were made beforehand: forward, loss, backward, update,
+nothing else. The job reads titles from storage, samples windows and masks, clips, reports and logs. Speeds are of steps, after
+warm-up; starting Ray does not count. Share of matmul: floating-point operations of a step (three forward passes' worth) or of inference
+a second, against a large square bfloat16 product; Muon's own products are not counted as work done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.encoders import count_flops, matmul_rate, synchronize
+from mediafm_ray.models.contextualiser import Contextualiser, shot_times
+from mediafm_ray.training.batches import Batch, TitleVectors, Window, collate
+from mediafm_ray.training.optimisers import Optimisers
+from mediafm_ray.training.options import ShapeConfig, TrainingConfig
+from mediafm_ray.training.sampling import masked_shots
+from mediafm_ray.training.trainer import Trainer, new_model
+
+FUSED_DIM, METADATA_DIM = 2304, 768
+CPU_SHAPE = ShapeConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024)
+CPU_SHOTS, CPU_TITLES, CPU_WINDOWS = 128, 48, 8
+WARM_STEPS = 10
+GPU_WINDOWS = (16, 32, 64, 128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=40, help="measured steps of a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        beside_bare_loop(arguments.steps, arguments.rounds, arguments.threads)
+    else:
+        beside_matmul(arguments.device, arguments.steps)
+
+
+# -------------------------------------------------------------------------------------------------------------- CPU
+
+
+def beside_bare_loop(steps: int, rounds: int, threads: int) -> None:
+    """Interleaved rounds of both; the ratio of the medians."""
+    torch.set_num_threads(threads)
+    config = TrainingConfig(
+        steps=WARM_STEPS + steps + 1,  # of the last the state is written, too
+        windows_per_step=CPU_WINDOWS,
+        held_out_fraction=0.0,
+        evaluate_every=10**6,
+        save_every=10**6,
+        log_every=WARM_STEPS,
+        threads=threads,
+    )
+    print(
+        f"{time.strftime('%Y-%m-%d')}  CPU, {threads} threads, torch {torch.__version__}; {CPU_SHAPE.num_hidden_layers} layers x ", end=""
+    )
+    print(f"{CPU_SHAPE.hidden_size}, {CPU_WINDOWS} windows of {CPU_SHOTS} shots x {FUSED_DIM}")
+    job_s: list[float] = []
+    bare_s: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_titles(Path(folder) / "embeddings")
+        for number in range(rounds):
+            bare_s.append(bare_loop(config, steps))
+            job_s.append(job(Path(folder), number, config))
+            print(f"round {number + 1}: bare loop {1 / bare_s[-1]:.2f} steps/s, job {1 / job_s[-1]:.2f} steps/s", flush=True)
+    ratio = statistics.median(bare_s) / statistics.median(job_s)
+    print(f"training through Ray Train has {ratio:.2f} times the speed of the bare loop")
+
+
+def bare_loop(config: TrainingConfig, steps: int) -> float:
+    """Seconds a step."""
+    model = new_model(CPU_SHAPE, FUSED_DIM, METADATA_DIM, "", 0).train()
+    optimisers = Optimisers(model, config)
+    batches = [random_batch(CPU_WINDOWS, CPU_SHOTS, seed) for seed in range(4)]
+    for step in range(WARM_STEPS + steps):
+        if step == WARM_STEPS:
+            start = time.perf_counter()
+        plain_step(model, optimisers, batches[step % 4], step)
+    return (time.perf_counter() - start) / steps
+
+
+def plain_step(model: Any, optimisers: Optimisers, batch: Batch, step: int) -> None:
+    output = model(batch.fused_BSD, batch.metadata_BM, batch.has_metadata_B, None, batch.masked_BS)
+    truth_KD = batch.fused_BSD.flatten(0, 1)[batch.masked_K]
+    loss = 1 - F.cosine_similarity(output.contextual_BSD.flatten(0, 1)[batch.masked_K].float(), truth_KD, dim=1).mean()
+    loss.backward()
+    optimisers.step(step)
+
+
+def job(folder: Path, number: int, config: TrainingConfig) -> float:
+    """Seconds a step of the job's own, between its rows of metrics."""
+    from mediafm_ray.config import TrainContextualiserConfig, read_config
+    from mediafm_ray.pipeline.report import Console
+    from mediafm_ray.pipeline.train import Watch, plan_training, run_workers
+
+    rows: list[tuple[float, float]] = []
+
+    class Timer(Watch):
+        def see(self, kind: str, content: Any) -> None:
+            if kind == "row":
+                rows.append((content["step"], content["elapsed_s"]))
+            if kind == "fatal":
+                super().see(kind, content)
+
+    keys = ("steps", "windows_per_step", "held_out_fraction", "evaluate_every", "save_every", "log_every", "threads")
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    overrides = [f"dataset.uri={folder / 'embeddings'}", f"checkpoint.uri={folder / f'checkpoint-{number}'}"]
+    overrides += [f"training.{key}={getattr(config, key)}" for key in keys] + [f"model.{key}={getattr(CPU_SHAPE, key)}" for key in shape]
+    full = read_config(TrainContextualiserConfig, [], overrides)
+    aborted = run_workers(plan_training(full), full, Timer(full.training, Console()))
+    if aborted:
+        raise SystemExit(aborted)
+    measured = [(step, elapsed_s) for step, elapsed_s in rows if step % WARM_STEPS == 0]
+    return (measured[-1][1] - measured[0][1]) / (measured[-1][0] - measured[0][0])
+
+
+def write_titles(folder: Path) -> None:
+    """Titles of CPU_SHOTS random shots, as embed_catalog leaves them."""
+    import base64
+
+    import pyarrow as pa
+
+    from mediafm_ray.storage.dataset import SHOTS, Model, Output
+    from mediafm_ray.storage.schemas import embedding_array, encode_parquet, shots_schema
+
+    version = "0" * 12
+    output = Output(str(folder), version)
+    dims = {"video": 768, "audio": 768, "text": METADATA_DIM}
+    output.write_model(Model(version, {}, {**dims, "fused": FUSED_DIM}, {"video": (0, 768), "audio": (768, 1536), "text": (1536, 2304)}))
+    schema = shots_schema(FUSED_DIM)
+    for index in range(CPU_TITLES):
+        title = random_title(CPU_SHOTS, index)
+        assert title.metadata_M is not None
+        given = {
+            "title_id": pa.array([title.title_id] * CPU_SHOTS),
+            "shot_index": pa.array(range(CPU_SHOTS), pa.int32()),
+            "start_s": pa.array(np.arange(CPU_SHOTS) * 3.0),
+            "end_s": pa.array(np.arange(1, CPU_SHOTS + 1) * 3.0),
+            "fused_embedding": embedding_array(title.fused_SD),
+        }
+        table = pa.table([given.get(field.name, pa.nulls(CPU_SHOTS, field.type)) for field in schema], names=schema.names)
+        facts = {"title_id": title.title_id, "source": "0", "video": "", "dataset_version": version, "dims": {}, "spans": {}, "media": {}}
+        encoded = base64.b64encode(title.metadata_M.tobytes()).decode()
+        output.write(SHOTS, title.title_id, "0", encode_parquet(table, {**facts, "metadata_embedding": encoded}))
+
+
+def random_title(shots: int, seed: int) -> TitleVectors:
+    random = np.random.default_rng(seed)
+    fused_SD = random.normal(size=(shots, FUSED_DIM)).astype(np.float32)
+    fused_SD /= np.linalg.norm(fused_SD, axis=1, keepdims=True)
+    starts_S = np.arange(shots) * 3.0
+    return TitleVectors(
+        f"title-{seed}", fused_SD, shot_times(starts_S, starts_S + 3.0), random.normal(size=METADATA_DIM).astype(np.float32)
+    )
+
+
+def random_batch(windows: int, shots: int, seed: int) -> Batch:
+    random = np.random.default_rng(seed)
+    usable_S = np.ones(shots, bool)
+    titles = [random_title(shots, seed * 1000 + index) for index in range(windows)]
+    return collate([Window(title, 0, masked_shots(random, usable_S, 0.2)) for title in titles], METADATA_DIM)
+
+
+# -------------------------------------------------------------------------------------------------------------- GPU
+
+
+class Repeated:
+    """One title for all: the GPU's own speed, without reading (training.batches.Titles)."""
+
+    fused_dim, metadata_dim = FUSED_DIM, METADATA_DIM
+
+    def __init__(self, shots: int):
+        self.title = random_title(shots, 0)
+        self.sizes, self.train, self.held_out = np.array([shots]), np.array([0]), np.array([], np.int64)
+
+    def read(self, index: int) -> TitleVectors:
+        return self.title
+
+
+def beside_matmul(device: str, steps: int) -> None:
+    """Training and inference of the full model, by windows a step, plain and compiled."""
+    shape = ShapeConfig()
+    rate = matmul_rate(device, "bfloat16")
+    print(
+        f"{time.strftime('%Y-%m-%d')}  {torch.cuda.get_device_name()}  torch {torch.__version__}  bfloat16 matmul {rate / 1e12:.1f} TFLOP/s"
+    )
+    print(f"{shape.num_hidden_layers} layers x {shape.hidden_size}, windows of {shape.max_shots} shots x {FUSED_DIM}")
+    reference: Any = new_model(shape, FUSED_DIM, METADATA_DIM, "", 0).eval().to(device)
+    one = random_batch(1, shape.max_shots, 0).to(torch.device(device))
+    flops = count_flops(lambda: reference(one.fused_BSD, one.metadata_BM))
+    for compiled in (False, True):
+        for windows in GPU_WINDOWS:
+            try:
+                taken_s = train_s(shape, device, windows, steps, compiled)
+                say("training", compiled, windows, taken_s, 3 * flops * windows / rate)
+                taken_s = infer_s(shape, device, windows, steps, compiled)
+                say("inference", compiled, windows, taken_s, flops * windows / rate)
+            except torch.OutOfMemoryError:
+                print(f"{windows} windows do not fit")
+                torch.cuda.empty_cache()
+
+
+def say(what: str, compiled: bool, windows: int, taken_s: float, ideal_s: float) -> None:
+    how = "compiled" if compiled else "plain"
+    print(f"{what:10} {how:9} {windows:4} windows: {windows / taken_s:8.0f} windows/s, {ideal_s / taken_s:.0%} of matmul", flush=True)
+
+
+def train_s(shape: ShapeConfig, device: str, windows: int, steps: int, compiled: bool) -> float:
+    """Seconds a step of the trainer's own, the batch from page-locked memory every time."""
+    config = TrainingConfig(windows_per_step=windows, device=device, compile=compiled, held_out_fraction=0.0)
+    trainer = Trainer(new_model(shape, FUSED_DIM, METADATA_DIM, "", 0), Repeated(shape.max_shots), config)
+    batch = random_batch(windows, shape.max_shots, 1).pinned()
+    for step in range(WARM_STEPS + steps):
+        if step == WARM_STEPS:
+            synchronize(device)
+            start = time.perf_counter()
+        trainer.step(batch)
+    synchronize(device)
+    return (time.perf_counter() - start) / steps
+
+
+@torch.inference_mode()
+def infer_s(shape: ShapeConfig, device: str, windows: int, steps: int, compiled: bool) -> float:
+    """Seconds a batch of the model in bfloat16, inputs on the device."""
+    built: Any = new_model(shape, FUSED_DIM, METADATA_DIM, "", 0)
+    model: Contextualiser = built.eval().to(device=device, dtype=torch.bfloat16)
+    network: Any = torch.compile(model) if compiled else model
+    batch = random_batch(windows, shape.max_shots, 1).to(torch.device(device))
+    fused_BSD, metadata_BM = batch.fused_BSD.bfloat16(), batch.metadata_BM.bfloat16()
+    for step in range(WARM_STEPS + steps):
+        if step == WARM_STEPS:
+            synchronize(device)
+            start = time.perf_counter()
+        network(fused_BSD, metadata_BM)
+    synchronize(device)
+    return (time.perf_counter() - start) / steps
+
+
+if __name__ == "__main__":
+    main()
