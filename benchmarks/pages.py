@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -168,9 +169,14 @@ def main() -> None:
         output, title, catalog = Path(folder, "out"), Path(folder, "title.html"), Path(folder, "catalog.html")
         commit_title(str(output), "benchmark", options.shots)
         command = [sys.executable, "-m", "jobs.report_title", f"output.uri={output}", "title_id=benchmark", f"report.path={title}"]
+        before = os.times()
         seconds = [_timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)) for _ in range(options.rounds)]
+        used = sum(os.times()[2:4]) - sum(before[2:4])  # of children
         size = title.stat().st_size / 1e6
-        print(f"title of {options.shots} shots: the command takes {min(seconds):.1f} s (best of {options.rounds}), {size:.1f} MB")
+        print(
+            f"title of {options.shots} shots: the command takes {min(seconds):.1f} s (best of {options.rounds}), "
+            f"{used / options.rounds:.1f} s of processor time; {size:.1f} MB"
+        )
         content = make_catalog(options.titles)
         written = _timed(lambda: catalog.write_text(catalog_page(content), encoding="utf-8"))
         print(f"catalog of {options.titles} titles: page made in {written:.1f} s, {catalog.stat().st_size / 1e6:.1f} MB")

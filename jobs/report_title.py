@@ -14,7 +14,7 @@ import sys
 
 from mediafm_ray.config import ConfigError, ReportTitleConfig
 from mediafm_ray.pipeline.command import EXIT_OK, run_job
-from mediafm_ray.pipeline.pages import pages_folder, write_title_page
+from mediafm_ray.pipeline.pages import INDEX, pages_folder, write_title_page
 from mediafm_ray.pipeline.stored import open_dataset
 from mediafm_ray.storage.store import Store
 
@@ -26,7 +26,8 @@ def main(config: ReportTitleConfig) -> int:
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
     folder, name = os.path.split(config.report.path)
     pages = Store((folder or ".") if config.report.path else pages_folder(dataset), config.storage)
-    print(write_title_page(dataset, config.title_id, pages, name))
+    index = f"../{INDEX}" if not config.report.path and pages.info(INDEX) else ""
+    print(write_title_page(dataset, config.title_id, pages, name, index))
     return EXIT_OK
 
 

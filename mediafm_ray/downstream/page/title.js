@@ -10,7 +10,7 @@ const CLOSEST = 240; // pixels a second at the most
 const NARROWEST = 4; // pixels of a picture in the strip
 const KEPT_HEIGHT = 76; // pixels of pictures kept for the strip
 const COMPARABLE = COUNT > 1 && Object.keys(SPACES).length > 0;
-const state = { selected: 0, scale: 1, space: Object.keys(SPACES)[0] || "", cell: [0, 0] };
+const state = { selected: 0, scale: 1, whole: true, space: Object.keys(SPACES)[0] || "", cell: [0, 0] };
 
 const textOf = (index) => SHOTS.text[index];
 const counted = (shots) => `${shots.toLocaleString("en")} shot${shots === 1 ? "" : "s"}`;
@@ -197,7 +197,8 @@ function zoomTo(scale, anchor) {
   state.scale = Math.min(Math.max(scale, fit()), Math.max(CLOSEST, fit()));
   extent.style.width = `${Math.max(END * state.scale, 1)}px`;
   strip.scrollLeft = anchor * state.scale - offset;
-  byId("zoom-out").disabled = byId("zoom-fit").disabled = state.scale <= fit() * 1.001;
+  state.whole = state.scale <= fit() * 1.001; // the whole title is in view, and stays so when the window changes
+  byId("zoom-out").disabled = byId("zoom-fit").disabled = state.whole;
   byId("zoom-in").disabled = state.scale >= Math.max(CLOSEST, fit());
   draw();
 }
@@ -510,7 +511,7 @@ function begin() {
   byId("find").addEventListener("input", fillSheet);
   byId("kind").addEventListener("change", fillSheet);
   byId("sheet").addEventListener("keydown", moveInSheet);
-  new ResizeObserver(() => { zoomTo(Math.max(state.scale, fit()), SHOTS.start[state.selected]); drawMap(); }).observe(document.documentElement);
+  new ResizeObserver(() => { zoomTo(state.whole ? fit() : state.scale, SHOTS.start[state.selected]); drawMap(); }).observe(document.documentElement);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); draw(); drawMap(); });
   state.scale = fit();
   zoomTo(fit(), 0);
