@@ -16,15 +16,8 @@ from mediafm_ray.pipeline.command import run_job
 from mediafm_ray.pipeline.derived import DerivedPlan, derive_titles, finish, make_derived_plan, vectors_dataset
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.stored import open_dataset
-from mediafm_ray.pipeline.titles import (
-    check_table_uri,
-    describe_title,
-    describe_titles,
-    read_titles,
-    titles_dataset,
-    with_nearest,
-    write_table,
-)
+from mediafm_ray.pipeline.titles import check_table_uri, describe_title, describe_titles, read_titles, titles_dataset, with_nearest
+from mediafm_ray.storage.tables import write_table
 
 MOST_SHOWN = 40  # titles of the table on the terminal
 
@@ -45,11 +38,14 @@ def main(config: DescribeTitlesConfig) -> int:
 
 def show_titles(plan: DerivedPlan, config: DescribeTitlesConfig, console: Console) -> None:
     """The titles with those nearest to each, on the terminal and as a table."""
-    titles = with_nearest(read_titles(plan.dataset, plan.target), config.table.nearest)
+    titles = read_titles(plan.dataset, plan.target)
+    described = with_nearest(titles, config.table.nearest, None if config.table.uri else MOST_SHOWN)
     console.say()
-    console.say(describe_titles(titles, MOST_SHOWN))
+    console.say(describe_titles(described.slice(0, MOST_SHOWN)))
+    if len(titles) > MOST_SHOWN:
+        console.say(f"  ... and {len(titles) - MOST_SHOWN} more")
     if config.table.uri:
-        write_table(titles, config.table.uri, config.storage, without=("pooled_embedding", "cls_embedding"))
+        write_table(described, config.table.uri, config.storage, without=("pooled_embedding", "cls_embedding"))
         console.say(f"\n  table    {config.table.uri}")
 
 

@@ -19,8 +19,8 @@ from mediafm_ray.pipeline.clip_tables import ClipSource, clip_vectors, read_clip
 from mediafm_ray.pipeline.command import EXIT_OK, run_job
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.stored import open_dataset
-from mediafm_ray.pipeline.titles import write_table
 from mediafm_ray.storage.schemas import embedding_array
+from mediafm_ray.storage.tables import write_table
 
 
 def main(config: EmbedClipsConfig) -> int:
@@ -32,7 +32,8 @@ def main(config: EmbedClipsConfig) -> int:
     clips = read_clips(config.clips.uri, config.storage)
     if "embedding" in clips.column_names:
         raise ConfigError(f"clips.uri={config.clips.uri}: its column embedding would be overwritten; rename it")
-    source = ClipSource(config.output.uri, dataset, config.vectors, config.contextualiser, config.storage, config.clips.threads)
+    stored = ("clips.contextual", config.clips.contextual)
+    source = ClipSource(config.output.uri, dataset, stored, config.contextualiser, config.storage, config.clips.threads)
     vectors_ND = clip_vectors(source, clips, config.clips.uri, [config.clips.kind])[config.clips.kind]
     write_table(clips.append_column("embedding", embedding_array(vectors_ND)), config.table.uri, config.storage)
     titles = len(clips["title_id"].unique())

@@ -26,8 +26,7 @@ from mediafm_ray.pipeline.clip_tables import CLIP_COLUMNS, ClipSource, check_kin
 from mediafm_ray.pipeline.command import EXIT_OK, run_job
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.stored import open_dataset
-from mediafm_ray.storage.store import Store
-from mediafm_ray.storage.tables import TableError
+from mediafm_ray.storage.tables import TableError, write_object
 
 NO_LABELS = (*CLIP_COLUMNS, "clip_id")  # columns of the table that say which clip it is
 
@@ -36,7 +35,8 @@ def main(config: EvaluateProbesConfig) -> int:
     """Read the labels, pool the clips, probe, report."""
     console = Console()
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
-    source = ClipSource(config.output.uri, dataset, config.vectors, config.contextualiser, config.storage, config.labels.threads)
+    stored = ("labels.contextual", config.labels.contextual)
+    source = ClipSource(config.output.uri, dataset, stored, config.contextualiser, config.storage, config.labels.threads)
     check_kinds(source, config.labels.inputs)
     clips = read_clips(config.labels.uri, config.storage)
     groups_N = group_clips(clips, config)
@@ -53,14 +53,13 @@ def main(config: EvaluateProbesConfig) -> int:
         content = {
             "dataset_version": dataset.version,
             "labels": {"uri": config.labels.uri, "names": list(labels.names), "clips": len(clips), "groups": int(groups_N.max()) + 1},
-            "checkpoint": config.contextualiser.checkpoint or config.vectors.checkpoint,
+            "checkpoint": config.contextualiser.checkpoint or config.labels.contextual,
             "probes": dataclasses.asdict(config.probes),
             "baseline": baseline,
             "chance": chance(labels),
             "inputs": as_json(results),
         }
-        folder, _, name = Store(config.report.uri, config.storage).uri.rpartition("/")
-        Store(folder or "/", config.storage).write(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        write_object(config.report.uri, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(), config.storage)
         console.say(f"\n  report  {config.report.uri}")
     return EXIT_OK
 

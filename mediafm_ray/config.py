@@ -233,6 +233,9 @@ class ClipsConfig:
 
     uri: str = resource("", ".parquet, .csv or .jsonl table of clips: title_id, start_s, end_s, and what else is to be kept (required)")
     kind: str = resource("contextual", "contextual, contextual_alone (a clip's shots read by themselves), fused, video, audio or text")
+    contextual: str = resource(
+        "", "12 hex digits behind contextual-: whose stored embeddings to take where several checkpoints have written and none is given"
+    )
     threads: int = resource(4, "titles read at once")
 
     def __post_init__(self) -> None:
@@ -254,7 +257,6 @@ class EmbedClipsConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
     clips: ClipsConfig = field(default_factory=ClipsConfig)
-    vectors: VectorsConfig = field(default_factory=VectorsConfig)
     contextualiser: ContextualiserConfig = field(default_factory=ContextualiserConfig)
     table: ClipTableConfig = field(default_factory=ClipTableConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -274,6 +276,9 @@ class LabelsConfig:
         ["video", "audio", "text", "fused", "contextual_alone", "contextual"], "kinds of clip vectors to probe, in this order"
     )
     baseline: str = resource("fused", "the input that the others are compared with; where it is not probed, the first one")
+    contextual: str = resource(
+        "", "12 hex digits behind contextual-: whose stored embeddings to take where several checkpoints have written and none is given"
+    )
     threads: int = resource(4, "titles read at once")
 
     def __post_init__(self) -> None:
@@ -296,7 +301,6 @@ class EvaluateProbesConfig:
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     probes: ProbesConfig = field(default_factory=ProbesConfig)
-    vectors: VectorsConfig = field(default_factory=VectorsConfig)
     contextualiser: ContextualiserConfig = field(default_factory=ContextualiserConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)

@@ -173,9 +173,11 @@ def title_folds(groups_N: np.ndarray, folds: int, seed: int) -> np.ndarray:
 def _rotated(vectors_ND: np.ndarray) -> np.ndarray:
     """Features about their mean, of total variance 1, in at most N dimensions: a rotation, to which L2-regularised models are blind."""
     centred_ND = vectors_ND.astype(np.float64) - vectors_ND.mean(axis=0, dtype=np.float64)
-    left_NK, singular_K, _ = np.linalg.svd(centred_ND, full_matrices=False)
-    scale = np.sqrt(np.sum(singular_K**2) / len(vectors_ND))
-    return left_NK * (singular_K / scale) if scale > 0 else left_NK * 0
+    variance = float(np.einsum("nd,nd->", centred_ND, centred_ND)) / len(centred_ND)
+    if centred_ND.shape[1] > len(centred_ND):
+        left_NK, singular_K, _ = np.linalg.svd(centred_ND, full_matrices=False)
+        centred_ND = left_NK * singular_K
+    return centred_ND / np.sqrt(variance) if variance > 0 else centred_ND
 
 
 def _choose_strength(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.ndarray, test: np.ndarray, config: ProbesConfig) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mediafm_ray.downstream.clips import pool_overlaps
 
-NEAREST_BLOCK = 1024  # titles compared with all others at once
+BLOCK_VALUES = 4_000_000  # cosines held at once
 NOT_SPOKEN = re.compile(r"\[[^\]]*\]|\([^)]*\)|[♪♫][^♪♫]*[♪♫]?|[♪♫]")  # how captions write sounds, manner and song
 
 
@@ -43,7 +43,7 @@ def nearest_titles(vectors_TD: np.ndarray, count: int, queries: Sequence[int] | 
     """The rows (Q, N) int64 of the titles nearest to each of Q, and their cosines (Q, N) float32; nearest first, of two alike the earlier.
 
     ``vectors_TD`` need not have unit norm; a zero vector has cosine 0 with all. ``queries``: row numbers, all by default; no title is near
-    itself. N is ``count``, or what there is. Exact: O(Q T D), in blocks of 1024 queries.
+    itself. N is ``count``, or what there is. Exact: O(Q T D), in blocks of queries.
     """
     vectors_TD = np.asarray(vectors_TD, np.float32)
     norm_T = np.linalg.norm(vectors_TD, axis=1, keepdims=True)
@@ -52,8 +52,9 @@ def nearest_titles(vectors_TD: np.ndarray, count: int, queries: Sequence[int] | 
     count = max(0, min(count, len(unit_TD) - 1))
     found_QN = np.empty((len(rows_Q), count), np.int64)
     cosine_QN = np.empty((len(rows_Q), count), np.float32)
-    for begin in range(0, len(rows_Q), NEAREST_BLOCK):
-        rows_B = rows_Q[begin : begin + NEAREST_BLOCK]
+    block = max(1, BLOCK_VALUES // max(1, len(unit_TD)))
+    for begin in range(0, len(rows_Q) if count else 0, block):
+        rows_B = rows_Q[begin : begin + block]
         cosine_BT = unit_TD[rows_B] @ unit_TD.T
         cosine_BT[np.arange(len(rows_B)), rows_B] = -np.inf  # not itself
         order_BN = np.argsort(-cosine_BT, axis=1, kind="stable")[:, :count]

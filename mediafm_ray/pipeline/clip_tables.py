@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.config import ConfigError, VectorsConfig
+from mediafm_ray.config import ConfigError
 from mediafm_ray.downstream.clips import clip_overlaps, pool_overlaps
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.pipeline.clips import ClipEmbedder
-from mediafm_ray.pipeline.derived import in_order, read_vectors, vectors_dataset
+from mediafm_ray.pipeline.derived import contextual_dataset, in_order, read_vectors
 from mediafm_ray.spec import MODALITIES, TitleError
 from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, encode_title, newest_objects, object_key
 from mediafm_ray.storage.store import StorageConfig
@@ -38,10 +38,14 @@ class ClipSource:
 
     output_uri: str
     dataset: EmbeddingDataset
-    vectors: VectorsConfig  # which checkpoint's contextual embeddings, where no checkpoint itself is given
+    stored: tuple[str, str]  # the key of the option that says whose stored contextual embeddings to take, and its value
     contextualiser: ContextualiserConfig  # its checkpoint may be empty
     storage: StorageConfig
     threads: int  # titles read at once
+
+    def contextual_dataset(self) -> str:
+        """The dataset of the stored contextual embeddings. Raises DatasetError."""
+        return contextual_dataset(self.dataset, *self.stored, "or set contextualiser.checkpoint, or take other kinds of vectors")
 
 
 def read_clips(uri: str, storage: StorageConfig) -> pa.Table:
@@ -57,7 +61,7 @@ def check_kinds(source: ClipSource, kinds: Sequence[str]) -> None:
     if CONTEXTUAL_ALONE in kinds and not source.contextualiser.checkpoint:
         raise ConfigError(f"{CONTEXTUAL_ALONE} reads the shots of a clip by themselves and needs the model: set contextualiser.checkpoint")
     if CONTEXTUAL in kinds and not source.contextualiser.checkpoint:
-        vectors_dataset(source.dataset, source.vectors)
+        source.contextual_dataset()
 
 
 def clip_vectors(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str]) -> dict[str, np.ndarray]:
@@ -85,7 +89,7 @@ def clip_vectors(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[
 def _pooled(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str]) -> dict[str, np.ndarray]:
     """The kinds that are pooled from what is stored; every title is read once."""
     dataset = source.dataset
-    contextual = vectors_dataset(dataset, source.vectors) if CONTEXTUAL in kinds else ""
+    contextual = source.contextual_dataset() if CONTEXTUAL in kinds else ""
     names = {object_key(info.name)[0]: info.name for info in newest_objects(dataset.output.list(SHOTS))}
     spans = {**dataset.model.spans, FUSED: (0, dataset.model.dims["fused"])}
     found = {kind: np.zeros((len(clips), np.diff(spans.get(kind, spans[FUSED]))[0]), np.float32) for kind in kinds}

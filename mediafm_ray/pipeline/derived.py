@@ -57,27 +57,30 @@ class TitleVectors:
 
 
 def vectors_dataset(dataset: EmbeddingDataset, config: VectorsConfig) -> str:
-    """The dataset that the wanted vectors stand in: ``shots`` for fused ones, else a ``contextual-<checkpoint>``.
-
-    Raises DatasetError, saying what is there, where there is none or where several could be meant.
-    """
+    """The dataset that the wanted vectors stand in: ``shots`` for fused ones, else a ``contextual-<checkpoint>``. Raises DatasetError."""
     if config.kind == "fused":
         return SHOTS
+    return contextual_dataset(dataset, "vectors.checkpoint", config.checkpoint, "or set vectors.kind=fused")
+
+
+def contextual_dataset(dataset: EmbeddingDataset, key: str, digits: str, otherwise: str) -> str:
+    """The dataset of a checkpoint's contextual embeddings: by its ``digits``, which the option ``key`` has; empty for the only one.
+
+    Raises DatasetError, saying what is there and what to do ``otherwise``, where there is none or where several could be meant.
+    """
     there = dataset.names()
     found = [name for name in there if name.startswith(contextual(""))]
-    wanted = contextual(config.checkpoint) if config.checkpoint else ""
-    if wanted in found:
-        return wanted
-    where = f"{dataset.output.store.uri} has"
-    if not found or wanted:
-        missing = wanted or "no contextual embeddings"
+    where = dataset.output.store.uri
+    if digits and contextual(digits) in found:
+        return contextual(digits)
+    if digits or not found:
+        missing = contextual(digits) if digits else "contextual embeddings"
         raise DatasetError(
-            f"{where} {'no ' * bool(wanted)}{missing}; there are: {', '.join(there) or 'none'}; run jobs.contextualise_catalog, "
-            "or set vectors.kind=fused"
+            f"{where} has no {missing}; there are: {', '.join(there) or 'none'}; run jobs.contextualise_catalog, {otherwise}"
         )
     if len(found) > 1:
-        digits = ", ".join(name.removeprefix(contextual("")) for name in found)
-        raise DatasetError(f"{where} contextual embeddings of {len(found)} checkpoints: set vectors.checkpoint to one of {digits}")
+        choices = ", ".join(name.removeprefix(contextual("")) for name in found)
+        raise DatasetError(f"{where} has contextual embeddings of {len(found)} checkpoints: set {key} to one of {choices}")
     return found[0]
 
 

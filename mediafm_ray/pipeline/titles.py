@@ -7,8 +7,6 @@ Shapes
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,7 +22,6 @@ from mediafm_ray.pipeline.scenes import scenes_of_title, scenes_recipe
 from mediafm_ray.spec import TitleError
 from mediafm_ray.storage.dataset import TITLES, EmbeddingDataset, derived
 from mediafm_ray.storage.schemas import embedding_array, embedding_type, embedding_values, titles_schema
-from mediafm_ray.storage.store import StorageConfig, Store
 
 ARITHMETIC = 1  # raise it with a change of the code that changes the rows: it is part of the dataset's name
 TEXT_COLUMNS = ("text", "has_audio", "has_text")  # of shots
@@ -87,29 +84,27 @@ def read_titles(dataset: EmbeddingDataset, name: str) -> pa.Table:
     return dataset.dataset(name).to_table().drop_columns(["shard"]).combine_chunks().sort_by("title_id")
 
 
-def with_nearest(titles: pa.Table, count: int) -> pa.Table:
-    """The table with two columns more: ``nearest_title_id`` and ``nearest_cosine``, lists of the nearest others by pooled embedding."""
-    rows_TN, cosine_TN = nearest_titles(embedding_values(titles["pooled_embedding"]), count)
+def with_nearest(titles: pa.Table, count: int, most: int | None = None) -> pa.Table:
+    """The first ``most`` titles, all by default, with ``nearest_title_id`` and ``nearest_cosine``: lists of the nearest of all titles."""
+    shown = titles if most is None else titles.slice(0, most)
+    rows_TN, cosine_TN = nearest_titles(embedding_values(titles["pooled_embedding"]), count, range(len(shown)))
     ids = np.array(titles["title_id"].to_pylist(), object)
-    nearest = pa.array([list(names) for names in ids[rows_TN]] if len(titles) else [], pa.list_(pa.string()))
-    return titles.append_column("nearest_title_id", nearest).append_column(
-        "nearest_cosine", pa.array(cosine_TN.tolist(), pa.list_(pa.float32()))
-    )
+    nearest = pa.array([ids[rows_N].tolist() for rows_N in rows_TN], pa.list_(pa.string()))
+    cosines = pa.array(cosine_TN.tolist(), pa.list_(pa.float32()))
+    return shown.append_column("nearest_title_id", nearest).append_column("nearest_cosine", cosines)
 
 
-def describe_titles(titles: pa.Table, most: int) -> str:
-    """The first titles of a table ``with_nearest``, for people."""
+def describe_titles(titles: pa.Table) -> str:
+    """Titles ``with_nearest``, for people."""
     lines = [
         f"  {'title':<32} {'length':>8} {'shots':>6} {'scenes':>6} {'shots/min':>9} {'text':>5} {'speech':>6}  nearest titles (cosine)"
     ]
-    for row in titles.slice(0, most).drop_columns(["pooled_embedding", "cls_embedding"]).to_pylist():
+    for row in titles.drop_columns(["pooled_embedding", "cls_embedding"]).to_pylist():
         near = ", ".join(f"{name} ({cosine:.3f})" for name, cosine in zip(row["nearest_title_id"], row["nearest_cosine"], strict=True))
         lines.append(
             f"  {row['title_id']:<32.32} {row['duration_s']:>7.0f}s {row['shots']:>6} {row['scenes']:>6} {row['shots_per_minute']:>9.1f}"
             f" {row['text_share']:>5.0%} {row['speech_share']:>6.0%}  {near}"
         )
-    if len(titles) > most:
-        lines.append(f"  ... and {len(titles) - most} more")
     return "\n".join(lines)
 
 
@@ -117,16 +112,3 @@ def check_table_uri(uri: str) -> None:
     """Raise ConfigError, before anything starts, for the place of a table whose kind its ending does not tell."""
     if uri and PurePosixPath(uri).suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"table.uri={uri}: the ending must be .parquet or .jsonl")
-
-
-def write_table(table: pa.Table, uri: str, storage: StorageConfig, without: Sequence[str] = ()) -> None:
-    """Put a table as one object: .parquet, or .jsonl, which leaves the columns ``without`` out. Raises StorageError."""
-    folder, _, name = Store(uri, storage).uri.rpartition("/")
-    sink = pa.BufferOutputStream()
-    if name.endswith(".parquet"):
-        pq.write_table(table, sink, compression="zstd")
-        content = sink.getvalue().to_pybytes()
-    else:
-        rows = table.drop_columns([column for column in without if column in table.column_names]).to_pylist()
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    Store(folder or "/", storage).write(name, content)

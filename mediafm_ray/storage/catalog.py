@@ -58,10 +58,15 @@ class CatalogError(Exception):
 
     def __init__(self, uri: str, problems: list[str]):
         self.problems = problems
-        shown = problems[:MAX_PROBLEMS_SHOWN]
-        more = f"\n  ... and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-        count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
-        super().__init__(f"catalog {uri}: {count}; nothing was started\n  " + "\n  ".join(shown) + more)
+        super().__init__(list_problems(f"catalog {uri}", problems))
+
+
+def list_problems(what: str, problems: list[str]) -> str:
+    """The problems of a catalog or another table that people bring, as one message."""
+    shown = problems[:MAX_PROBLEMS_SHOWN]
+    more = f"\n  ... and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+    count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
+    return f"{what}: {count}; nothing was started\n  " + "\n  ".join(shown) + more
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Tables that people bring: Parquet, CSV or JSON lines at any URI, with every problem reported at once."""
+"""Single objects at URIs of their own: tables that people bring, with every problem reported at once, and tables of results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from mediafm_ray.storage.catalog import MAX_PROBLEMS_SHOWN, TABLE_ENDINGS
+from mediafm_ray.storage.catalog import TABLE_ENDINGS, list_problems
 from mediafm_ray.storage.dataset import DatasetError
 from mediafm_ray.storage.store import StorageConfig, Store
 
@@ -20,10 +21,30 @@ class TableError(DatasetError):
 
     def __init__(self, uri: str, problems: list[str]):
         self.problems = problems
-        shown = problems[:MAX_PROBLEMS_SHOWN]
-        more = f"\n  ... and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-        count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
-        super().__init__(f"table {uri}: {count}; nothing was started\n  " + "\n  ".join(shown) + more)
+        super().__init__(list_problems(f"table {uri}", problems))
+
+
+def read_object(uri: str, config: StorageConfig | None = None) -> bytes:
+    """The object at a URI. Raises FileNotFoundError, StorageError."""
+    folder, _, name = Store(uri, config).uri.rpartition("/")
+    return Store(folder or "/", config).read(name)
+
+
+def write_object(uri: str, content: bytes, config: StorageConfig | None = None) -> None:
+    """Put an object at a URI. Raises StorageError."""
+    folder, _, name = Store(uri, config).uri.rpartition("/")
+    Store(folder or "/", config).write(name, content)
+
+
+def write_table(table: pa.Table, uri: str, config: StorageConfig | None = None, without: Sequence[str] = ()) -> None:
+    """Put a table as one object: Parquet, or for a URI that ends in .jsonl JSON lines, which leave the columns ``without`` out."""
+    if uri.endswith(".jsonl"):
+        rows = table.drop_columns([column for column in without if column in table.column_names]).to_pylist()
+        write_object(uri, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), config)
+        return
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_object(uri, sink.getvalue().to_pybytes(), config)
 
 
 def read_table(uri: str, required: Mapping[str, pa.DataType], config: StorageConfig | None = None) -> pa.Table:
@@ -34,9 +55,8 @@ def read_table(uri: str, required: Mapping[str, pa.DataType], config: StorageCon
     ending = PurePosixPath(uri).suffix.lower()
     if ending not in TABLE_ENDINGS:
         raise TableError(uri or "(not set)", [f"the ending {ending or '(none)'} is not one of {', '.join(sorted(TABLE_ENDINGS))}"])
-    folder, _, name = Store(uri, config).uri.rpartition("/")
     try:
-        content = pa.BufferReader(Store(folder or "/", config).read(name))
+        content = pa.BufferReader(read_object(uri, config))
     except FileNotFoundError as error:
         raise TableError(uri, ["there is nothing at this location"]) from error
     try:

@@ -1,6 +1,7 @@
 """Tables of clips, as vectors and as labelled examples for probes: over committed titles, as a user runs the jobs."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from mediafm_ray.pipeline.clip_tables import KINDS
 from mediafm_ray.pipeline.clips import ClipEmbedder
 from mediafm_ray.pipeline.command import run_job
 from mediafm_ray.pipeline.stored import ContextualiseStored, make_stored_plan
+from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.schemas import embedding_values
 from mediafm_ray.storage.tables import TableError, read_table
 
@@ -105,6 +107,21 @@ def test_clips_of_every_kind_are_what_their_shots_are(folders, tmp_path, ending,
                 expected = pool_clip(end - SHOT_S, end, vectors_of(int(row["title_id"]))[:, part], *span)
             np.testing.assert_array_equal(vector, expected)
     assert "3 clips of 2 titles" in capsys.readouterr().out
+
+
+def test_stored_embeddings_of_one_of_several_checkpoints_are_chosen_by_name(folders, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(folders[0], output)
+    (first,) = [name for name in EmbeddingDataset(str(output)).names() if name.startswith("contextual-")]
+    version = output / MODEL.dataset_version
+    shutil.copytree(version / first, version / "contextual-ffffffffffff")
+    clips = write_clips(tmp_path / "clips.csv", **CLIPS)
+    arguments = [f"output.uri={output}", f"clips.uri={clips}", f"table.uri={tmp_path}/out.parquet"]
+    assert embed(folders, *arguments) == 2
+    assert f"set clips.contextual to one of {first[11:]}, ffffffffffff" in capsys.readouterr().err
+    assert embed(folders, *arguments, "clips.contextual=000000000000") == 2
+    assert f"no contextual-000000000000; there are: {first}, contextual-ffffffffffff, shots" in capsys.readouterr().err
+    assert embed(folders, *arguments, f"clips.contextual={first[11:]}") == 0
 
 
 def test_all_that_is_wrong_with_a_table_is_said_at_once(folders, tmp_path, capsys):

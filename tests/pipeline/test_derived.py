@@ -223,7 +223,7 @@ def test_titles_say_what_their_shots_say(folder, tmp_path, capsys):
 
 def test_nearest_titles_are_those_of_the_definition():
     random = np.random.default_rng(0)
-    vectors = random.normal(size=(1500, 6)).astype(np.float32)  # more than a block
+    vectors = random.normal(size=(3000, 6)).astype(np.float32)  # more than a block
     vectors[3] = 0
     rows, cosines = nearest_titles(vectors, 4)
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
