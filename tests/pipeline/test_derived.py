@@ -263,3 +263,18 @@ def test_what_counts_as_speech(text, speech):
 def test_shares_of_nothing_are_nothing():
     assert share_of(np.array([1.0, 3.0]), np.array([False, True])) == 0.75
     assert share_of(np.zeros(0), np.zeros(0, bool)) == 0.0
+
+
+def test_a_bucket_serves_as_a_folder_does(folder, moto, s3_keys, tmp_path):
+    assert segment(folder, "vectors.kind=fused") == 0
+    assert describe(folder, "vectors.kind=fused", f"table.uri={tmp_path}/titles.jsonl") == 0
+    bucket, client = moto.bucket(), moto.client()
+    for path in folder.rglob("*"):
+        if path.is_file() and "scenes-" not in str(path) and "titles-" not in str(path):
+            client.put_object(Bucket=bucket, Key=f"out/{path.relative_to(folder)}", Body=path.read_bytes())
+    there = ("vectors.kind=fused", f"storage.endpoint_url={moto.url}")
+    assert segment(f"s3://{bucket}/out", *there) == 0
+    assert describe(f"s3://{bucket}/out", *there, f"table.uri=s3://{bucket}/titles.jsonl") == 0
+    stored = moto.objects(bucket, "out/")
+    assert {name: stored[name] for name in stored if name.endswith(".parquet")} == objects(folder)
+    assert moto.objects(bucket)["titles.jsonl"] == (tmp_path / "titles.jsonl").read_bytes()
