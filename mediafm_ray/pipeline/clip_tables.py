@@ -98,20 +98,20 @@ def _pooled(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str])
         rows_of.setdefault(title_id, []).append(row)
     start_N, end_N = clips["start_s"].to_numpy(), clips["end_s"].to_numpy()
 
-    def pool(title_id: str) -> list[str]:
-        """Fill the rows of one title; a line for each that is wrong."""
+    def pool(title_id: str) -> list[tuple[int, str]]:
+        """Fill the rows of one title; what is wrong, by row."""
         rows = rows_of[title_id]
         where = f"row {rows[0] + 1}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "") + f" ({title_id})"
         name = names.get(encode_title(title_id))
         if name is None:
-            return [f"{where}: no such title is committed{_suggestion(title_id, names)}"]
+            return [(rows[0], f"{where}: no such title is committed{_suggestion(title_id, names)}")]
         try:
             shots = read_vectors(dataset, name, SHOTS)
             vectors = {kind: shots.vectors_SD[:, slice(*spans[kind])] for kind in kinds if kind != CONTEXTUAL}
             if contextual:
                 vectors[CONTEXTUAL] = read_vectors(dataset, name, contextual).vectors_SD
         except TitleError as error:
-            return [f"{where}: {error}"]
+            return [(rows[0], f"{where}: {error}")]
         problems = []
         for row in rows:
             try:
@@ -120,12 +120,12 @@ def _pooled(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str])
                     if kind not in MODALITIES or vectors_SD[overlaps_S > 0].any():
                         found[kind][row] = pool_overlaps(overlaps_S, vectors_SD)
             except ValueError as error:
-                problems.append(f"row {row + 1} ({title_id}): {error}")
+                problems.append((row, f"row {row + 1} ({title_id}): {error}"))
         return problems
 
     problems = [problem for problems in in_order(pool, rows_of, source.threads) for problem in problems]
     if problems:
-        raise TableError(uri, problems)
+        raise TableError(uri, [line for _, line in sorted(problems)])
     return found
 
 
