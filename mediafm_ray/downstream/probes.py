@@ -126,11 +126,13 @@ def evaluate(
 
 
 def chance(labels: Labels) -> dict[str, float]:
-    """What a probe that knows nothing reaches: the share of clips that have a label, overall and averaged over labels; tau 0."""
+    """What a probe reaches that knows of each label only how many clips have it: macro, the mean of those shares; tau 0."""
     if labels.is_ranking:
         return {TAU: 0.0}
-    share = float(labels.values_NL.mean())  # micro and macro are one: every label has all clips
-    return {MICRO: share, MACRO: share}
+    share_L = labels.values_NL.mean(axis=0)
+    truth = labels.values_NL.T.reshape(-1)
+    micro = average_precisions(np.repeat(share_L, len(labels.values_NL)), truth, np.ones((1, len(truth))))
+    return {MICRO: float(micro[0]), MACRO: float(share_L.mean())}
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -191,7 +193,7 @@ def _choose_strength(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.nda
         scores = _predict(rotated_ND, values_N, train, test, strength)
         ranking = values_N.dtype != np.bool_
         reached.append(_tau(scores, values_N[test]) if ranking else float(average_precisions(scores, values_N[test], whole)[0]))
-    return strengths[int(np.argmax(reached))]
+    return strengths[int(np.argmax(np.nan_to_num(reached, nan=-np.inf)))]  # tau is undefined where all scores are alike
 
 
 def _predict(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.ndarray, test: np.ndarray, strength: float) -> np.ndarray:

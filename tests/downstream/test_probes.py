@@ -200,6 +200,14 @@ def test_the_table_and_the_json_say_the_same():
     assert f"{chance(labels)[MICRO]:.3f}" in table.splitlines()[-1]
 
 
+def test_chance_is_what_features_without_information_reach():
+    labels = planted(8)[1]
+    nothing = {"nothing": np.ones((CLIPS, 3), np.float32)}
+    reached = evaluate(nothing, labels, np.arange(CLIPS) % TITLES, "nothing", QUICK)["nothing"].metrics
+    for metric, value in chance(labels).items():
+        assert reached[metric].value == pytest.approx(value, abs=0.06)  # intercepts are fitted to a tolerance: folds differ a little
+
+
 def test_options_without_sense_are_refused():
     for wrong in ({"folds": 1}, {"repeats": 0}, {"bootstrap": 0}, {"strengths": []}, {"strengths": [0.0]}):
         with pytest.raises(ValueError, match=r"probes\."):
