@@ -1,6 +1,6 @@
 """Submit a job to a Ray cluster, follow its log, and end with the job's own exit code.
 
-    python -m jobs.submit [--address http://127.0.0.1:8265] [--working-dir .] [--runtime-env runtime_env.yaml] -- \\
+    python -m jobs.submit [--address http://127.0.0.1:8265] [--working-dir .] [--runtime-env conf/cluster/runtime_env.yaml] -- \\
         python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri=s3://... output.uri=s3://...
 
 `ray job submit` does the same, but ends with 1 whatever the job's exit code was. Where the cluster asks for a token, it is found as Ray
@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS), help="of the cluster's dashboard")
     parser.add_argument("--working-dir", default=".", help="folder that the job takes along")
     parser.add_argument(
-        "--runtime-env", type=Path, default=Path("runtime_env.yaml"), help="YAML: what not to take along, variables, packages"
+        "--runtime-env", type=Path, default=Path("conf/cluster/runtime_env.yaml"), help="YAML: what not to take along, variables, packages"
     )
     parser.add_argument("--submission-id", help="a name for the job; a second job of the same name is refused")
     parser.add_argument("--no-wait", action="store_true", help="submit and leave")

@@ -61,7 +61,7 @@ def test_the_sizes_fit_the_nodes(read):
     """Every stage's actor fits on one of the nodes, shot detection on decode nodes only, and each node keeps cores for writing."""
     types = read()["available_node_types"]
     resources = read_config(
-        EmbedCatalogConfig, [str(ROOT / "conf" / "mediafm.yaml"), str(ROOT / "conf" / "cluster_gpu.yaml")], []
+        EmbedCatalogConfig, [str(ROOT / "conf" / "mediafm.yaml"), str(ROOT / "conf" / "cluster" / "gpu.yaml")], []
     ).resources
     encoders = [resources.encode_video, resources.encode_audio, resources.contextualise]
     assert sum(stage.num_gpus for stage in encoders) == types["gpu"]["resources"]["GPU"]  # one of each shares a GPU
@@ -195,12 +195,12 @@ def test_the_dashboard_asks_for_metrics_that_are_there():
 
 
 def test_a_submitted_job_takes_along_what_it_needs_and_no_more(tmp_path):
-    """As Ray packs a working directory: what .gitignore and runtime_env.yaml name stays at home."""
+    """As Ray packs a working directory: what .gitignore and conf/cluster/runtime_env.yaml name stays at home."""
     import zipfile
 
     from ray._private.runtime_env.packaging import create_package
 
-    excludes = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())["excludes"]
+    excludes = yaml.safe_load((ROOT / "conf" / "cluster" / "runtime_env.yaml").read_text())["excludes"]
     tree = tmp_path / "tree"
     tracked = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
