@@ -1,9 +1,9 @@
 """Prints what probes reach on labels that names of titles give: which shots belong to a film of a kind.
 
-    python -m benchmarks.probes OUTPUT --label animated=bbb,sintel,chrome --label speech=atul,friday [-- key=value ...]
+    python -m benchmarks.probes OUTPUT --label animated=bbb,sintel,chrome --label speech=atul,friday [key=value ...]
 
 OUTPUT is what jobs.embed_catalog wrote. Every shot is a clip; it has a label where its title's name begins with one of the words. The first
-word of a title's name is taken for its film, whose titles are held out together (labels.group). What follows ``--`` goes to
+word of a title's name is taken for its film, whose titles are held out together (labels.group). What else stands there goes to
 jobs.evaluate_probes, such as contextualiser.checkpoint=ADDRESS; without one, contextual inputs are left out.
 """
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--version", help="dataset version, where there are several")
     parser.add_argument("--label", action="append", required=True, help="NAME=WORD,WORD,...")
     parser.add_argument("overrides", nargs="*", help="key=value of jobs.evaluate_probes")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     words = {name: tuple(found.split(",")) for name, _, found in (label.partition("=") for label in options.label)}
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "labels.parquet"
