@@ -1,7 +1,7 @@
 """Does a contextualiser learn anything: the cosine at masked shots of held-out titles, beside guesses that learn nothing. Imports no ray.
 
     python -m benchmarks.msm                                           # titles made from random places and voices
-    python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri=CLIPS output.uri=EMBEDDINGS fusion.modality_norm=l2
+    python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri=CLIPS output.uri=EMBEDDINGS
     python -m benchmarks.msm --embeddings EMBEDDINGS                    # places and voices drawn around those of real shots
 
 A made title has scenes. A scene plays at one of the title's places and shows it from two sides that take turns (shot and reverse
@@ -11,6 +11,7 @@ places. Held-out titles have places, voices and topics of their own: nothing in 
 
 oracle: who knows the side, voice and topic of the hidden shot, without the noise. Nobody can do better; nobody is told so much.
 mean vector: of all shots that were trained on. title mean, nearest shot, interpolation: of the shots of the window that are not hidden.
+AdamW alone learns at 1e-3, the best for it of 1e-3, 2e-3 and 5e-3 on random titles.
 Figures are means over the masked shots of a title, then over titles; intervals are 95 % of a bootstrap over held-out titles, of the mean
 over seeds. Real titles, where there are any, are never trained on.
 """
@@ -48,15 +49,15 @@ CROSS_CUT = 0.3  # probability that a scene jumps between two places
 NOISE = 0.6  # of a shot around its side, in standard deviations between places
 TEXT, AUDIO = 0.6, 0.9  # probability that a shot has words, a sound
 BOOTSTRAPS = 2000
-SHAPE = ShapeConfig(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384, max_shots=64)
-TRAINING = TrainingConfig(windows_per_step=16, warmup_steps=30, evaluate_every=10**6, log_every=50, learning_rate=2e-3, cache_gb=0)
+SHAPE = ShapeConfig(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384, max_shots=64, dropout=0.0)
+TRAINING = TrainingConfig(windows_per_step=16, warmup_steps=100, evaluate_every=10**6, log_every=50, learning_rate=1e-3, cache_gb=0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--embeddings", default="", help="what embed_catalog wrote of real clips; empty = random places and voices")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--threads", type=int, default=2, help="1 on a machine that is busy: threads would mostly wait for one another")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -12,6 +12,7 @@ a second, against a large square bfloat16 product; Muon's own products are not c
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -56,6 +57,8 @@ def main() -> None:
 def beside_bare_loop(steps: int, rounds: int, threads: int) -> None:
     """Interleaved rounds of both; the ratio of the medians."""
     torch.set_num_threads(threads)
+    # Ray's workers yield to others (nice 15): on a shared machine both shall be treated alike
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     config = TrainingConfig(
         steps=WARM_STEPS + steps + 1,  # of the last the state is written, too
         windows_per_step=CPU_WINDOWS,
