@@ -48,6 +48,7 @@ def night(videos, tmp_path_factory):
     return output, committed, refused, after_refusal, limited
 
 
+@pytest.mark.slow
 def test_the_lease_of_a_killed_run_refuses_the_next_in_one_line_until_it_expires(night):
     _, committed, refused, after_refusal, limited = night
     assert refused.returncode == 2, refused.stdout + refused.stderr
