@@ -56,12 +56,23 @@ TAKES = (  # file, first and last second: what reels are edited out of, each wit
     ("bikes", 7.5, 9.6),
     ("carphone_pristine", 0.0, 4.0),
 )
-REELS = 8
-SHOTS_OF_A_SCENE = 6
+REELS = 10
+SHOTS_OF_A_SCENE = 8
 REEL_RATE = 25  # frames a second
 REEL_SIZE = (360, 204)  # pixels
-SHOT_FRAMES = (28, 40)  # fewest and most of a reel's shot
-TRAINING = ("training.steps=300", "training.warmup_steps=20", "training.evaluate_every=50", "training.save_every=100")
+SHOT_FRAMES = (26, 32)  # fewest and most of a reel's shot
+TRAINING = (  # windows shorter than the reels: whole reels are too few, and would be learned by heart
+    "model.hidden_size=128",
+    "model.num_hidden_layers=3",
+    "model.intermediate_size=512",
+    "model.max_shots=8",
+    "training.steps=500",
+    "training.windows_per_step=32",
+    "training.warmup_steps=20",
+    "training.evaluate_every=100",
+    "training.save_every=250",
+    "training.held_out_fraction=0.2",
+)
 QUERY = """
     SELECT title_id, shot_index AS shot, round(start_s, 2) AS start_s, round(end_s, 2) AS end_s, boundary_kind AS boundary,
            round(boundary_probability, 3) AS probability, has_audio AS audio, has_text AS text, len(fused_embedding) AS dim
