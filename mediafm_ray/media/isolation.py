@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH, SAMPLE_RATE, ShotM
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 BYTES_PER_SAMPLE = 2
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)  # names of variables that hostile media shall not come near
+STORES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "FSSPEC_")  # but with these the child opens the videos of an object store
 
 
 class IsolatedReader:
@@ -126,7 +129,7 @@ class IsolatedReader:
                 stderr=self.log,
                 pass_fds=[theirs.fileno()],
                 env={
-                    **os.environ,
+                    **{name: value for name, value in os.environ.items() if name.startswith(STORES) or not SECRET.search(name)},
                     "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")])),
                     "MALLOC_ARENA_MAX": "2",  # address space is limited: one arena a thread would eat it
                 },

@@ -47,6 +47,18 @@ def test_process_starts_fast_and_without_torch_or_ray():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_decoder_does_not_get_keys_that_it_does_not_need(monkeypatch):
+    for name in ("OPENAI_API_KEY", "RAY_AUTH_TOKEN", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, "mark-of-a-key")
+    reader = IsolatedReader(FramesConfig(), TimedTextConfig(), MediaConfig())
+    try:
+        reader.start()
+        environment = Path(f"/proc/{reader.process.pid}/environ").read_bytes().split(b"\0")
+    finally:
+        reader.close()
+    assert [entry for entry in environment if b"mark-of-a-key" in entry] == [b"AWS_ACCESS_KEY_ID=mark-of-a-key"]
+
+
 @pytest.mark.parametrize("blow", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
 def test_crash_is_the_titles_error_and_the_next_title_is_read(long_video, blow):
     reader = reader_with()
