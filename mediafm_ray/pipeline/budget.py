@@ -6,8 +6,11 @@ actor. A title that does not fit whole is taken all the same, or a film longer t
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +22,7 @@ from mediafm_ray.pipeline.backfill import Limits
 from mediafm_ray.pipeline.report import Tally
 from mediafm_ray.pipeline.rows import TitleLeft, was_left
 
+ASKED_TO_END = "SIGTERM"
 
 class Budget:
     """What is left of the limits; plain enough to be a Ray actor."""
@@ -85,19 +89,53 @@ class SharedBudget:
         ``interrupted``: asked after each title; a reason to take no more, or empty. Titles that the graph never came to are not waited for.
         """
         finished = 0
-        for table in results:
-            left = [was_left(error) for error in table["error"].to_pylist()] if table.num_columns else []
-            taken = table.filter(pa.array([not one for one in left], pa.bool_())) if any(left) else table
-            finished += taken.num_rows
-            if taken.num_rows:
-                yield taken
-            reason = interrupted()
-            if reason:
-                ray.get(self.keeper.end.remote(reason))
-            if any(left) or reason:
-                ended_by, begun = ray.get(self.keeper.state.remote())
-                if ended_by and finished >= begun:
-                    break
+        with draining(lambda: self.keeper.end.remote(ASKED_TO_END)):
+            for table in results:
+                left = [was_left(error) for error in table["error"].to_pylist()] if table.num_columns else []
+                taken = table.filter(pa.array([not one for one in left], pa.bool_())) if any(left) else table
+                finished += taken.num_rows
+                if taken.num_rows:
+                    yield taken
+                reason = interrupted()
+                if reason:
+                    ray.get(self.keeper.end.remote(reason))
+                if any(left) or reason:
+                    ended_by, begun = ray.get(self.keeper.state.remote())
+                    if ended_by and finished >= begun:
+                        break
         ended_by, begun = ray.get(self.keeper.state.remote())
         tally.ended_by = ended_by or tally.ended_by
         tally.left = tally.planned - begun
+
+
+@contextmanager
+def draining(end: Callable[[], Any]) -> Iterator[None]:
+    """The first SIGTERM makes the run ``end`` with the titles that are begun; a second one does what it did before (Ray's: ends at once).
+
+    Elsewhere than in the main thread, where Python takes no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked, over = threading.Event(), threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
+
+    def note(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
+
+    def wait() -> None:  # in a thread: the signal may have come while the main one held a lock of Ray's
+        asked.wait()
+        if not over.is_set():
+            end()
+
+    signal.signal(signal.SIGTERM, note)
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        over.set()
+        asked.set()
+        waiting.join()

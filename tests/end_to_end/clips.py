@@ -72,15 +72,15 @@ def embed_and_kill(catalog: Path, output: Path, *overrides: str, after_objects: 
     return kill_after(command(catalog, output, *overrides), output, after_objects)
 
 
-def kill_after(job: Sequence[str], output: Path, after_objects: int) -> int:
-    """Start a job and kill its driver once so many titles are committed; return the exit code."""
+def kill_after(job: Sequence[str], output: Path, after_objects: int, number: signal.Signals = signal.SIGKILL) -> int:
+    """Start a job and send its driver a signal, to kill it, once so many titles are committed; return the exit code."""
     process = subprocess.Popen(job, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while len(list(output.glob("*/shots/*/*.parquet"))) < after_objects:
         assert process.poll() is None, "the job ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
     return process.wait()
 
 

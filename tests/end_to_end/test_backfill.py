@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -102,3 +104,20 @@ def test_the_next_nights_finish_it_with_the_bytes_of_an_undisturbed_run(night, v
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert f"{len(TITLES)} objects checked" in checked.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_end_finishes_what_is_begun_and_takes_no_more(videos, tmp_path):
+    many, output = tmp_path / "videos", tmp_path / "out"
+    many.mkdir()
+    for number in range(20):
+        shutil.copy(videos / "newest.mp4", many / f"{number:02d}.mp4")
+    assert kill_after(command(many, output), output, after_objects=1, number=signal.SIGTERM) == 0
+    part = json.loads((output / "run-summary.json").read_text())["backfill"]
+    assert part["ended_by"] == "SIGTERM"
+    assert part["ok"] >= 1
+    assert part["left"] >= 1
+    assert part["ok"] + part["left"] == part["planned"] == 20
+    assert len(list(output.glob("*/shots/*/*.parquet"))) == part["ok"]
+    assert not list(output.glob("*/failures/*/*"))
+    assert not [name for name in objects(output) if name.startswith("leases/")], "the lease is given back"
