@@ -24,6 +24,7 @@ from mediafm_ray.pipeline.rows import TitleLeft, was_left
 
 ASKED_TO_END = "SIGTERM"
 
+
 class Budget:
     """What is left of the limits; plain enough to be a Ray actor."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 from ray.data import DataContext
@@ -27,6 +29,7 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
     if address:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     else:
+        _have_token()
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leave CUDA_VISIBLE_DEVICES alone where no GPU is asked for
         ray.init(
             address="local",
@@ -45,6 +48,21 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _have_token() -> None:
+    """Ray writes the token of a cluster of its own into the home folder. Where that cannot be written, as in many containers, it is given
+    to this process and its children only."""
+    if "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home at all
+        writable = False
+    if not writable:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> None:
