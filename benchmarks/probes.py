@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks.scenes import film_of
@@ -31,12 +32,13 @@ def main() -> int:
     parser.add_argument("output", help="output of jobs.embed_catalog")
     parser.add_argument("--version", help="dataset version, where there are several")
     parser.add_argument("--label", action="append", required=True, help="NAME=WORD,WORD,...")
+    parser.add_argument("--only", default="", help="take only titles whose id begins so")
     parser.add_argument("overrides", nargs="*", help="key=value of jobs.evaluate_probes")
     options = parser.parse_intermixed_args()
     words = {name: tuple(found.split(",")) for name, _, found in (label.partition("=") for label in options.label)}
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "labels.parquet"
-        pq.write_table(label_shots(EmbeddingDataset(options.output, options.version), words), table)
+        pq.write_table(label_shots(EmbeddingDataset(options.output, options.version), words, options.only), table)
         given = any(override.startswith("contextualiser.checkpoint=") for override in options.overrides)
         inputs = [] if given else [f"labels.inputs=[{','.join([*MODALITIES, 'fused'])}]"]
         version = [f"dataset.version={options.version}"] if options.version else []
@@ -44,9 +46,10 @@ def main() -> int:
         return run_job(__doc__ or "", EvaluateProbesConfig, evaluate_probes.main, keys)
 
 
-def label_shots(dataset: EmbeddingDataset, words: dict[str, tuple[str, ...]]) -> pa.Table:
-    """A clip a shot, its film, and the labels."""
+def label_shots(dataset: EmbeddingDataset, words: dict[str, tuple[str, ...]], only: str) -> pa.Table:
+    """A clip a shot of the titles whose ids begin with ``only``, its film, and the labels."""
     shots = dataset.dataset().to_table(columns=["title_id", "start_s", "end_s"])
+    shots = shots.filter(pc.starts_with(shots["title_id"], only))
     titles = shots["title_id"].to_pylist()
     shots = shots.append_column("film", pa.array([film_of(title) for title in titles]))
     for name, beginnings in words.items():
