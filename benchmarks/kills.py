@@ -34,6 +34,10 @@ MARK = "MEDIAFM_KILLS_MARK"  # an environment variable by which the processes of
 CLIP = "carphone_pristine.mp4"  # 4 s
 KINDS = ("child", "actor", "node", "driver")
 VICTIMS = {"child": "mediafm_ray.media.child", "actor": "ray::MapWorker"}  # what their command lines hold
+BEFORE = {
+    "child": "child",
+    "actor": "actor",
+}  # what has to be there before a kill; for the others the dice say, so that some come while models load
 GAP_S = (0.3, 3.0)  # between kills
 MAX_RUNS = 8  # of one output, until it is complete
 GONE_WITHIN_S = (
@@ -87,8 +91,10 @@ class Disturbed:
             outcome.runs += 1
             with tempfile.TemporaryFile("w+") as log:
                 process = subprocess.Popen(self.command, cwd=ROOT, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
-                while wanted and self._wait(process, dice.uniform(*GAP_S)):
+                while wanted:
                     kind = dice.choice(KINDS)
+                    if not self._wait(process, BEFORE.get(kind) or dice.choice(list(VICTIMS)), dice.uniform(*GAP_S)):
+                        break
                     if self._kill(kind, process, dice):
                         outcome.kills[kind] += 1
                         wanted -= 1
@@ -104,9 +110,9 @@ class Disturbed:
                 shutil.rmtree(self.output)
         raise SystemExit(f"the output is not complete after {MAX_RUNS} runs")
 
-    def _wait(self, process: subprocess.Popen[bytes], seconds: float) -> bool:
-        """Wait while the job runs, first until it has actors; whether it still does."""
-        while process.poll() is None and not self._victims("actor"):
+    def _wait(self, process: subprocess.Popen[bytes], kind: str, seconds: float) -> bool:
+        """Wait while the job runs, first until it has processes of a kind; whether it still does."""
+        while process.poll() is None and not self._victims(kind):
             time.sleep(0.1)
         deadline = time.monotonic() + seconds
         while process.poll() is None and time.monotonic() < deadline:
