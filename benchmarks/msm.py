@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--threads", type=int, default=2, help="1 on a machine that is busy: threads would mostly wait for one another")
+    parser.add_argument("--save", default="", help="folder for the first model with Muon + AdamW and [GLOBAL], as a checkpoint")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     world = World.of_real_shots(arguments.embeddings) if arguments.embeddings else World.random()
@@ -83,6 +84,8 @@ def main() -> None:
         found[name] = np.mean(scores, axis=0)
         by_seed = ", ".join(f"{score.mean():.4f}" for score in scores)
         print(f"{name:24} {interval(found[name])}   seeds {by_seed}   {taken_s:.0f} s a training", flush=True)
+        if name == "Muon + AdamW" and arguments.save:
+            models[0].save_pretrained(arguments.save)
         if name == "Muon + AdamW" and catalog.real:
             found["real"] = np.mean([catalog.scores(catalog.real, predictions(model, catalog.real, True)) for model in models], axis=0)
     report_differences(catalog, found)

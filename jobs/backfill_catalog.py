@@ -42,7 +42,7 @@ LEASE_LOST = "the lease was lost"
 
 def main(config: BackfillCatalogConfig) -> int:
     """Take the lease, then plan, delete, embed, report; or, dry, only plan."""
-    console, start = Console(), time.monotonic()
+    console, start = Console(log_format=config.run.log_format), time.monotonic()
     store = Store(config.output.uri, config.storage)
     if config.run.dry_run:
         return preview(config, store, console)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -20,7 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
+
+from mediafm_ray.pipeline.command import EXIT_BAD_INPUT
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 EXIT_UNKNOWN = 3  # the job ended and nobody knows with what: its node was lost, or it was stopped
@@ -29,10 +33,12 @@ EXIT_UNKNOWN = 3  # the job ended and nobody knows with what: its node was lost,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit, follow, report."""
     options = parse(arguments)
-    client = JobSubmissionClient(options.address)
-    job = client.submit_job(
-        entrypoint=shlex.join(options.entrypoint), runtime_env=runtime_env(options), submission_id=options.submission_id
-    )
+    logging.getLogger("ray").setLevel(logging.ERROR)  # a line for every file that is not taken along says nothing
+    try:
+        client, job = submit(options)
+    except SubmitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     print(
         f"submitted {job}; to look again: ray job status {job} --address {options.address}; ray job logs {job}; ray job stop {job}",
         flush=True,
@@ -44,6 +50,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reason = (details.message or "").partition("\n")[0]  # what follows is the end of the log, once more
     print(f"{job} {details.status}: {reason}", flush=True)
     return exit_code(details)
+
+
+class SubmitError(Exception):
+    """Why nothing was submitted, and what to do."""
+
+
+def submit(options: argparse.Namespace) -> tuple[JobSubmissionClient, str]:
+    """The client and the job's name. Raises SubmitError."""
+    try:
+        client = JobSubmissionClient(options.address)
+        job = client.submit_job(
+            entrypoint=shlex.join(options.entrypoint), runtime_env=runtime_env(options), submission_id=options.submission_id
+        )
+    except AuthenticationError as error:
+        raise SubmitError(
+            f"the cluster at {options.address} wants another token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where the token is "
+            "not in ~/.ray/auth_token"
+        ) from error
+    except ConnectionError as error:
+        raise SubmitError(f"no Ray cluster answers at {options.address}: start one (ray start --head), or give --address") from error
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: what the cluster answered, such as a name that is taken
+        raise SubmitError(" ".join(str(error).split("Traceback")[0].split())) from error
+    return client, job
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -67,6 +67,11 @@ def test_a_submitted_job_runs_and_its_exit_code_comes_back(head, videos, tmp_pat
     assert "FAILED no film" in failed.stdout
     assert "FAILED" in failed.stdout.splitlines()[-1]
 
+    twice = head.run("jobs.submit", "--submission-id", "first", "--", *job)
+    assert twice.returncode == 2, twice.stdout + twice.stderr
+    assert "first already exists" in twice.stderr
+    assert "Traceback" not in twice.stderr
+
     wrong = head.run("jobs.submit", "--", *embed(f"catalog.uri={tmp_path}/nothing", f"output.uri={output}"))
     assert wrong.returncode == 2, wrong.stdout + wrong.stderr
     assert re.search(r"exit code 2", wrong.stdout.splitlines()[-1])
@@ -97,5 +102,16 @@ def test_who_has_no_token_does_not_get_in(head, videos, tmp_path):
     wrong.write_text("f" * 64)
     job = embed(f"catalog.uri={videos}", f"output.uri={tmp_path}/out")
     refused = head.run("jobs.submit", "--", *job, RAY_AUTH_TOKEN_PATH=str(wrong))
-    assert refused.returncode not in (0, 1, 2), refused.stdout
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert refused.stderr.strip().splitlines()[-1].startswith("error: the cluster at ")
+    assert "RAY_AUTH_TOKEN_PATH" in refused.stderr
+    assert "Traceback" not in refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_where_no_cluster_answers_one_line_says_so(capsys):
+    from jobs import submit
+
+    assert submit.main(["--address", "http://127.0.0.1:9", "--", "true"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "no Ray cluster answers at http://127.0.0.1:9" in line

@@ -127,6 +127,13 @@ def test_a_failed_title_waits_twice_as_long_each_time_and_is_given_up(config):
     assert plan_backfill(config).plan.done == 4, "success forgets the failures"
 
 
+def test_with_log_format_json_every_line_is_an_object(config, capsys):
+    assert backfill_catalog.main(changed(config, run={"dry_run": True, "log_format": "json"})) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(json.loads(line)["event"] == "message" for line in lines)
+
+
 def test_a_failure_record_that_is_none_counts_as_one_attempt(config, tmp_path):
     compute(config, failing=["b"])
     (record,) = (tmp_path / "out").rglob("failures/*/b@*.json")
