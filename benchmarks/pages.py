@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path)
     options = parser.parse_args()
     if options.pictures:
-        take_pictures(options.pictures)
+        take_pictures(options.pictures.resolve())
         return
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         output, title, catalog = Path(folder, "out"), Path(folder, "title.html"), Path(folder, "catalog.html")
