@@ -462,7 +462,7 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
             raise ConfigError(f"{override!r}: expected key=value (try --help)")
         try:
             given = OmegaConf.from_dotlist([override])
-            if _type_of(kind, key) is str and OmegaConf.select(given, key) is not None:
+            if _type_of(kind, key) is str and (OmegaConf.select(given, key) is not None or not value):
                 OmegaConf.update(given, key, _as_text(OmegaConf.select(given, key), value))
             merged = OmegaConf.merge(merged, given)
         except Exception as error:
@@ -483,7 +483,7 @@ def _type_of(kind: Any, key: str) -> Any:
 
 
 def _as_text(parsed: Any, given: str) -> str:
-    """The value of a text field: as YAML reads it (which takes quotes off) or, where that is a number, as it was given (012 is not 12)."""
+    """The value of a text field: as YAML reads it (which takes quotes off) or, where that is a number or nothing, as it was given (012 is not 12)."""
     return parsed if isinstance(parsed, str) else given
 
 
