@@ -33,7 +33,6 @@ EXIT_UNKNOWN = 3  # the job ended and nobody knows with what: its node was lost,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit, follow, report."""
     options = parse(arguments)
-    logging.getLogger("ray").setLevel(logging.ERROR)  # a line for every file that is not taken along says nothing
     try:
         client, job = submit(options)
     except SubmitError as error:
@@ -71,7 +70,8 @@ def submit(options: argparse.Namespace) -> tuple[JobSubmissionClient, str]:
     except ConnectionError as error:
         raise SubmitError(f"no Ray cluster answers at {options.address}: start one (ray start --head), or give --address") from error
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: what the cluster answered, such as a name that is taken
-        raise SubmitError(" ".join(str(error).split("Traceback")[0].split())) from error
+        said = [line for line in str(error).splitlines() if any(map(str.isalnum, line))]  # the cluster sends its whole traceback
+        raise SubmitError(said[-1] if said else repr(error)) from error
     return client, job
 
 
@@ -111,4 +111,5 @@ def exit_code(details: Any) -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # Ray's line for every file that is not taken along
     sys.exit(main())

@@ -52,7 +52,9 @@ def test_a_value_on_the_command_line_is_not_repeated_in_errors():
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("given", "value"), [("000000000012", "000000000012"), ("12345678e123", "12345678e123"), ("'a b'", "a b"), ("", "")])
+@pytest.mark.parametrize(
+    ("given", "value"), [("000000000012", "000000000012"), ("12345678e123", "12345678e123"), ("'a b'", "a b"), ("", "")]
+)
 def test_text_is_taken_as_it_is_given_also_where_it_looks_like_a_number(given, value):
     assert read(f"text.model={given}").text.model == value
 
