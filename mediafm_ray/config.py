@@ -483,7 +483,7 @@ def _type_of(kind: Any, key: str) -> Any:
 
 
 def _as_text(parsed: Any, given: str) -> str:
-    """The value of a text field: as YAML reads it (which takes quotes off) or, where that is a number or nothing, as it was given (012 is not 12)."""
+    """The value of a text field: as YAML reads it (which takes quotes off), or as it was given where that is none (012 is not 12)."""
     return parsed if isinstance(parsed, str) else given
 
 
