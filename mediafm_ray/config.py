@@ -7,6 +7,7 @@ ConfigError that names it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import textwrap
 import typing
@@ -28,11 +29,13 @@ from mediafm_ray.models.options import (
     VideoEncoderConfig,
 )
 from mediafm_ray.models.weights import with_endpoint
-from mediafm_ray.spec import resource
+from mediafm_ray.spec import MODALITIES, resource
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 
 HELP_WIDTH = 118  # columns
+MOST_RESULTS = 1000  # of one search
+LEAST_TO_TRAIN = 256  # vectors: what a byte of a product quantiser can be
 ADDRESSES = ("weights", "temporal_weights", "checkpoint")  # keys of any section whose values are addresses of weights
 Job = TypeVar("Job")
 
@@ -444,6 +447,107 @@ class TrainContextualiserConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 
+@dataclass(frozen=True)
+class IndexConfig:
+    """Where the index of shots is, what stands in it, and how well it must find."""
+
+    uri: str = resource("", "folder or bucket prefix of its own that holds the index, a Lance dataset (required)")
+    parts: list[str] = resource(
+        ["video", "audio", "text"], "modalities whose own vectors can be searched, too; each adds its dimensions to the index"
+    )
+    least_shots: int = resource(
+        20_000, "from so many vectors on a column gets a vector index, which is searched approximately; fewer are searched exactly"
+    )
+    recall: float = resource(0.97, "recall@10 that the vector index must reach on sampled shots; what it takes to reach it is recorded")
+    queries: int = resource(200, "shots that are drawn to measure recall@10 against exact search")
+    replace: bool = resource(False, "build anew in the place of an index of another dataset version, of other vectors or other parts")
+    keep_hours: float = resource(24.0, "versions before the last are deleted after so long; a search may still be reading them")
+    lease_minutes: float = resource(10.0, "after a crash, no other build of the index starts for so long; renewed while the job runs")
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.parts if part not in MODALITIES]
+        if unknown or len(set(self.parts)) != len(self.parts):
+            raise ValueError(f"index.parts are some of {', '.join(MODALITIES)}, each once; not {', '.join(self.parts)}")
+        if self.least_shots < LEAST_TO_TRAIN or self.queries < 1:
+            raise ValueError(f"index.least_shots must be at least {LEAST_TO_TRAIN}, and index.queries at least 1")
+        if not 0 < self.recall <= 1:
+            raise ValueError(f"index.recall must be above 0 and up to 1, is {self.recall}")
+        if self.keep_hours < 0 or self.lease_minutes <= 0:
+            raise ValueError("index.keep_hours cannot be negative, and index.lease_minutes must be positive")
+
+
+@dataclass(frozen=True)
+class BuildIndexConfig:
+    """Everything that ``jobs.build_index`` takes."""
+
+    index: IndexConfig = field(default_factory=IndexConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    vectors: VectorsConfig = field(default_factory=VectorsConfig)
+    run: DerivedRunConfig = field(default_factory=DerivedRunConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True)
+class SearchedIndexConfig:
+    """Which index to search."""
+
+    uri: str = resource("", "folder or bucket prefix that jobs.build_index wrote to, its index.uri (required)")
+    version: str = resource("", "dataset version that it must be of, 12 hex digits; empty = any")
+    vectors: str = resource("", "vectors that it must hold, fused or contextual; empty = any")
+    exact: bool = resource(False, "look at every shot instead of asking the vector index")
+
+    def __post_init__(self) -> None:
+        if self.vectors not in ("", "fused", "contextual"):
+            raise ValueError(f"index.vectors must be fused or contextual, is {self.vectors!r}")
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which shots may be found."""
+
+    titles: list[str] = resource([], "of these titles only; empty = of all")
+    without_titles: list[str] = resource([], "of none of these titles")
+    other_titles: bool = resource(False, "of other titles only than that of the shot or clip that is asked for")
+    start_s: float | None = resource(None, "that end after this second of their title; null = any")
+    end_s: float | None = resource(None, "that begin before this second of their title; null = any")
+    languages: list[str] = resource([], "whose text is in one of these languages; en finds en-US, too; empty = any, and none")
+
+    def __post_init__(self) -> None:
+        for name in ("start_s", "end_s"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                raise ValueError(f"filter.{name} must be a finite number of seconds, is {value}")
+        if self.start_s is not None and self.end_s is not None and self.start_s >= self.end_s:
+            raise ValueError(f"filter.end_s ({self.end_s:g}) must come after filter.start_s ({self.start_s:g})")
+
+
+@dataclass(frozen=True)
+class SearchShotsConfig:
+    """Everything that ``jobs.search_shots`` takes."""
+
+    shot: str = resource("", "TITLE:INDEX of the shot whose like is wanted")
+    clip: str = resource("", "TITLE:START-END, in seconds, of the clip whose like is wanted")
+    query: str = resource("", "words that say what is wanted")
+    by: str = resource(
+        "", "vectors to compare: all (fused or contextual, as the index has them), video, audio or text; empty = all, and text for words"
+    )
+    count: int = resource(10, "shots to find")
+    format: str = resource("table", "table or json")
+    index: SearchedIndexConfig = field(default_factory=SearchedIndexConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+    def __post_init__(self) -> None:
+        if self.by not in ("", "all", *MODALITIES):
+            raise ValueError(f"by must be one of all, {', '.join(MODALITIES)}; is {self.by!r}")
+        if self.format not in ("table", "json"):
+            raise ValueError(f"format must be table or json, is {self.format!r}")
+        if not 1 <= self.count <= MOST_RESULTS:
+            raise ValueError(f"count must be from 1 to {MOST_RESULTS}, is {self.count}")
+
+
 def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str]) -> Job:
     """A job's configuration from YAML files and ``key=value`` overrides, later ones over earlier ones. Raises ConfigError."""
     merged = OmegaConf.structured(kind)
@@ -543,6 +647,8 @@ def _yaml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(str, value)) + "]"
+    if value is None:
+        return "null"
     return '""' if value == "" else str(value)
 
 

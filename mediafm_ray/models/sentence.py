@@ -38,7 +38,7 @@ class SentenceEncoder:
         self.device = open_device(config.device)
         self.workers = Workers(config.threads)
         self.model = load_checkpoint(AutoModel, folder, dtype=torch.float32).requires_grad_(False).to(self.device)
-        self.tokenizer = _load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder)
         self.pooling, self.unit_norm = _read_pooling(folder)
         self.longest = _read_longest(folder, self.tokenizer, self.model)
         self.dim = int(self.model.config.hidden_size)
@@ -72,7 +72,8 @@ class SentenceEncoder:
         return (F.normalize(pooled_SD, dim=1) if self.unit_norm else pooled_SD).cpu().numpy()
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint's folder. Raises WeightsError where there is none."""
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)

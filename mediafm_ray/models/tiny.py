@@ -22,6 +22,7 @@ from transformers import (
     BertTokenizer,
     CLIPConfig,
     CLIPModel,
+    CLIPTokenizer,
     SiglipConfig,
     SiglipModel,
     Wav2Vec2Config,
@@ -60,15 +61,21 @@ WAV2VEC2_SAMPLES = {
     "sampling_rate": 16000,
     "feature_extractor_type": "Wav2Vec2FeatureExtractor",
 }
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'"
+CLIP_SPECIALS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
 SPECIAL_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def make_clip(folder: Path) -> None:
-    """A whole CLIP model, text tower included, as published checkpoints are; 64 x 64 pixels."""
-    save_seeded(
-        folder, lambda: CLIPModel(CLIPConfig(vision_config={**VISION, "projection_dim": DIM}, text_config=TEXT, projection_dim=DIM))
-    )
+    """A whole CLIP model, text tower and tokenizer included, as published checkpoints are; 64 x 64 pixels, texts of single letters."""
+    pieces = [*CLIP_SPECIALS.values(), *(letter + ending for letter in LETTERS for ending in ("", "</w>"))]
+    ids = {piece: number for number, piece in enumerate(pieces)}
+    specials = {f"{name}_id": ids[piece] for name, piece in CLIP_SPECIALS.items()}
+    text = {**TEXT, "projection_dim": DIM, "vocab_size": len(pieces), "pad_token_id": specials["eos_token_id"], **specials}
+    shape = CLIPConfig(vision_config={**VISION, "projection_dim": DIM}, text_config=text, projection_dim=DIM)
+    save_seeded(folder, lambda: CLIPModel(shape))
     write_json(folder / "preprocessor_config.json", CLIP_PIXELS)
+    CLIPTokenizer(vocab=ids, merges=[], model_max_length=shape.text_config.max_position_embeddings).save_pretrained(folder)
 
 
 def make_siglip(folder: Path) -> None:
@@ -95,7 +102,7 @@ def make_wav2vec2(folder: Path, **changes: Any) -> None:
 
 def make_bert(folder: Path) -> None:
     """A BERT over single letters and digits, 768 wide."""
-    pieces = SPECIAL_PIECES + [prefix + letter for letter in "abcdefghijklmnopqrstuvwxyz0123456789.,!?'" for prefix in ("", "##")]
+    pieces = SPECIAL_PIECES + [prefix + letter for letter in LETTERS for prefix in ("", "##")]
     shape = BertConfig(
         vocab_size=len(pieces),
         hidden_size=DIM,

@@ -104,7 +104,7 @@ def _pooled(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str])
         where = f"row {rows[0] + 1}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "") + f" ({title_id})"
         name = names.get(encode_title(title_id))
         if name is None:
-            return [(rows[0], f"{where}: no such title is committed{_suggestion(title_id, names)}")]
+            return [(rows[0], f"{where}: no such title is committed{suggestion(title_id, [urllib.parse.unquote(name) for name in names])}")]
         try:
             shots = read_vectors(dataset, name, SHOTS)
             vectors = {kind: shots.vectors_SD[:, slice(*spans[kind])] for kind in kinds if kind != CONTEXTUAL}
@@ -129,6 +129,7 @@ def _pooled(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str])
     return found
 
 
-def _suggestion(title_id: str, names: dict[str, str]) -> str:
-    close = difflib.get_close_matches(title_id, [urllib.parse.unquote(name) for name in names], TITLES_SUGGESTED)
-    return f"; close to it: {', '.join(close)}" if close else f" ({len(names)} are)"
+def suggestion(title_id: str, titles: Sequence[str]) -> str:
+    """The end of a message on a title that is not there: the titles whose ids are close to it or, where none is, how many there are."""
+    close = difflib.get_close_matches(title_id, titles, TITLES_SUGGESTED)
+    return f"; close to it: {', '.join(close)}" if close else f" ({len(titles)} are)"

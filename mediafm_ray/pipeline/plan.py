@@ -56,13 +56,13 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
         raise ConfigError(str(error)) from error
     recipe = {
         "arithmetic": ARITHMETIC,
-        "detector": _recipe(config.detector, weights.digest(config.detector.weights)),
+        "detector": encoder_recipe(config.detector, weights.digest(config.detector.weights)),
         "frames": recipe_of(config.frames),
         "media": recipe_of(config.media),
         "timed_text": recipe_of(config.timed_text),
-        "video": _recipe(config.video, weights_digest(config.video)),
-        "audio": _recipe(config.audio, weights_digest(config.audio)),
-        "text": _recipe(config.text, weights_digest(config.text)),
+        "video": encoder_recipe(config.video, weights_digest(config.video)),
+        "audio": encoder_recipe(config.audio, weights_digest(config.audio)),
+        "text": encoder_recipe(config.text, weights_digest(config.text)),
         "fusion": recipe_of(config.fusion),
     }
     return Model(digest_of(recipe)[:VERSION_DIGITS], recipe, {**dims, "fused": sum(dims.values())}, spans(dims))
@@ -224,7 +224,7 @@ def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, mod
     return (digest_of({"checkpoint_sha256": digest, **changes}) if changes else digest)[:VERSION_DIGITS]
 
 
-def _recipe(config: Any, weights_sha256: str) -> dict[str, Any]:
+def encoder_recipe(config: Any, weights_sha256: str) -> dict[str, Any]:
     """A model's part of the recipe: where its weights lie does not matter, what they are does."""
     fields = recipe_of(config)
     fields.pop("weights", None)

@@ -1,0 +1,52 @@
+"""Build the index that shots are searched in, or bring it up to date. No video is opened, no model is loaded.
+
+    python -m jobs.build_index output.uri=embeddings/ index.uri=index/
+    python -m jobs.build_index output.uri=embeddings/ index.uri=s3://bucket/index vectors.kind=fused index.parts=[text]
+
+The index is a Lance dataset: one row a shot, with its contextual (or fused) vector and those of its modalities, title, times, text and
+language. New and changed titles are added, those that are gone leave; where nothing changed, nothing is done. From index.least_shots
+vectors on a column gets a vector index; how well that finds is measured against exact search (recall@10) and printed. A search sees the
+new version at once when it is whole; a killed build is finished by running the same command again.
+Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows (the others are in); 2: a bad configuration, dataset or
+index, nothing was changed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mediafm_ray.config import BuildIndexConfig, ConfigError
+from mediafm_ray.pipeline.command import holder_of_lease, run_job
+from mediafm_ray.pipeline.derived import vectors_dataset
+from mediafm_ray.pipeline.indexing import add_titles, finish_build, index_vectors, make_index_plan, remove_titles
+from mediafm_ray.pipeline.report import Console
+from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.storage.index import LEASE, IndexWriter
+from mediafm_ray.storage.lease import held
+from mediafm_ray.storage.store import Store
+
+
+def main(config: BuildIndexConfig) -> int:
+    """Compare, add, remove, train and measure, publish."""
+    console = Console()
+    if not config.index.uri:
+        raise ConfigError("index.uri is required: a folder or bucket prefix of its own")
+    dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
+    vectors = vectors_dataset(dataset, config.vectors)
+    store = Store(config.index.uri, config.storage)
+    make_index_plan(dataset, vectors, IndexWriter(config.index.uri, config.storage), config.index)  # refuses before anything is written
+    store.check_writable()
+    with held(store, LEASE, holder_of_lease("jobs.build_index"), config.index.lease_minutes * 60):
+        writer = IndexWriter(config.index.uri, config.storage)
+        plan = make_index_plan(dataset, vectors, writer, config.index)
+        console.say(plan.describe())
+        if plan.begins:
+            writer.create(plan.facts)
+        added = add_titles(dataset, plan, writer, config, console)
+        removed = remove_titles(plan, added, writer)
+        index_vectors(writer, config.index, console, changed=bool(added.shots or removed or not writer.published()))
+        return finish_build(writer, added, removed, config, console)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__ or "", BuildIndexConfig, main))

@@ -1,0 +1,62 @@
+"""The text tower of a CLIP or SigLIP checkpoint: words to a vector that can be compared with those of its image tower.
+
+CLIP (Radford et al. 2021, arXiv:2103.00020) projects the state at the end-of-text token, SigLIP (Zhai et al. 2023, arXiv:2303.15343)
+that at the last of 64 positions, to which every text is padded. Longer text is cut.
+
+Shapes
+    S  texts
+    L  tokens of a text
+    D  dimension of an embedding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CLIPTextModelWithProjection, SiglipTextModel
+
+from mediafm_ray.models import weights
+from mediafm_ray.models.encoder import Encoded
+from mediafm_ray.models.loading import load_checkpoint, open_device
+from mediafm_ray.models.options import VideoEncoderConfig
+from mediafm_ray.models.sentence import load_tokenizer
+
+TOWERS = {  # by model_type of config.json: the class that holds the text tower, which of its outputs is the embedding, how texts are padded
+    "clip": (CLIPTextModelWithProjection, "text_embeds", False),
+    "siglip": (SiglipTextModel, "pooler_output", "max_length"),
+}
+
+
+class ClipTextEncoder:
+    """Texts in the space of the configured video encoder's images. Computed in float32, one text at a time."""
+
+    def __init__(self, config: VideoEncoderConfig) -> None:
+        """Raises WeightsError for weights without a text tower or without a tokenizer."""
+        folder = weights.resolve(config.weights)
+        kind = weights.read_config(str(folder)).get("model_type")
+        if kind not in TOWERS:
+            raise weights.WeightsError(
+                f"{config.weights} is a {kind!r} checkpoint, which has no text tower: words find pictures only with a whole "
+                f"{' or '.join(sorted(TOWERS))} checkpoint"
+            )
+        tower, self.output, self.padding = TOWERS[kind]
+        self.device = open_device(config.device)
+        self.tower: Any = load_checkpoint(tower, folder, dtype=torch.float32).requires_grad_(False).to(self.device)
+        self.tokenizer = load_tokenizer(folder)
+        self.longest = int(self.tower.config.max_position_embeddings)
+        self.dim = int(self.tower.config.projection_dim if self.output == "text_embeds" else self.tower.config.projection_size)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """See TextEncoder."""
+        embeddings_SD = np.zeros((len(texts), self.dim), np.float32)
+        present_S = np.array([bool(text.strip()) for text in texts], bool)
+        for index in np.flatnonzero(present_S):
+            options = {"padding": self.padding, "truncation": True, "max_length": self.longest}
+            tokens_1L = self.tokenizer(texts[index], **options, return_tensors="pt")["input_ids"].to(self.device)
+            # no mask: SigLIP was trained without one, and CLIP's texts are not padded
+            embeddings_SD[index] = getattr(self.tower(input_ids=tokens_1L), self.output)[0].cpu().numpy()
+        return Encoded(embeddings_SD, present_S)

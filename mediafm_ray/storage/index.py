@@ -1,0 +1,447 @@
+"""The shots of a dataset version as a Lance dataset that is searched: one row a shot, vectors at half precision, a vector index on each.
+
+Lance (Apache-2.0, package ``pylance``) keeps every version of a dataset readable. A build goes through many versions: it adds titles in
+groups, deletes those that are gone, trains. None of them is seen by a search before the build moves the tag PUBLISHED to the last; a
+killed build changes nothing for a reader, and the next one goes on from what it left. One build at a time, kept by a lease: two at
+once would add the same titles twice.
+
+The cosine of unit vectors at half precision differs from that at single precision by less than 1e-3.
+
+Shapes
+    S  shots
+    N  shots of a block
+    D  dimension of a vector
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mediafm_ray.spec import MODALITIES
+from mediafm_ray.storage.dataset import DatasetError
+from mediafm_ray.storage.s3 import s3_config_options
+from mediafm_ray.storage.schemas import METADATA_KEY, embedding_values, read_facts
+from mediafm_ray.storage.store import StorageConfig, StorageError, Store, scheme_of
+
+FORMAT = 1  # of what is written: raise it with a change that an older release cannot read, or that cannot read older indexes
+PUBLISHED = "published"  # the tag of the version that is searched
+SETTINGS_KEY = "mediafm_ray.search"  # in the schema's metadata: how each column is searched, a JSON object
+LEASE = "leases/build"  # below the index: who is building
+LANCE_FOLDER = "_versions"  # of every Lance dataset
+EMBEDDING = "embedding"  # the column of fused or contextual vectors
+INDEX_TYPE = "IVF_PQ"
+SHOTS_A_PARTITION = 4096  # of the inverted file
+BYTE_DIMS = (16, 8, 4, 2, 1)  # dimensions that the product quantiser writes as one byte: the first that divides the vector's
+FEW_SHOTS = 20_000  # so many are searched one by one: that is as quick, and exact
+GROUP_BYTES = 256 << 20  # of vectors that are written as one file, and so held at once
+SPARE_FILES = 16  # files beyond those that the rows need, before they are merged
+BLOCK_SHOTS = 4096  # that are read at once where all are
+KEYS_AT_ONCE = 1 << 16  # rows of which titles and sources are read at once
+KEYS_A_DELETION = 200  # titles and sources in one condition
+DRAWN_FOR_ONE = 8  # shots that are drawn for one query: not all have a vector of each modality
+MOST_NAMED = 8  # objects that a message names
+ROW_COLUMNS = ("title_id", "shot_index", "start_s", "end_s", "language", "text", "has_video", "has_audio", "has_text")  # of a result
+LANCE_ERRORS = (OSError, ValueError, RuntimeError, NotImplementedError, pa.ArrowException)  # what its Rust side raises
+RUST_PLACE = re.compile(r",? ?(?:rust|/[\w/.-]*/rust)/\S+\.rs:\d+(?::\d+)?")  # where in its source, which helps nobody here
+
+
+class NoIndex(DatasetError):
+    """There is no index, or it is not the one that was asked for; the message says what is there instead."""
+
+
+def part_column(modality: str) -> str:
+    """The column that holds the vectors of one modality's encoder."""
+    return f"{modality}_embedding"
+
+
+def modality_of(column: str) -> str:
+    """The inverse of ``part_column``."""
+    return column.removesuffix("_embedding")
+
+
+@dataclass(frozen=True)
+class IndexFacts:
+    """What an index was made from."""
+
+    dataset_version: str
+    vectors: str  # the dataset that ``embedding`` is taken from: shots (fused vectors) or contextual-<checkpoint>
+    dims: Mapping[str, int]  # column of vectors -> its dimension
+    recipe: Mapping[str, Any]  # of the dataset version: which encoders, with the digests of their weights
+    format: int = FORMAT
+
+    def to_json(self) -> bytes:
+        """As it stands in the metadata of the Lance dataset."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
+
+    @property
+    def kind(self) -> str:
+        """fused or contextual."""
+        return "fused" if self.vectors == "shots" else "contextual"
+
+    def describe(self) -> str:
+        """What it was made from, in words."""
+        parts = ", ".join(modality_of(column) for column in self.dims if column != EMBEDDING) or "none"
+        return f"{self.vectors if self.kind == 'contextual' else 'fused vectors'} of dataset version {self.dataset_version}, parts: {parts}"
+
+    def schema(self) -> pa.Schema:
+        """The columns: what a result says of a shot, where it is from, and its vectors; a vector is null where a modality is absent."""
+        fields = [
+            pa.field("title_id", pa.string()),
+            pa.field("source", pa.string()),  # of the title, as in the names of its objects
+            pa.field("shot_index", pa.int32()),
+            pa.field("start_s", pa.float64()),
+            pa.field("end_s", pa.float64()),
+            pa.field("language", pa.string()),
+            pa.field("text", pa.string()),
+            *(pa.field(f"has_{modality}", pa.bool_()) for modality in MODALITIES),
+            *(pa.field(column, pa.list_(pa.float16(), dim)) for column, dim in self.dims.items()),
+        ]
+        return pa.schema(fields, {METADATA_KEY: self.to_json()})
+
+
+def half_vectors(unit_SD: np.ndarray, present_S: np.ndarray) -> pa.FixedSizeListArray:
+    """(S, D) float32 unit vectors as a column of the index; null where not present."""
+    values = pa.array(unit_SD.astype(np.float16).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(values, type=pa.list_(pa.float16(), unit_SD.shape[1]), mask=pa.array(~present_S))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a column's vector index is searched, and how well that does, as it was measured when the index was built."""
+
+    trained_shots: int
+    partitions: int
+    nprobes: int = 0  # partitions that are searched
+    refine: int = 0  # of so many times the wanted results the exact cosines are computed
+    recall: float = 0.0  # recall@10 against exact search
+    queries: int = 0  # that it was measured with
+
+
+@dataclass(frozen=True)
+class ShotFilter:
+    """Which shots may be found."""
+
+    titles: Sequence[str] = ()  # of these titles only; empty = of all
+    without_titles: Sequence[str] = ()
+    start_s: float | None = None  # shots that reach into [start_s, end_s) of their title
+    end_s: float | None = None
+    languages: Sequence[str] = ()  # of their text; en finds en-US, too
+
+    def sql(self) -> str:
+        """As a condition on the columns; empty where nothing is asked for."""
+        terms = []
+        if self.titles:
+            terms.append(f"title_id IN ({', '.join(map(quoted, self.titles))})")
+        if self.without_titles:
+            terms.append(f"title_id NOT IN ({', '.join(map(quoted, self.without_titles))})")
+        if self.start_s is not None:
+            terms.append(f"end_s > {float(self.start_s)!r}")
+        if self.end_s is not None:
+            terms.append(f"start_s < {float(self.end_s)!r}")
+        tags = [language.lower() for language in self.languages]
+        spoken = [f"lower(language) = {quoted(tag)} OR starts_with(lower(language), {quoted(f'{tag}-')})" for tag in tags]
+        return " AND ".join([*terms, *([f"({' OR '.join(spoken)})"] if spoken else [])])
+
+
+def quoted(text: str) -> str:
+    """Text as a literal of SQL."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+class ShotIndex:
+    """One version of an index. Whatever goes wrong with the store is a StorageError that says where."""
+
+    def __init__(self, uri: str, dataset: lance.LanceDataset):
+        """Raises NoIndex for a Lance dataset of something else, or of another release's format."""
+        self.uri, self.dataset = uri, dataset
+        found = read_facts(dataset.schema)
+        if found.get("format") != FORMAT:
+            what = f"format {found['format']}; this release reads {FORMAT}" if "format" in found else "a Lance dataset of something else"
+            raise NoIndex(f"{uri} is no index of shots that can be read: {what}; choose another index.uri")
+        self.facts = IndexFacts(**found)
+        settings = json.loads((dataset.schema.metadata or {}).get(SETTINGS_KEY.encode(), b"{}"))
+        self.settings = {column: Setting(**values) for column, values in settings.items()}
+
+    @property
+    def version(self) -> int:
+        """Lance's number of this version."""
+        return self.dataset.version
+
+    def shots(self, column: str = "") -> int:
+        """How many there are, or how many have a vector in a column."""
+        with explained(self.uri):
+            return self.dataset.count_rows(filter=f"{column} IS NOT NULL" if column else None)
+
+    def titles(self) -> Mapping[tuple[str, str], int]:
+        """Shots of every title and source that is there."""
+        counts: dict[tuple[str, str], int] = {}
+        with explained(self.uri):
+            for batch in self.dataset.scanner(columns=["title_id", "source"], batch_size=KEYS_AT_ONCE).to_batches():
+                grouped = pa.table(batch).group_by(["title_id", "source"]).aggregate([([], "count_all")])
+                for row in grouped.to_pylist():
+                    key = row["title_id"], row["source"]
+                    counts[key] = counts.get(key, 0) + row["count_all"]
+        return counts
+
+    def title(self, title_id: str, columns: Sequence[str]) -> pa.Table:
+        """The shots of one title in order: ROW_COLUMNS and these. Empty where the title is not there."""
+        with explained(self.uri):
+            scanner = self.dataset.scanner(columns=[*ROW_COLUMNS, *columns], filter=f"title_id = {quoted(title_id)}")
+            return scanner.to_table().combine_chunks().sort_by("shot_index")
+
+    def nearest(
+        self, column: str, query_D: np.ndarray, count: int, where: str = "", setting: Setting | None = None, exact: bool = False
+    ) -> pa.Table:
+        """The shots whose vectors are nearest by cosine, at most ``count``, nearest first: ROW_COLUMNS, ``cosine`` and Lance's ``_rowid``.
+
+        ``where``: a condition on the columns (ShotFilter.sql). Through the column's vector index, searched as ``setting`` says (by default
+        as it was found best when the index was built); exactly if asked to, where there is none, and where few shots fulfil the condition.
+        """
+        setting = None if exact else setting or self.settings.get(column)
+        with explained(self.uri):
+            if setting and where and self.dataset.count_rows(filter=where) <= FEW_SHOTS:
+                setting = None
+            asked = {"column": column, "q": np.asarray(query_D, np.float32), "k": count, "metric": "cosine", "use_index": bool(setting)}
+            if setting:
+                asked |= {"minimum_nprobes": setting.nprobes, "refine_factor": setting.refine}
+                asked |= {} if where else {"maximum_nprobes": setting.nprobes}  # more only where the condition leaves too few
+            columns = [*ROW_COLUMNS, "_distance"]
+            scanner = self.dataset.scanner(columns=columns, nearest=asked, filter=where or None, prefilter=bool(where), with_row_id=True)
+            found = scanner.to_table()
+        cosine = pc.subtract(1.0, found["_distance"].cast(pa.float64()))
+        found = found.drop_columns(["_distance"]).append_column("cosine", cosine)
+        return found.sort_by([("cosine", "descending"), ("title_id", "ascending"), ("shot_index", "ascending")])
+
+    def blocks(self, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Lance's row ids (N,) int64 and the vectors (N, D) float16 of a column, block by block; shots without one are left out."""
+        with explained(self.uri):
+            for batch in self.dataset.scanner(columns=[column], batch_size=BLOCK_SHOTS, with_row_id=True).to_batches():
+                present = batch.filter(batch[column].is_valid())
+                yield present["_rowid"].to_numpy().astype(np.int64), embedding_values(present[column])
+
+    def sample(self, column: str, count: int, seed: int) -> np.ndarray:
+        """(Q, D) float16 vectors of a column, drawn at random: ``count``, or fewer where few shots have one."""
+        random = np.random.default_rng(seed)
+        with explained(self.uri):
+            drawn = random.permutation(self.dataset.count_rows())[: DRAWN_FOR_ONE * count]
+            table = self.dataset.take(sorted(drawn.tolist()), columns=[column]).combine_chunks()
+        vectors_SD = embedding_values(table.filter(table[column].is_valid())[column])
+        return vectors_SD[random.permutation(len(vectors_SD))[:count]]
+
+
+def open_index(uri: str, config: StorageConfig) -> ShotIndex:
+    """The published version of an index. Raises NoIndex, saying what is there instead, and StorageError."""
+    there = _lance_at(uri, config)
+    if there is None:
+        found = _contents(uri, config)
+        said = f"there is: {found}" if found else "there is nothing"
+        raise NoIndex(f"{uri} has no index of shots; {said}: run python -m jobs.build_index output.uri=... index.uri={uri}")
+    with explained(uri):
+        published = there.tags.list().get(PUBLISHED)
+        if published is None:
+            raise NoIndex(f"{uri}: the index has not been built to its end yet: run python -m jobs.build_index again")
+        return ShotIndex(uri, there.checkout_version(published["version"]))
+
+
+def _lance_at(uri: str, config: StorageConfig) -> lance.LanceDataset | None:
+    """The latest version of the Lance dataset at a URI; None where there is none. Raises StorageError, soon, where nothing can be read."""
+    store = Store(uri, config)
+    store.check_readable()
+    if LANCE_FOLDER not in store.folders():
+        return None
+    with explained(uri):
+        return lance.dataset(store.uri, storage_options=storage_options(store.uri, config))
+
+
+def _contents(uri: str, config: StorageConfig) -> str:
+    """What is at a URI that is no Lance dataset, for a message."""
+    store = Store(uri, config)
+    names = [*store.folders(), *sorted(store.children())]
+    names = [name for name in names if name != LEASE.split("/")[0]]
+    return ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+class IndexWriter:
+    """The latest version of an index, and what a build does to it. Only the holder of the lease may use it."""
+
+    def __init__(self, uri: str, config: StorageConfig):
+        """Raises NoIndex where something else is at the URI, StorageError."""
+        self.store, self.config = Store(uri, config), config
+        self.uri = self.store.uri
+        self.lance = _lance_at(uri, config)
+        if self.lance is None and (found := _contents(uri, config)):
+            raise NoIndex(f"{uri} has no index of shots, and it is not empty; there is: {found}: choose another index.uri")
+
+    @property
+    def index(self) -> ShotIndex | None:
+        """The latest version, published or not; None before the first."""
+        return None if self.lance is None else ShotIndex(self.uri, self.lance)
+
+    def published(self) -> bool:
+        """Whether the latest version is the one that is searched."""
+        with explained(self.uri):
+            return self.lance is not None and self.lance.tags.list().get(PUBLISHED, {}).get("version") == self.lance.version
+
+    def create(self, facts: IndexFacts) -> None:
+        """Begin an empty index; one that is there stays published until this one is."""
+        with explained(self.uri):
+            options = storage_options(self.uri, self.config)
+            self.lance = lance.write_dataset(facts.schema().empty_table(), self.uri, mode="overwrite", storage_options=options)
+
+    def add(self, tables: Iterable[pa.Table]) -> int:
+        """Add rows, a title's shots a table, in groups: one that is written stays, whatever happens then. How many rows."""
+        group: list[pa.Table] = []
+        bytes_waiting = added = 0
+        for table in tables:
+            group.append(table)
+            bytes_waiting += table.nbytes
+            added += len(table)
+            if bytes_waiting >= GROUP_BYTES:
+                self._append(group)
+                group, bytes_waiting = [], 0
+        if group:
+            self._append(group)
+        return added
+
+    def _append(self, group: Sequence[pa.Table]) -> None:
+        with explained(self.uri):
+            options = storage_options(self.uri, self.config)
+            schema = self.lance.schema.remove_metadata()
+            rows = pa.concat_tables([table.cast(schema) for table in group])
+            self.lance = lance.write_dataset(rows, self.lance, mode="append", storage_options=options)
+
+    def remove(self, keys: Sequence[tuple[str, str]]) -> None:
+        """Remove the rows of these titles and sources."""
+        with explained(self.uri):
+            for begin in range(0, len(keys), KEYS_A_DELETION):
+                some = keys[begin : begin + KEYS_A_DELETION]
+                terms = [f"(title_id = {quoted(title_id)} AND source = {quoted(source)})" for title_id, source in some]
+                self.lance.delete(" OR ".join(terms))
+
+    def merge_files(self) -> bool:
+        """Merge files where there are many more than the rows need, and drop deleted rows for good; whether anything was done."""
+        rows = max(1, GROUP_BYTES // self._bytes_a_row())
+        with explained(self.uri):
+            files = len(self.lance.get_fragments())
+            if files <= self.lance.count_rows() // rows + SPARE_FILES:
+                return False
+            before = self.lance.version
+            self.lance.optimize.compact_files(target_rows_per_fragment=rows, batch_size=BLOCK_SHOTS)
+            return self.lance.version != before
+
+    def train(self, column: str) -> Setting:
+        """Train and fill the vector index of a column, in the place of the one that is there."""
+        index = self._index()
+        shots = index.shots(column)
+        dim = index.facts.dims[column]
+        partitions = max(1, shots // SHOTS_A_PARTITION)
+        byte_dims = next(dims for dims in BYTE_DIMS if dim % dims == 0)
+        with explained(self.uri):
+            self.lance = self.lance.create_index(
+                column,
+                INDEX_TYPE,
+                name=column,
+                metric="cosine",
+                replace=True,
+                num_partitions=partitions,
+                num_sub_vectors=dim // byte_dims,
+            )
+        return Setting(trained_shots=shots, partitions=partitions)
+
+    def index_titles(self) -> None:
+        """An index of the ids of titles, so that one title's shots are found without reading those of all."""
+        with explained(self.uri):
+            self.lance.create_scalar_index("title_id", "BTREE", name="title_id", replace=True)
+
+    def indexed(self) -> Sequence[str]:
+        """The columns that have an index."""
+        with explained(self.uri):
+            return [description.name for description in self.lance.describe_indices()]
+
+    def drop(self, column: str) -> None:
+        """Remove the index of a column."""
+        with explained(self.uri):
+            self.lance.drop_index(column)
+
+    def absorb(self) -> None:
+        """Put the rows that were added into the indexes that are there, as they were trained."""
+        with explained(self.uri):
+            self.lance.optimize.optimize_indices()
+
+    def record(self, settings: Mapping[str, Setting]) -> None:
+        """Say how each column is searched."""
+        values = {column: dataclasses.asdict(setting) for column, setting in settings.items()}
+        with explained(self.uri):
+            self.lance.update_schema_metadata({SETTINGS_KEY: json.dumps(values, sort_keys=True)})
+
+    def publish(self) -> None:
+        """Make the latest version the one that is searched, at once."""
+        with explained(self.uri):
+            tag = self.lance.tags.update if PUBLISHED in self.lance.tags.list() else self.lance.tags.create
+            tag(PUBLISHED, self.lance.version)
+
+    def forget(self, older_than_hours: float) -> None:
+        """Delete versions before the published one, and files that only they need, once they are so old."""
+        with explained(self.uri):
+            self.lance.cleanup_old_versions(datetime.timedelta(hours=older_than_hours), error_if_tagged_old_versions=False)
+
+    def size(self) -> int:
+        """Bytes of all objects at the URI, those of older versions too."""
+        return sum(info.size for info in self.store.list())
+
+    def _index(self) -> ShotIndex:
+        assert self.index is not None
+        return self.index
+
+    def _bytes_a_row(self) -> int:
+        return 2 * sum(self._index().facts.dims.values())
+
+
+# -------------------------------------------------------------------------------------------------------------- lance
+
+
+def storage_options(uri: str, config: StorageConfig) -> dict[str, str]:
+    """What Lance's own client is told of an S3 server, so that it does as the others here; it has the standard AWS chain of credentials."""
+    if scheme_of(uri) != "s3":
+        return {}
+    endpoint = config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    style = s3_config_options(config)["s3"]["addressing_style"]
+    options = {
+        "aws_virtual_hosted_style_request": str(style == "virtual").lower(),
+        "connect_timeout": f"{config.connect_timeout_s}s",
+        "request_timeout": f"{config.read_timeout_s}s",
+        "client_max_retries": str(config.retries),
+    }
+    if endpoint:
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        options |= {"aws_endpoint": endpoint, "aws_region": region, "allow_http": str(endpoint.startswith("http://")).lower()}
+    return options
+
+
+@contextlib.contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """What Lance raises inside as a StorageError of one line."""
+    try:
+        yield
+    except LANCE_ERRORS as error:
+        said = RUST_PLACE.sub("", " ".join(str(error).split()))
+        raise StorageError(f"{uri}: {said or type(error).__name__}; check the location and the storage.* options") from error
