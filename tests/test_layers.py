@@ -29,12 +29,18 @@ MAY_IMPORT = {  # layer -> layers of this package that it may import
     "pipeline": ("pipeline", "config", *MIDDLE, "spec"),
 }
 IMPORT_ALL = """
-import importlib, sys
+import importlib, importlib.machinery, sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {forbidden!r}:
-            raise ImportError(f"{{name}} is blocked")
+            return importlib.machinery.ModuleSpec(name, self)  # there, for who only looks whether it is (lance does)
+
+    def create_module(self, spec):
+        raise ImportError(f"{{spec.name}} is blocked")
+
+    def exec_module(self, module):
+        raise AssertionError("it is not created")
 
 sys.meta_path.insert(0, Blocked())
 for module in {modules!r}:

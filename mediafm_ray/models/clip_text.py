@@ -54,7 +54,7 @@ class ClipTextEncoder:
         """See TextEncoder."""
         embeddings_SD = np.zeros((len(texts), self.dim), np.float32)
         present_S = np.array([bool(text.strip()) for text in texts], bool)
-        for index in np.flatnonzero(present_S):
+        for index in np.flatnonzero(present_S).tolist():
             options = {"padding": self.padding, "truncation": True, "max_length": self.longest}
             tokens_1L = self.tokenizer(texts[index], **options, return_tensors="pt")["input_ids"].to(self.device)
             # no mask: SigLIP was trained without one, and CLIP's texts are not padded

@@ -75,7 +75,8 @@ def make_clip(folder: Path) -> None:
     shape = CLIPConfig(vision_config={**VISION, "projection_dim": DIM}, text_config=text, projection_dim=DIM)
     save_seeded(folder, lambda: CLIPModel(shape))
     write_json(folder / "preprocessor_config.json", CLIP_PIXELS)
-    CLIPTokenizer(vocab=ids, merges=[], model_max_length=shape.text_config.max_position_embeddings).save_pretrained(folder)
+    text_tower: Any = shape.text_config
+    CLIPTokenizer(vocab=ids, merges=[], model_max_length=text_tower.max_position_embeddings).save_pretrained(folder)
 
 
 def make_siglip(folder: Path) -> None:

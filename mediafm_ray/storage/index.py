@@ -28,7 +28,6 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import DatasetError
@@ -52,10 +51,12 @@ BLOCK_SHOTS = 4096  # that are read at once where all are
 KEYS_AT_ONCE = 1 << 16  # rows of which titles and sources are read at once
 KEYS_A_DELETION = 200  # titles and sources in one condition
 DRAWN_FOR_ONE = 8  # shots that are drawn for one query: not all have a vector of each modality
+SPARE_RESULTS = 8  # beyond those asked for: Lance orders them by cosines of half precision
+LEAST_NORM = 1e-12
 MOST_NAMED = 8  # objects that a message names
 ROW_COLUMNS = ("title_id", "shot_index", "start_s", "end_s", "language", "text", "has_video", "has_audio", "has_text")  # of a result
 LANCE_ERRORS = (OSError, ValueError, RuntimeError, NotImplementedError, pa.ArrowException)  # what its Rust side raises
-RUST_PLACE = re.compile(r",? ?(?:rust|/[\w/.-]*/rust)/\S+\.rs:\d+(?::\d+)?")  # where in its source, which helps nobody here
+RUST_PLACE = re.compile(r",? ?\S+\.rs:\d+(?::\d+)?")  # where in its source, which helps nobody here
 
 
 class NoIndex(DatasetError):
@@ -93,7 +94,7 @@ class IndexFacts:
 
     def describe(self) -> str:
         """What it was made from, in words."""
-        parts = ", ".join(modality_of(column) for column in self.dims if column != EMBEDDING) or "none"
+        parts = ", ".join(modality for modality in MODALITIES if part_column(modality) in self.dims) or "none"
         return f"{self.vectors if self.kind == 'contextual' else 'fused vectors'} of dataset version {self.dataset_version}, parts: {parts}"
 
     def schema(self) -> pa.Schema:
@@ -217,16 +218,16 @@ class ShotIndex:
         with explained(self.uri):
             if setting and where and self.dataset.count_rows(filter=where) <= FEW_SHOTS:
                 setting = None
-            asked = {"column": column, "q": np.asarray(query_D, np.float32), "k": count, "metric": "cosine", "use_index": bool(setting)}
+            spare = count + SPARE_RESULTS
+            asked = {"column": column, "q": np.asarray(query_D, np.float32), "k": spare, "metric": "cosine", "use_index": bool(setting)}
             if setting:
                 asked |= {"minimum_nprobes": setting.nprobes, "refine_factor": setting.refine}
                 asked |= {} if where else {"maximum_nprobes": setting.nprobes}  # more only where the condition leaves too few
-            columns = [*ROW_COLUMNS, "_distance"]
+            columns = [*ROW_COLUMNS, column, "_distance"]
             scanner = self.dataset.scanner(columns=columns, nearest=asked, filter=where or None, prefilter=bool(where), with_row_id=True)
             found = scanner.to_table()
-        cosine = pc.subtract(1.0, found["_distance"].cast(pa.float64()))
-        found = found.drop_columns(["_distance"]).append_column("cosine", cosine)
-        return found.sort_by([("cosine", "descending"), ("title_id", "ascending"), ("shot_index", "ascending")])
+        found = found.drop_columns(["_distance", column]).append_column("cosine", _cosines(embedding_values(found[column]), query_D))
+        return found.sort_by([("cosine", "descending"), ("title_id", "ascending"), ("shot_index", "ascending")]).slice(0, count)
 
     def blocks(self, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Lance's row ids (N,) int64 and the vectors (N, D) float16 of a column, block by block; shots without one are left out."""
@@ -245,6 +246,12 @@ class ShotIndex:
         return vectors_SD[random.permutation(len(vectors_SD))[:count]]
 
 
+def _cosines(vectors_SD: np.ndarray, query_D: np.ndarray) -> pa.Array:
+    """Cosines of stored vectors with a query, at double precision: Lance's own have the few digits of half precision."""
+    exact_SD, exact_D = vectors_SD.astype(np.float64), np.asarray(query_D, np.float64)
+    return pa.array(exact_SD @ exact_D / np.maximum(np.linalg.norm(exact_SD, axis=1) * np.linalg.norm(exact_D), LEAST_NORM))
+
+
 def open_index(uri: str, config: StorageConfig) -> ShotIndex:
     """The published version of an index. Raises NoIndex, saying what is there instead, and StorageError."""
     there = _lance_at(uri, config)
@@ -253,7 +260,8 @@ def open_index(uri: str, config: StorageConfig) -> ShotIndex:
         said = f"there is: {found}" if found else "there is nothing"
         raise NoIndex(f"{uri} has no index of shots; {said}: run python -m jobs.build_index output.uri=... index.uri={uri}")
     with explained(uri):
-        published = there.tags.list().get(PUBLISHED)
+        tags: Any = there.tags.list()
+        published = tags.get(PUBLISHED)
         if published is None:
             raise NoIndex(f"{uri}: the index has not been built to its end yet: run python -m jobs.build_index again")
         return ShotIndex(uri, there.checkout_version(published["version"]))
@@ -287,7 +295,7 @@ class IndexWriter:
         """Raises NoIndex where something else is at the URI, StorageError."""
         self.store, self.config = Store(uri, config), config
         self.uri = self.store.uri
-        self.lance = _lance_at(uri, config)
+        self.lance: Any = _lance_at(uri, config)
         if self.lance is None and (found := _contents(uri, config)):
             raise NoIndex(f"{uri} has no index of shots, and it is not empty; there is: {found}: choose another index.uri")
 

@@ -163,7 +163,7 @@ def test_removal_takes_the_named_source_only(tmp_path):
 
 
 def test_rows_come_in_groups_and_small_files_are_merged(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage_index, "GROUP_BYTES", 4000)
+    monkeypatch.setattr(storage_index, "GROUP_BYTES", 2000)
     many = {f"title-{number}": 10 for number in range(60)}
     writer = build(tmp_path, many)
     files = len(writer.lance.get_fragments())
