@@ -25,9 +25,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lance
 import numpy as np
 import pyarrow as pa
+
+os.environ.setdefault("LANCE_LOG", "error")  # which lance reads when it is imported: else it tells of every dataset that it creates
+import lance  # noqa: E402
 
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import DatasetError
