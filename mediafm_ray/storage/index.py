@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 os.environ.setdefault("LANCE_LOG", "error")  # which lance reads when it is imported: else it tells of every dataset that it creates
-import lance  # noqa: E402
+import lance
 
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import DatasetError
