@@ -151,7 +151,7 @@ def test_what_is_written_is_read_back(embedded, monkeypatch):
     names = place.objects("out/")
     assert not [name for name in names if ".partial" in name]
     assert json.loads(names["run-summary.json"])["titles"]["ok"] == len(TITLES)
-    assert len(list((cache).glob("[0-9a-f]*[0-9a-f]"))) == 2  # detector and checkpoint were fetched once each
+    assert len(list((cache).glob("[0-9a-f]*[0-9a-f]"))) == (2 if place.server else 0)  # detector and checkpoint, fetched once each
     if place.server:
         assert place.server.uploads(place.bucket) == []
 
@@ -183,7 +183,7 @@ def test_a_run_over_a_bad_network_ends_as_an_undisturbed_one(request, files, tmp
     assert undisturbed.returncode == 1, undisturbed.stdout + undisturbed.stderr
     with FaultProxy(swift.url, seed=seed) as proxy:
         place.url = proxy.url
-        proxy.faults = [Fault(action, share=0.08) for action in ("status", "reset_before", "reset_after")]
+        proxy.faults = [Fault(action, share=0.04) for action in ("status", "reset_before", "reset_after")]
         proxy.faults += [
             Fault("truncate", match="^GET .*mp4", share=0.2, size=3000),
             Fault("reset_middle", match="^PUT", share=0.1, size=5000),
@@ -193,7 +193,7 @@ def test_a_run_over_a_bad_network_ends_as_an_undisturbed_one(request, files, tmp
             done = place.embed(tmp_path / "cache", "storage.read_timeout_s=5", output="disturbed")
             if done.returncode == 1 and json.loads(place.objects("disturbed/")["run-summary.json"])["titles"]["failed"] == 1:
                 break
-        assert sum(proxy.injected().values()) > 3
+        assert sum(proxy.injected().values()) > 2
     keys(monkeypatch, place)
     whole, found = place.objects("undisturbed/"), place.objects("disturbed/")
     committed = {name: content for name, content in whole.items() if name.endswith((".parquet", "model.json"))}
