@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mediafm_ray.downstream.options import ProbesConfig, ScenesConfig
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
@@ -36,6 +37,7 @@ from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 HELP_WIDTH = 118  # columns
 MOST_RESULTS = 1000  # of one search
 LEAST_TO_TRAIN = 256  # vectors: what a byte of a product quantiser can be
+NULLS = ("null", "~")  # how YAML writes that there is no value
 ADDRESSES = ("weights", "temporal_weights", "checkpoint")  # keys of any section whose values are addresses of weights
 Job = TypeVar("Job")
 
@@ -565,8 +567,9 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
         if not separator or not key:
             raise ConfigError(f"{override!r}: expected key=value (try --help)")
         try:
-            given = OmegaConf.from_dotlist([override])
-            if _type_of(kind, key) is str and (OmegaConf.select(given, key) is not None or not value):
+            is_text = _type_of(kind, key) is str
+            given = _parsed(override, is_text)
+            if is_text and (OmegaConf.select(given, key) is not None or value.strip().lower() not in NULLS):
                 OmegaConf.update(given, key, _as_text(OmegaConf.select(given, key), value))
             merged = OmegaConf.merge(merged, given)
         except Exception as error:
@@ -577,6 +580,16 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
         raise ConfigError(_first_line(error)) from error
     except ValueError as error:  # a dataclass's own check
         raise ConfigError(str(error)) from error
+
+
+def _parsed(override: str, is_text: bool) -> Any:
+    """An override as YAML reads it; text that is no YAML, such as a sentence that begins with a quotation, is left for ``_as_text``."""
+    try:
+        return OmegaConf.from_dotlist([override])
+    except YAMLError:
+        if not is_text:
+            raise
+        return OmegaConf.from_dotlist([f"{override.partition('=')[0]}=0"])
 
 
 def _type_of(kind: Any, key: str) -> Any:

@@ -27,6 +27,7 @@ from mediafm_ray.models.loading import Workers, load_checkpoint, open_device, qu
 from mediafm_ray.models.options import TextEncoderConfig
 
 MODULES = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that are understood here
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 TEXTS_PER_CALL = {"cpu": 1, "cuda": 256}  # one at a time on a CPU: nothing is padded, and no text leaves a trace in another
 
 
@@ -73,7 +74,9 @@ class SentenceEncoder:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint's folder. Raises WeightsError where there is none."""
+    """The tokenizer of a checkpoint's folder. Raises WeightsError where there is none: transformers would make one that knows no word."""
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise weights.WeightsError(f"no tokenizer in {folder}: it needs one of {', '.join(VOCABULARIES)}; copy the checkpoint whole")
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)

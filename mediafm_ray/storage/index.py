@@ -87,7 +87,7 @@ class IndexFacts:
 
     def to_json(self) -> bytes:
         """As it stands in the metadata of the Lance dataset."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
+        return json.dumps(dataclasses.asdict(self)).encode()
 
     @property
     def kind(self) -> str:
@@ -315,7 +315,8 @@ class IndexWriter:
         """Begin an empty index; one that is there stays published until this one is."""
         with explained(self.uri):
             options = storage_options(self.uri, self.config)
-            self.lance = lance.write_dataset(facts.schema().empty_table(), self.uri, mode="overwrite", storage_options=options)
+            mode = "create" if self.lance is None else "overwrite"
+            self.lance = lance.write_dataset(facts.schema().empty_table(), self.uri, mode=mode, storage_options=options)
 
     def add(self, tables: Iterable[pa.Table]) -> int:
         """Add rows, a title's shots a table, in groups: one that is written stays, whatever happens then. How many rows."""
