@@ -18,12 +18,14 @@ import sys
 from mediafm_ray.config import BuildIndexConfig, ConfigError
 from mediafm_ray.pipeline.command import holder_of_lease, run_job
 from mediafm_ray.pipeline.derived import vectors_dataset
-from mediafm_ray.pipeline.indexing import add_titles, finish_build, index_vectors, make_index_plan, remove_titles
+from mediafm_ray.pipeline.indexing import add_titles, finish_build, index_vectors, make_index_plan, open_target, remove_titles
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.stored import open_dataset
 from mediafm_ray.storage.index import LEASE, IndexWriter
-from mediafm_ray.storage.lease import held
+from mediafm_ray.storage.lease import LeaseLost, held
 from mediafm_ray.storage.store import Store
+
+LEASE_LOST = "the lease of this index was lost: another build may have begun"
 
 
 def main(config: BuildIndexConfig) -> int:
@@ -34,9 +36,9 @@ def main(config: BuildIndexConfig) -> int:
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
     vectors = vectors_dataset(dataset, config.vectors)
     store = Store(config.index.uri, config.storage)
-    make_index_plan(dataset, vectors, IndexWriter(config.index.uri, config.storage), config.index)  # refuses before anything is written
+    open_target(dataset, vectors, IndexWriter(config.index.uri, config.storage), config.index)  # refuses before anything is written
     store.check_writable()
-    with held(store, LEASE, holder_of_lease("jobs.build_index"), config.index.lease_minutes * 60):
+    with held(store, LEASE, holder_of_lease("jobs.build_index"), config.index.lease_minutes * 60) as lease:
         writer = IndexWriter(config.index.uri, config.storage)
         plan = make_index_plan(dataset, vectors, writer, config.index)
         console.say(plan.describe())
@@ -45,6 +47,8 @@ def main(config: BuildIndexConfig) -> int:
         added = add_titles(dataset, plan, writer, config, console)
         removed = remove_titles(plan, added, writer)
         index_vectors(writer, config.index, console, changed=bool(added.shots or removed or not writer.published()))
+        if not lease.is_valid():
+            raise LeaseLost(f"{LEASE_LOST}; nothing is published: run the same command again")
         return finish_build(writer, added, removed, config, console)
 
 

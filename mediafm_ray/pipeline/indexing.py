@@ -82,20 +82,26 @@ def facts_of(dataset: EmbeddingDataset, vectors: str, parts: Sequence[str]) -> I
     return IndexFacts(dataset.version, vectors, dims, dict(dataset.model.recipe))
 
 
+def open_target(dataset: EmbeddingDataset, vectors: str, writer: IndexWriter, config: IndexConfig) -> tuple[IndexFacts, ShotIndex | None]:
+    """What is to be indexed, and the latest version of the index of that; None where one is to be begun. Raises NoIndex for another's."""
+    facts = facts_of(dataset, vectors, config.parts)
+    index = writer.index
+    if index is None or dataclasses.replace(index.facts, recipe={}) == dataclasses.replace(facts, recipe={}):
+        return facts, index
+    if config.replace:
+        return facts, None
+    raise NoIndex(
+        f"{writer.uri} is an index of other things: it holds {index.facts.describe()}; asked for are {facts.describe()}: "
+        "choose another index.uri, or set index.replace=true to build anew there"
+    )
+
+
 def make_index_plan(dataset: EmbeddingDataset, vectors: str, writer: IndexWriter, config: IndexConfig) -> IndexPlan:
     """Compare the committed titles with those in the latest version of the index. Writes nothing.
 
     Raises DatasetError where nothing is committed, NoIndex for an index of something else.
     """
-    facts = facts_of(dataset, vectors, config.parts)
-    index = writer.index
-    if index is not None and dataclasses.replace(index.facts, recipe={}) != dataclasses.replace(facts, recipe={}):
-        if not config.replace:
-            raise NoIndex(
-                f"{writer.uri} is an index of other things: it holds {index.facts.describe()}; asked for are {facts.describe()}: "
-                "choose another index.uri, or set index.replace=true to build anew there"
-            )
-        index = None
+    facts, index = open_target(dataset, vectors, writer, config)
     shots = newest_objects(dataset.output.list(SHOTS))
     if not shots:
         raise DatasetError(f"{dataset.output.store.uri} has no committed shots: run python -m jobs.embed_catalog first")

@@ -9,6 +9,7 @@ import lance
 import pytest
 
 from mediafm_ray.pipeline import indexing
+from mediafm_ray.storage import lease
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.index import EMBEDDING, IndexWriter, NoIndex, open_index
 from mediafm_ray.storage.store import StorageConfig
@@ -129,7 +130,7 @@ STEPS = ("_append", "remove", "absorb", "train", "index_titles", "merge_files", 
 @pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_a_build_that_ends_at_any_step_leaves_the_last_version_and_is_finished(large_output, tmp_path, capsys, monkeypatch, when):
     index = tmp_path / "index"
-    options = [*LARGE, "index.parts=[]"]
+    options = [*LARGE, "index.parts=[]", "index.queries=5"]
     assert build(large_output, index, *options) == 0
     for number, step in enumerate(STEPS):
         before = contents(index)
@@ -286,3 +287,26 @@ def test_an_index_in_a_bucket(request, output, tmp_path, capsys, monkeypatch, s3
     assert "has no index of shots; there is nothing" in capsys.readouterr().err
     assert build(output, "s3://no-such-bucket-there/index", *options) == 2
     assert "there is no bucket no-such-bucket-there" in capsys.readouterr().err
+
+
+def test_a_build_that_lost_its_lease_publishes_nothing(output, tmp_path, capsys, monkeypatch):
+    index = tmp_path / "index"
+    assert build(output, index) == 0
+    commit(output, "new", 6)
+    before = contents(index)
+    original = IndexWriter.remove
+
+    def slow(self, keys):
+        original(self, keys)
+        for path in (index / "leases").rglob("*.json"):
+            path.unlink()
+        time.sleep(0.5)  # longer than the lease
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "_keep", lambda *arguments: None)  # and nobody renews it
+        patch.setattr(IndexWriter, "remove", slow)
+        assert build(output, index, "index.lease_minutes=0.005") == 2
+    assert "another build may have begun; nothing is published" in capsys.readouterr().err
+    assert contents(index) == before
+    assert build(output, index) == 0
+    assert {row["title_id"] for row in contents(index)} == {*TITLES, "new"}
