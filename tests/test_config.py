@@ -59,6 +59,10 @@ def test_text_is_taken_as_it_is_given_also_where_it_looks_like_a_number(given, v
     assert read(f"text.model={given}").text.model == value
 
 
+def test_a_text_may_be_set_to_nothing_where_that_is_its_default():
+    assert read("storage.endpoint_url=http://somewhere", "storage.endpoint_url=").storage.endpoint_url == ""
+
+
 def test_a_mistake_in_a_file_names_file_and_key(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("detector: {treshold: 0.4}\n")

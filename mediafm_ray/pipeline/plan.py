@@ -140,6 +140,8 @@ def survey(config: EmbedCatalogConfig, model: Model | None = None) -> Survey:
 
     Raises CatalogError with every problem of the catalog, StorageError, and what ``describe_model`` and ``checkpoint_name`` raise.
     """
+    if not config.output.uri:
+        raise ConfigError("output.uri is required: a folder or bucket prefix that receives the datasets")
     entries = read_catalog(config.catalog.uri, config.storage)
     model = model or describe_model(config)
     checkpoint = checkpoint_name(config, model)
