@@ -34,10 +34,6 @@ MARK = "MEDIAFM_KILLS_MARK"  # an environment variable by which the processes of
 CLIP = "carphone_pristine.mp4"  # 4 s
 KINDS = ("child", "actor", "node", "driver")
 VICTIMS = {"child": "mediafm_ray.media.child", "actor": "ray::MapWorker"}  # what their command lines hold
-BEFORE = {
-    "child": "child",
-    "actor": "actor",
-}  # what has to be there before a kill; for the others the dice say, so that some come while models load
 GAP_S = (0.3, 3.0)  # between kills
 MAX_RUNS = 8  # of one output, until it is complete
 GONE_WITHIN_S = (
@@ -93,7 +89,10 @@ class Disturbed:
                 process = subprocess.Popen(self.command, cwd=ROOT, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
                 while wanted:
                     kind = dice.choice(KINDS)
-                    if not self._wait(process, BEFORE.get(kind) or dice.choice(list(VICTIMS)), dice.uniform(*GAP_S)):
+                    until = (
+                        kind if kind in VICTIMS else dice.choice(list(VICTIMS))
+                    )  # some come while models load, some while titles are read
+                    if not self._wait(process, until, dice.uniform(*GAP_S)):
                         break
                     if self._kill(kind, process, dice):
                         outcome.kills[kind] += 1

@@ -15,7 +15,7 @@ import logging
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -268,10 +268,16 @@ def finish(plan: DerivedPlan, tally: Tally, rows: str, config: DerivedRunConfig,
     console.say()
     console.say(f"  {tally.ok} titles done with {tally.rows} {rows}, {len(tally.failures)} failed; {plan.done} were done before")
     console.say(f"  dataset  {plan.dataset.output.store.uri}/{plan.target}")
-    if tally.failures:
-        console.say("\nfailures:")
-        for title, reason in tally.failures[:MAX_FAILURES_SHOWN]:
-            console.say(f"  {title}: {reason}")
-        if len(tally.failures) > MAX_FAILURES_SHOWN:
-            console.say(f"  ... and {len(tally.failures) - MAX_FAILURES_SHOWN} more")
+    say_failures(tally.failures, console)
     return EXIT_FAILED_TITLES if len(tally.failures) > config.max_failed_fraction * tally.planned else EXIT_OK
+
+
+def say_failures(failures: Sequence[tuple[str, str]], console: Console) -> None:
+    """The titles that failed, each with its reason; the first of many."""
+    if not failures:
+        return
+    console.say("\nfailures:")
+    for title, reason in failures[:MAX_FAILURES_SHOWN]:
+        console.say(f"  {title}: {reason}")
+    if len(failures) > MAX_FAILURES_SHOWN:
+        console.say(f"  ... and {len(failures) - MAX_FAILURES_SHOWN} more")

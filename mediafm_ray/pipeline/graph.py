@@ -183,8 +183,8 @@ def pools(plan: Plan, config: EmbedCatalogConfig) -> dict[str, StageConfig]:
 def blocks(titles: Dataset) -> Iterator[pa.Table]:
     """Run the graph; the blocks of its last stage as they come, none kept.
 
-    Not iter_batches: every five seconds it sends statistics of all blocks so far to an actor, which for tens of thousands of titles
-    becomes half of the driver's time.
+    Not iter_batches: every five seconds it sends statistics of all blocks so far to an actor; after 4,000 titles that was a fifth of
+    what a profile saw of the driver.
     """
     for bundle in titles.iter_internal_ref_bundles():
         for entry in bundle.blocks:

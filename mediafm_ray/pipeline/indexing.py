@@ -25,8 +25,8 @@ from mediafm_ray.config import BuildIndexConfig, IndexConfig
 from mediafm_ray.downstream.retrieval import NOTHING, ExactSearch, recall
 from mediafm_ray.downstream.similarity import unit_vectors
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK
-from mediafm_ray.pipeline.derived import PROGRESS_S, in_order, read_vectors
-from mediafm_ray.pipeline.report import MAX_FAILURES_SHOWN, Console
+from mediafm_ray.pipeline.derived import PROGRESS_S, in_order, read_vectors, say_failures
+from mediafm_ray.pipeline.report import Console
 from mediafm_ray.spec import MODALITIES, TitleError
 from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, encode_title, newest_objects, object_key
 from mediafm_ray.storage.index import (
@@ -299,10 +299,5 @@ def finish_build(writer: IndexWriter, added: Added, removed: int, config: BuildI
     console.say(f"  index    {writer.uri}, version {index.version}: {shots} shots, {writer.size() / MB:.1f} MB with older versions")
     if not shots:
         console.say("  nothing is published: the index has no shots")
-    if added.failures:
-        console.say("\nfailures:")
-        for name, reason in added.failures[:MAX_FAILURES_SHOWN]:
-            console.say(f"  {urllib.parse.unquote(object_key(name)[0])}: {reason}")
-        if len(added.failures) > MAX_FAILURES_SHOWN:
-            console.say(f"  ... and {len(added.failures) - MAX_FAILURES_SHOWN} more")
+    say_failures([(urllib.parse.unquote(object_key(name)[0]), reason) for name, reason in added.failures], console)
     return EXIT_FAILED_TITLES if not shots or len(added.failures) > config.run.max_failed_fraction * added.planned else EXIT_OK
