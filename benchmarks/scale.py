@@ -32,7 +32,7 @@ from mediafm_ray.config import EmbedCatalogConfig, read_config
 from mediafm_ray.pipeline.rows import AUDIO, FLAGS, FRAMES, SHOTS, Stage, TitleRow, to_json, vectors_cell, vectors_type
 
 ROOT = Path(__file__).parents[1]
-NAPS = {"detect_shots": 0.4, "encode_video": 0.2, "encode_audio": 0.1, "encode_text": 0.1}  # seconds a title, with --nodes
+NAPS = {"detect_shots": 2.0, "encode_video": 0.8, "encode_audio": 0.4, "encode_text": 0.4}  # seconds a title, with --nodes
 NODE_CPUS = 4  # logical, of a simulated node
 SAMPLE_EVERY_S = 2.0
 DIMS = {"video": 1280, "audio": 192, "text": 384}  # of the offline profile, whose plan is used

@@ -147,8 +147,8 @@ def test_a_build_that_ends_at_any_step_leaves_the_last_version_and_is_finished(l
             raise Killed
 
         with monkeypatch.context() as patch:
-            if step == "train":
-                patch.setattr(indexing, "GROWTH", 1.0)  # so that there is something to train
+            if step in ("train", "record"):
+                patch.setattr(indexing, "GROWTH", 1.0)  # so that there is something to train, and settings to record
             patch.setattr(IndexWriter, step, ended)
             with pytest.raises(Killed):
                 build(large_output, index, *options)
