@@ -5,6 +5,7 @@ import signal
 
 import pyarrow as pa
 import pytest
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from mediafm_ray.config import EmbedCatalogConfig, read_config
 from mediafm_ray.pipeline import graph
@@ -37,6 +38,18 @@ class Deadly(Stage):
         return {"process": os.getpid()}
 
 
+class Kept(ExecutionCallback):
+    """How many blocks' statistics Ray Data's operators hold, step by step."""
+
+    def __init__(self):
+        type(self).numbers = []
+
+    def on_execution_step(self, executor):
+        held = [operator._output_blocks_stats for operator in executor._topology if hasattr(operator, "_output_blocks_stats")]
+        assert held
+        self.numbers.append(sum(map(len, held)))
+
+
 def plan_of(titles):
     rows = [
         {"title_id": title, "source": "s", "video": "v", "timed_text": [], "synopsis": "", "tags": [], "superseded": []} for title in titles
@@ -50,7 +63,10 @@ def test_deadly_titles_fail_and_the_others_are_done(titles_per_call):
     config = read_config(EmbedCatalogConfig, [], overrides)
     with connected(config.resources):
         titles = graph.encode_video(graph.read_plan(plan_of(TITLES)), config, stage=Deadly)
-        found = {row["title_id"]: row for block in graph.blocks(titles) for row in block.to_pylist()}
+        titles.context.custom_execution_callback_classes.append(Kept)
+        blocks = list(graph.blocks(titles))
+    assert sum(Kept.numbers) == len(blocks)  # each is held for one step: memory does not grow with titles
+    found = {row["title_id"]: row for block in blocks for row in block.to_pylist()}
     assert sorted(found) == sorted(TITLES)
     for title, row in found.items():
         deaths = {measure["name"]: measure["value"] for measure in row["measures"]}.get("process_deaths", 0)
