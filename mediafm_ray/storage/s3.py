@@ -126,11 +126,13 @@ class S3Objects:
         found: dict[str, ObjectInfo] = {}
         position, last = 0, prefix
         token: dict[str, str] = {}
+        jumps = True  # some servers know no StartAfter: then page after page is read
         while position < len(wanted):
-            before = self.prefix + wanted[position][:-1]  # sorts before the name itself, with little in between
-            page = self._ask("list_objects_v2", Prefix=prefix, MaxKeys=PAGE_KEYS, **(token or {"StartAfter": max(last, before)}))
-            contents, more = page.get("Contents", ()), page["IsTruncated"]
-            token = {"ContinuationToken": page["NextContinuationToken"]} if more and not contents else {}  # S3 may send an empty page
+            start = max(last, self.prefix + wanted[position][:-1])  # sorts before the name itself, with little in between
+            page = self._ask("list_objects_v2", Prefix=prefix, MaxKeys=PAGE_KEYS, **(token or {"StartAfter": start}))
+            contents, more = page.get("Contents", ()), page.get("IsTruncated", False)
+            jumps = jumps and (bool(token) or not contents or contents[0]["Key"] > start)
+            token = {"ContinuationToken": page["NextContinuationToken"]} if more and not (contents and jumps) else {}  # pages may be empty
             last = contents[-1]["Key"] if contents else last
             entries = {entry["Key"].removeprefix(self.prefix): entry for entry in contents}
             while position < len(wanted) and (not more or self.prefix + wanted[position] <= last):
@@ -180,7 +182,7 @@ class S3Objects:
                 part = content[start : start + size]
                 answer = self._ask("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=part)
                 parts.append({"PartNumber": number, "ETag": answer["ETag"]})
-            self._complete_upload(key, upload, parts, len(content))
+            self._complete_upload(key, upload, parts, content)
         except BaseException as error:
             self._abort_upload(key, upload)
             if code_of(error) != "NoSuchUpload" or starts == 1:
@@ -198,20 +200,24 @@ class S3Objects:
 
         upload = self._tried(begin, key)
         if attempts > 1:
-            for other in self._uploads(key):
-                if other["Key"] == key and other["UploadId"] != upload:
-                    self._abort_upload(key, other["UploadId"])
+            try:
+                for other in self._uploads(key):
+                    if other["Key"] == key and other["UploadId"] != upload:
+                        self._abort_upload(key, other["UploadId"])
+            except StorageError as error:  # needs a permission of its own, and not every server offers it
+                log.warning("an unfinished upload of %s may be left in %s: %s", key, self.bucket, error)
         return upload
 
-    def _complete_upload(self, key: str, upload: str, parts: Sequence[Mapping[str, Any]], size: int) -> None:
+    def _complete_upload(self, key: str, upload: str, parts: Sequence[Mapping[str, Any]], content: bytes) -> None:
         try:
             self._ask("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
-        except StorageError as error:
-            if code_of(error) != "NoSuchUpload":
-                raise
-            # the first attempt may have done it and its answer been lost: then the object is there as we made it
-            info = self.info(key.removeprefix(self.prefix))
-            if info is None or info.size != size or not info.version.endswith(f"-{len(parts)}"):
+        except (StorageError, FileNotFoundError):
+            # the first attempt may have done it and its answer been lost, and servers say different things of the second: look what is there
+            try:
+                there = self.read(key.removeprefix(self.prefix)) == content
+            except (StorageError, FileNotFoundError):
+                there = False
+            if not there:
                 raise
 
     def _abort_upload(self, key: str, upload: str) -> None:
@@ -227,9 +233,10 @@ class S3Objects:
         while True:
             page = self._ask("list_multipart_uploads", Prefix=prefix, **marks)
             yield from page.get("Uploads", ())
-            if not page.get("IsTruncated"):
+            following = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
+            if not page.get("IsTruncated") or not all(following.values()) or following == marks:
                 return
-            marks = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            marks = following
 
     def delete(self, name: str) -> None:
         """Remove an object; one that is not there is fine."""

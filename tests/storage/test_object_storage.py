@@ -106,6 +106,24 @@ def test_listings_are_paged_and_objects_are_found_by_few_of_them(server, monkeyp
     assert asked == ["HEAD"] * 2
 
 
+def test_objects_are_found_on_a_server_that_begins_every_listing_at_the_start(server, monkeypatch):
+    monkeypatch.setattr(s3, "PAGE_KEYS", 7)
+    bucket = server.bucket()
+    names = [f"title-{number:02d}/video.mp4" for number in range(25)]
+    objects = S3Objects(f"s3://{bucket}/films", StorageConfig(endpoint_url=server.url))
+    for name in names:
+        objects.write(name, name.encode())
+    ask = S3Objects._ask
+
+    def without_start_after(self, operation, **parameters):
+        parameters.pop("StartAfter", None)
+        return ask(self, operation, **parameters)
+
+    monkeypatch.setattr(S3Objects, "_ask", without_start_after)
+    wanted = [*names[3::4], "absent", "title-12/absent", "title-99/video.mp4"]
+    assert sorted(objects.find(wanted)) == names[3::4]
+
+
 def test_a_catalog_on_object_storage(server):
     bucket = server.bucket()
     store = Store(f"s3://{bucket}/videos", StorageConfig(endpoint_url=server.url))
@@ -255,6 +273,25 @@ def test_an_upload_in_parts_survives_faults_and_leaves_nothing_open(proxy, swift
     proxy.faults = faults
     store.write("large", content)
     assert sum(proxy.injected().values()) == sum(fault.times for fault in faults)
+    assert swift.objects(bucket, "root/") == {"large": content}
+    assert swift.uploads(bucket) == []
+
+
+@pytest.mark.usefixtures("s3_keys", "quick_pauses")
+@pytest.mark.parametrize(("status", "code"), [(500, "InternalError"), (400, "InvalidPart")])
+def test_an_upload_counts_as_done_only_where_the_object_is_there(proxy, swift, status, code):
+    """The answer to a completion is lost, and the server refuses the second in its own way."""
+    bucket = swift.bucket()
+    content = np.random.default_rng(3).bytes(6 << 20)
+    lost = Fault("reset_after", match="POST .*uploadId=", times=1)
+    refused = Fault("status", match="POST .*uploadId=", status=status, code=code)
+    proxy.faults = [lost, refused]
+    faulty(proxy, bucket, part_mb=5, retries=3, read_timeout_s=10.0).write("large", content)
+    assert lost.hits == 1 <= refused.hits
+    assert swift.objects(bucket, "root/") == {"large": content}
+    proxy.faults = [refused]
+    with pytest.raises(StorageError, match=code if status == 400 else "500"):
+        faulty(proxy, bucket, part_mb=5, retries=2).write("another", content)
     assert swift.objects(bucket, "root/") == {"large": content}
     assert swift.uploads(bucket) == []
 
