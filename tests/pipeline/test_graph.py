@@ -1,0 +1,60 @@
+"""How titles travel through the graph: in the order of the plan, each in a block of its own, few of them at a time."""
+
+import time
+
+import pyarrow as pa
+
+from mediafm_ray.config import EmbedCatalogConfig, read_config
+from mediafm_ray.pipeline import graph
+from mediafm_ray.pipeline.cluster import connected
+from mediafm_ray.pipeline.rows import Stage
+from tests.pipeline.test_deaths import plan_of
+
+TITLES = [f"title-{number:02d}" for number in range(60)]
+WAITING = 5
+
+
+class Quick(Stage):
+    """Says when it had a title."""
+
+    name = "quick"
+    takes = ("title_id",)
+
+    def __init__(self, *arguments):
+        pass
+
+    @property
+    def adds(self):
+        return {"quick_at": pa.float64()}
+
+    def process(self, row):
+        return {"quick_at": time.time()}
+
+
+class Slow(Quick):
+    """Says when it was done with a title, which takes a while."""
+
+    name = "slow"
+
+    @property
+    def adds(self):
+        return {"slow_at": pa.float64()}
+
+    def process(self, row):
+        time.sleep(0.1)
+        return {"slow_at": time.time()}
+
+
+def test_a_quick_stage_does_not_run_far_ahead_of_a_slow_one(monkeypatch):
+    monkeypatch.setattr(graph, "TITLES_WAITING", WAITING)
+    monkeypatch.setattr(graph, "TITLES_PER_PART", 4)
+    config = read_config(EmbedCatalogConfig, [], ["resources.encode_audio.titles_per_call=3"])
+    with connected(config.resources):
+        titles = graph.encode_video(graph.read_plan(plan_of(TITLES)), config, stage=Quick)
+        blocks = list(graph.blocks(graph.encode_audio(titles, config, stage=Slow)))
+    assert [block.num_rows for block in blocks] == [1] * len(TITLES)
+    rows = [block.to_pylist()[0] for block in blocks]
+    assert [row["title_id"] for row in sorted(rows, key=lambda row: row["quick_at"])] == TITLES
+    ahead = [sum(row["quick_at"] <= now["quick_at"] for row in rows) - sum(row["slow_at"] <= now["quick_at"] for row in rows) for now in rows]
+    in_flight = graph.TASKS_IN_FLIGHT_PER_ACTOR * (1 + 3)
+    assert WAITING <= max(ahead) <= WAITING + in_flight + 3  # three in a bundle that is being filled
