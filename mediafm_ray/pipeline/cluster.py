@@ -17,6 +17,7 @@ from mediafm_ray.config import ConfigError, ResourcesConfig, StageConfig
 
 GB = 10**9
 START_TIMEOUT_S = 600  # for the actors of a Ray of our own to load their models
+IDLE_WORKER_MS = 60_000  # a task's process takes 2 s of a core to start, and Ray ends it after one idle second
 LEAST_CPUS = 2  # logical CPUs of a Ray of our own: on one core the stages still have to take turns
 
 
@@ -31,6 +32,7 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
     else:
         _have_token()
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leave CUDA_VISIBLE_DEVICES alone where no GPU is asked for
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(IDLE_WORKER_MS))
         ray.init(
             address="local",
             num_cpus=max(LEAST_CPUS, os.cpu_count() or 1),

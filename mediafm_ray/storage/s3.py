@@ -212,7 +212,7 @@ class S3Objects:
         try:
             self._ask("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
         except (StorageError, FileNotFoundError):
-            # the first attempt may have done it and its answer been lost, and servers say different things of the second: look what is there
+            # the first attempt may have done it and its answer been lost, and what servers say of the second differs: look what is there
             try:
                 there = self.read(key.removeprefix(self.prefix)) == content
             except (StorageError, FileNotFoundError):
