@@ -1,7 +1,7 @@
 """What a title costs the driver, whatever its stages do: the real graph over 20,000 titles with stand-ins for the stages that compute.
 
     python -m benchmarks.scale [--titles 20000] [--kill]     a catalog through the job: driver seconds a title, memory over time
-    python -m benchmarks.scale --nodes [--titles 60]         one simulated node against two, stage times simulated by sleeping
+    python -m benchmarks.scale --nodes [--titles 150]         one simulated node against two, stage times simulated by sleeping
 
 The plan, the graph, the commits and the report are the job's own; only shot detection and the three encoders are replaced, by stages that
 give every title one shot with fixed vectors at once (or, with --nodes, after a nap). With --kill the driver is killed by SIGKILL when
@@ -33,6 +33,7 @@ from mediafm_ray.pipeline.rows import AUDIO, FLAGS, FRAMES, SHOTS, Stage, TitleR
 
 ROOT = Path(__file__).parents[1]
 NAPS = {"detect_shots": 2.0, "encode_video": 0.8, "encode_audio": 0.4, "encode_text": 0.4}  # seconds a title, with --nodes
+STEADY = (0.4, 0.9)  # the titles between which the time is taken, with --nodes
 NODE_CPUS = 4  # logical, of a simulated node
 SAMPLE_EVERY_S = 2.0
 DIMS = {"video": 1280, "audio": 192, "text": 384}  # of the offline profile, whose plan is used
@@ -129,7 +130,7 @@ class NoText(_NoEncoder):
 def main() -> None:
     """Run what the command line asks for, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--titles", type=int, default=0, help="20,000, or 60 with --nodes")
+    parser.add_argument("--titles", type=int, default=0, help="20,000, or 150 with --nodes")
     parser.add_argument("--kill", action="store_true", help="kill the driver in the middle, and run again")
     parser.add_argument("--nodes", action="store_true", help="compare one simulated node with two")
     parser.add_argument("--job", nargs=2, metavar=("CATALOG", "OUTPUT"), help=argparse.SUPPRESS)
@@ -140,7 +141,7 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
         if arguments.nodes:
-            compare_nodes(Path(folder), arguments.titles or 60)
+            compare_nodes(Path(folder), arguments.titles or 150)
         else:
             run_catalog(Path(folder), arguments.titles or 20_000, arguments.kill, overrides)
 
@@ -178,11 +179,14 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
 
 
 def timed(blocks: Iterator[pa.Table], begun: float) -> Iterator[pa.Table]:
-    """The blocks; the moment of the first is said."""
-    for number, block in enumerate(blocks):
-        if number == 0:
-            say({"first_s": time.monotonic() - begun})
+    """The blocks, one of each title; the moment when the first came is said, and in the end those of all."""
+    moments = []
+    for block in blocks:
+        moments.append(round(time.monotonic() - begun, 2))
+        if len(moments) == 1:
+            say({"first_s": moments[0]})
         yield block
+    say({"moments_s": moments})
 
 
 @contextmanager
@@ -202,6 +206,7 @@ def sampled(tally: Any, begun: float) -> Iterator[None]:
                     "elapsed_s": round(time.monotonic() - begun, 1),
                     "titles": tally.finished,
                     "driver_mb": resident_mb(),
+                    "driver_s": time.process_time(),
                     "store_mb": store.object_store_bytes_used / 1e6,
                     "spilled_mb": store.spilled_bytes_total / 1e6,
                 }
@@ -293,9 +298,15 @@ def table(kept: Path) -> dict[str, float]:
                 samples.append(said)
             else:
                 facts.update(said)
-    print(f"{'seconds':>10}{'titles':>10}{'driver MB':>12}{'store MB':>12}{'spilled MB':>12}")
-    for one in samples[:: max(1, len(samples) // 10)]:
-        print(f"{one['elapsed_s']:>10.0f}{one['titles']:>10}{one['driver_mb']:>12.0f}{one['store_mb']:>12.1f}{one['spilled_mb']:>12.1f}")
+    print(f"{'seconds':>10}{'titles':>10}{'driver ms a title':>20}{'driver MB':>12}{'store MB':>12}{'spilled MB':>12}")
+    shown = samples[:: max(1, len(samples) // 10)]
+    for before, one in zip([None, *shown], shown, strict=False):
+        titles = one["titles"] - before["titles"] if before else 0
+        spent = f"{(one['driver_s'] - before['driver_s']) / titles * 1e3:.1f}" if before and titles else ""
+        print(
+            f"{one['elapsed_s']:>10.0f}{one['titles']:>10}{spent:>20}"
+            f"{one['driver_mb']:>12.0f}{one['store_mb']:>12.1f}{one['spilled_mb']:>12.1f}"
+        )
     return facts
 
 
@@ -303,16 +314,25 @@ def table(kept: Path) -> dict[str, float]:
 
 
 def compare_nodes(folder: Path, titles: int) -> None:
-    """The same catalog on a cluster of one simulated node and of two, in turn; one warm-up each is not counted."""
+    """The same catalog on a cluster of one simulated node and of two, in turn.
+
+    What counts is the time between two titles in the middle: the processes of all nodes start on the cores of this machine, and what
+    that takes is no matter of nodes.
+    """
+    os.environ["BENCHMARK_NAPS"] = "1"  # the nodes' processes have this environment, not the driver's
     catalog = make_catalog(folder, titles)
-    seconds = {nodes: run_on_nodes(catalog, folder / f"out{nodes}", nodes) for nodes in (1, 2)}
-    for nodes, took_s in seconds.items():
-        print(f"{nodes} node(s) of {NODE_CPUS} logical CPUs: {took_s:6.1f} s from the first title's end to the last's, {titles} titles")
+    first, last = (int(titles * share) for share in STEADY)
+    seconds = {}
+    for nodes in (1, 2):
+        moments_s = run_on_nodes(catalog, folder / f"out{nodes}", nodes)
+        seconds[nodes] = moments_s[last] - moments_s[first]
+        whole = f"first title after {moments_s[0]:.0f} s, last after {moments_s[-1]:.0f} s"
+        print(f"{nodes} node(s) of {NODE_CPUS} logical CPUs: {seconds[nodes]:6.1f} s from title {first} to {last} of {titles} ({whole})")
     print(f"two nodes / one node     {seconds[2] / seconds[1]:8.2f}")
 
 
-def run_on_nodes(catalog: Path, output: Path, nodes: int) -> float:
-    """Seconds between the ends of the first and the last title on a cluster of so many nodes beside a head without work."""
+def run_on_nodes(catalog: Path, output: Path, nodes: int) -> list[float]:
+    """The moments in seconds when titles came to their ends on a cluster of so many nodes beside a head without work."""
     from ray.cluster_utils import Cluster
 
     # a node takes two detectors and one of each encoder
@@ -323,16 +343,16 @@ def run_on_nodes(catalog: Path, output: Path, nodes: int) -> float:
     try:
         for _ in range(nodes):
             cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=200 << 20)
-        environment = {**os.environ, "RAY_ADDRESS": cluster.address, "BENCHMARK_NAPS": "1"}
+        environment = {**os.environ, "RAY_ADDRESS": cluster.address}
         command = job_command(catalog, output, overrides)
         done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     finally:
         cluster.shutdown()
-    facts = {}
+    facts: dict[str, Any] = {}
     for line in done.stderr.splitlines():
         if line.startswith("{"):
             facts.update(json.loads(line))
-    return facts["wall_s"] - facts["first_s"]
+    return facts["moments_s"]
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def read_plan(plan: Plan) -> Dataset:
     off Ray's no-progress guard.
     """
     starts = range(0, plan.pending.num_rows, TITLES_PER_PART)
-    parts = [plan.pending.slice(start, TITLES_PER_PART).to_pylist() for start in starts]
+    parts = (plan.pending.slice(start, TITLES_PER_PART).to_pylist() for start in starts)
     titles = ray.data.from_blocks([pa.Table.from_pylist(rows, plan.pending.schema) for rows in parts])  # slices would carry the whole plan
     titles.context.target_max_block_size = 1  # byte: no two titles share a block
     titles.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, NoLongQueues])
