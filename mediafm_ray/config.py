@@ -84,6 +84,10 @@ def _detect_stage() -> StageConfig:
     return StageConfig(max_actors=0, num_cpus=0.5)
 
 
+def _write_stage() -> StageConfig:
+    return StageConfig(max_actors=2)
+
+
 @dataclass(frozen=True)
 class ResourcesConfig:
     """What the stages run on. Nothing here changes a number in the output."""
@@ -93,7 +97,7 @@ class ResourcesConfig:
     encode_audio: StageConfig = field(default_factory=StageConfig)
     encode_text: StageConfig = field(default_factory=StageConfig)
     contextualise: StageConfig = field(default_factory=StageConfig)
-    write_num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for a writing task")
+    write: StageConfig = field(default_factory=_write_stage)
     ray_address: str = resource("", "Ray cluster to join; empty = RAY_ADDRESS if it is set, else a Ray of its own on this machine")
     object_store_gb: float = resource(0.0, "object store of a Ray of its own, in GB; 0 = Ray's default (30 % of the memory)")
     max_deaths_per_title: int = resource(
@@ -104,8 +108,8 @@ class ResourcesConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.write_num_cpus < 0 or self.object_store_gb < 0 or self.no_progress_timeout_s < 0:
-            raise ValueError("resources.write_num_cpus, object_store_gb and no_progress_timeout_s cannot be negative")
+        if self.object_store_gb < 0 or self.no_progress_timeout_s < 0:
+            raise ValueError("resources.object_store_gb and no_progress_timeout_s cannot be negative")
         if self.max_deaths_per_title < 1:
             raise ValueError(f"resources.max_deaths_per_title must be at least 1, is {self.max_deaths_per_title}")
 

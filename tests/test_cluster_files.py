@@ -71,7 +71,7 @@ def test_the_sizes_fit_the_nodes(read):
     cores = types["decode"]["resources"]["CPU"]
     detectors = cores // resources.detect_shots.num_cpus
     assert resources.detect_shots.max_actors == detectors * types["decode"]["max_workers"]
-    assert cores - detectors * resources.detect_shots.num_cpus >= resources.encode_text.num_cpus + resources.write_num_cpus
+    assert cores - detectors * resources.detect_shots.num_cpus >= resources.encode_text.num_cpus + resources.write.num_cpus
 
 
 @pytest.mark.parametrize("file", ["cronjob.yaml", "rayjob.yaml"])

@@ -37,7 +37,7 @@ def test_later_files_and_overrides_win(tmp_path):
         (["detector.threshold=7"], "detector.threshold"),
         (["fusion.modality_norm=l3"], "fusion.modality_norm"),
         (["media.max_damage=2"], "media.max_damage"),
-        (["resources.write_num_cpus=-3"], "write_num_cpus"),
+        (["resources.write.num_cpus=-3"], "num_cpus"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(overrides, named):

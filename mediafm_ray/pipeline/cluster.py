@@ -68,7 +68,7 @@ def _have_token() -> None:
 
 
 def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> None:
-    """Raise ConfigError when the smallest pools leave no CPU for the tasks between them: the graph would starve silently.
+    """Raise ConfigError when there is no room for the smallest pools: the graph would starve silently.
 
     Only of a Ray of our own: a cluster may be about to grow.
     """
@@ -77,11 +77,11 @@ def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> Non
     available = ray.cluster_resources()
     cpus = sum(pool.min_actors * pool.num_cpus for pool in pools.values())
     gpus = sum(pool.min_actors * pool.num_gpus for pool in pools.values())
-    if cpus + resources.write_num_cpus > available.get("CPU", 0) or gpus > available.get("GPU", 0):
+    if cpus > available.get("CPU", 0) or gpus > available.get("GPU", 0):
         wanted = ", ".join(f"{name} {pool.min_actors} x {pool.num_cpus:g} CPU {pool.num_gpus:g} GPU" for name, pool in pools.items())
         raise ConfigError(
-            f"the stages want {cpus + resources.write_num_cpus:g} CPUs and {gpus:g} GPUs at least ({wanted}, writing "
-            f"{resources.write_num_cpus:g} CPU), and Ray has {available.get('CPU', 0):g} and {available.get('GPU', 0):g}: "
+            f"the stages want {cpus:g} CPUs and {gpus:g} GPUs at least ({wanted}), and Ray has {available.get('CPU', 0):g} and "
+            f"{available.get('GPU', 0):g}: "
             "lower resources.*.min_actors, num_cpus or num_gpus"
         )
 

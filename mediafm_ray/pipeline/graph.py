@@ -35,7 +35,6 @@ MAX_TITLES_PER_CALL = 128  # stored titles: few enough that one actor's end cost
 TITLES_PER_PART = 100  # of the plan that travel together to where they are divided
 TITLES_WAITING = 100  # for a stage, before the one in front of it takes no more
 LEAST_STEP_S = 0.05  # of Ray Data's loop: it waits twice as long for news by itself
-DIVIDING_CPUS = 0.001  # what no stage asks for: Ray would make one operator of two that ask for the same
 SHARE_OF_NODE_RESOURCE = 0.001  # what an actor takes of stage.node_resource: no number of actors on a node uses it up
 
 
@@ -51,8 +50,9 @@ def read_plan(plan: Plan) -> Dataset:
     titles = ray.data.from_blocks([pa.Table.from_pylist(rows, plan.pending.schema) for rows in parts])  # slices would carry the whole plan
     titles.context.target_max_block_size = 1  # byte: no two titles share a block
     titles.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, NoLongQueues])
+    # it asks for no CPU: tasks get what actors leave (see fuse), and none would ever be begun
     return titles.map_batches(
-        _as_they_are, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, compute=TaskPoolStrategy(size=1), num_cpus=DIVIDING_CPUS
+        _as_they_are, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, compute=TaskPoolStrategy(size=1), num_cpus=0
     )
 
 
@@ -104,8 +104,18 @@ def encode_text(titles: Dataset, config: EmbedCatalogConfig, stage: type[Stage] 
 
 
 def fuse(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
-    """Concatenate the three embeddings of each shot and scale them to unit norm."""
-    return _tasks(titles, config, stages.Fuse(plan.model.dims["fused"], config.fusion))
+    """Concatenate the three embeddings of each shot and scale them to unit norm.
+
+    A stage without a model to keep. It asks for what the actors of the next stage ask for, and Ray then runs it in them. Tasks of their own
+    would get the CPUs that the actors of all stages leave, which may be none until the last title has passed the actors.
+    """
+    pool = config.resources.contextualise if plan.checkpoint else config.resources.write
+    stage, guard = stages.Fuse(plan.model.dims["fused"], config.fusion), DeathGuard(config.resources.max_deaths_per_title)
+
+    def fuse(table: pa.Table) -> pa.Table:
+        return guard.run(stage, stage, table)
+
+    return titles.map_batches(fuse, batch_size=1, **{**_in_pool(pool), "compute": None})
 
 
 def contextualise(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
@@ -118,7 +128,9 @@ def contextualise(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Da
 
 def write(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
     """Commit each title's objects; what is left is how each title ended."""
-    return _tasks(titles, config, stages.WriteTitle(config.output.uri, plan.model, plan.checkpoint, config.storage))
+    return _actors(
+        titles, config, config.resources.write, stages.WriteTitle, config.output.uri, plan.model, plan.checkpoint, config.storage
+    )
 
 
 def contextualise_stored(plan: Plan, config: ContextualiseCatalogConfig | EmbedCatalogConfig) -> Dataset:
@@ -185,17 +197,6 @@ def _in_actor(stage: Any, niceness: int, guard: DeathGuard) -> Any:
     return type(stage.__name__, (stage,), {"__init__": begin, "__call__": call})
 
 
-def _tasks(titles: Dataset, config: EmbedCatalogConfig, stage: Stage) -> Dataset:
-    """A stage without a model to keep, in stateless tasks."""
-    guard = DeathGuard(config.resources.max_deaths_per_title)
-
-    def run(table: pa.Table) -> pa.Table:
-        return guard.run(stage, stage, table)
-
-    run.__name__ = stage.name  # what Ray shows
-    return titles.map_batches(run, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, num_cpus=config.resources.write_num_cpus)
-
-
 def pools(plan: Plan, config: EmbedCatalogConfig) -> dict[str, StageConfig]:
     """The actor pools that the graph of a plan has."""
     resources = config.resources
@@ -205,7 +206,7 @@ def pools(plan: Plan, config: EmbedCatalogConfig) -> dict[str, StageConfig]:
         "encode_audio": resources.encode_audio,
         "encode_text": resources.encode_text,
     }
-    return found | ({"contextualise": resources.contextualise} if plan.checkpoint else {})
+    return found | ({"contextualise": resources.contextualise} if plan.checkpoint else {}) | {"write": resources.write}
 
 
 def blocks(titles: Dataset) -> Iterator[pa.Table]:

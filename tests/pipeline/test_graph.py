@@ -1,9 +1,12 @@
 """How titles travel through the graph: in the order of the plan, each in a block of its own, few of them at a time."""
 
+import json
 import time
 
 import pyarrow as pa
+import pytest
 
+from benchmarks import scale
 from mediafm_ray.config import EmbedCatalogConfig, read_config
 from mediafm_ray.pipeline import graph
 from mediafm_ray.pipeline.cluster import connected
@@ -59,3 +62,18 @@ def test_a_quick_stage_does_not_run_far_ahead_of_a_slow_one(monkeypatch):
     ahead = [sum((row["quick_at"] <= moment) - (row["slow_at"] <= moment) for row in rows) for moment in moments]
     in_flight = graph.TASKS_IN_FLIGHT_PER_ACTOR * (1 + 3)
     assert WAITING <= max(ahead) <= WAITING + in_flight + 3  # three in a bundle that is being filled
+
+
+@pytest.mark.slow
+def test_titles_are_committed_while_others_are_read_where_actors_hold_every_cpu(tmp_path, monkeypatch, capfd):
+    """Ray Data gives tasks what is left when every actor has its share, and none is: what commits titles must not be a task."""
+    monkeypatch.setenv("BENCHMARK_NAPS", "1")
+    monkeypatch.setattr("mediafm_ray.pipeline.cluster.os.cpu_count", lambda: 2)
+    catalog = scale.make_catalog(tmp_path, 12)
+    shares = {"detect_shots": 0.9, "encode_video": 0.3, "encode_audio": 0.3, "encode_text": 0.3, "write": 0.2}  # of two
+    pools = [f"resources.{stage}.{given}" for stage, share in shares.items() for given in (f"num_cpus={share}", "max_actors=1")]
+    scale.run_job(str(catalog), str(tmp_path / "out"), pools)
+    said = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith('{"moments_s"')]
+    moments = said[0]["moments_s"]
+    assert len(moments) == 12
+    assert moments[-1] - moments[0] > 10 * scale.NAPS["detect_shots"]  # one after another, as they are read
