@@ -119,6 +119,7 @@ def test_a_checkpoint_gives_contextual_embeddings_beside_the_fused_ones(undistur
         np.testing.assert_allclose(found, cls, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_contextualising_what_is_stored_gives_the_same_bytes_without_a_video(undisturbed, checkpoint, tmp_path):
     """As if a run with this checkpoint had been killed after its first title; one of the others has a damaged object at first."""
     output = tmp_path / "out"
