@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from mediafm_ray.models.contextualiser import Contextualiser, shot_times
-from mediafm_ray.models.fusion import fuse
+from mediafm_ray.models.fusion import fuse, spans
 from mediafm_ray.models.options import FusionConfig
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.training.baselines import BASELINES, cosines, guess
@@ -50,7 +50,9 @@ NOISE = 0.6  # of a shot around its side, in standard deviations between places
 TEXT, AUDIO = 0.6, 0.9  # probability that a shot has words, a sound
 BOOTSTRAPS = 2000
 SHAPE = ShapeConfig(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384, max_shots=64, dropout=0.0)
-TRAINING = TrainingConfig(windows_per_step=16, warmup_steps=100, evaluate_every=10**6, log_every=50, learning_rate=1e-3, cache_gb=0)
+TRAINING = TrainingConfig(
+    objective="recipe", windows_per_step=16, warmup_steps=100, evaluate_every=10**6, log_every=50, learning_rate=1e-3, cache_gb=0
+)
 
 
 def main() -> None:
@@ -245,7 +247,7 @@ class Catalog:
         self.sizes = np.array([len(title.fused_SD) for title in self.titles])
         self.train = np.arange(TRAIN_TITLES)
         self.held_out = np.arange(TRAIN_TITLES, len(self.titles))
-        self.fused_dim, self.metadata_dim = sum(world.dims.values()), world.metadata_dim
+        self.fused_dim, self.metadata_dim, self.spans = sum(world.dims.values()), world.metadata_dim, spans(world.dims)
         source = WindowSource(self, 0, 1, SHAPE.max_shots, TRAINING.mask_fraction, print)
         windows = [source.of_evaluation(slot) for slot in range(len(self.held_out))]
         self.made, self.real = windows[:HELD_OUT_TITLES], windows[HELD_OUT_TITLES:]
@@ -279,7 +281,7 @@ class WithoutMetadata:
     def __init__(self, catalog: Catalog):
         self.catalog = catalog
         self.sizes, self.train, self.held_out = catalog.sizes, catalog.train, catalog.held_out
-        self.fused_dim, self.metadata_dim = catalog.fused_dim, catalog.metadata_dim
+        self.fused_dim, self.metadata_dim, self.spans = catalog.fused_dim, catalog.metadata_dim, catalog.spans
 
     def read(self, index: int) -> TitleVectors:
         return replace(self.catalog.read(index), metadata_M=None)

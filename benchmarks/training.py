@@ -16,7 +16,9 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,7 @@ def beside_bare_loop(steps: int, rounds: int, threads: int) -> None:
     # Ray's workers yield to others (nice 15): on a shared machine both shall be treated alike
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     config = TrainingConfig(
+        objective="recipe",
         steps=WARM_STEPS + steps + 1,  # of the last the state is written, too
         windows_per_step=CPU_WINDOWS,
         held_out_fraction=0.0,
@@ -185,6 +188,7 @@ class Repeated:
     """One title for all: the GPU's own speed, without reading (training.batches.Titles)."""
 
     fused_dim, metadata_dim = FUSED_DIM, METADATA_DIM
+    spans: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
     def __init__(self, shots: int):
         self.title = random_title(shots, 0)
@@ -224,7 +228,7 @@ def say(what: str, compiled: bool, windows: int, taken_s: float, ideal_s: float)
 
 def train_s(shape: ShapeConfig, device: str, windows: int, steps: int, compiled: bool) -> float:
     """Seconds a step of the trainer's own, the batch from page-locked memory every time."""
-    config = TrainingConfig(windows_per_step=windows, device=device, compile=compiled, held_out_fraction=0.0)
+    config = TrainingConfig(objective="recipe", windows_per_step=windows, device=device, compile=compiled, held_out_fraction=0.0)
     trainer = Trainer(new_model(shape, FUSED_DIM, METADATA_DIM, "", 0), Repeated(shape.max_shots), config)
     batch = random_batch(windows, shape.max_shots, 1).pinned()
     for step in range(WARM_STEPS + steps):

@@ -90,6 +90,11 @@ def say_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
             f"faster, without a video: python -m jobs.contextualise_catalog output.uri={config.output.uri} "
             f"dataset.version={plan.model.dataset_version} contextualiser.checkpoint={config.contextualiser.checkpoint}"
         )
+    if plan.without_context:
+        console.say(
+            f"{plan.without_context} titles were embedded without context; to add it, without a video: "
+            f"python -m jobs.contextualise_catalog output.uri={config.output.uri} dataset.version={plan.model.dataset_version}"
+        )
     if not plan.checkpoint:
         console.say("no contextualiser.checkpoint is set: writing fused (raw) embeddings only")
 

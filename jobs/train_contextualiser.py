@@ -1,4 +1,4 @@
-"""Train a contextualiser on the shots of an embedded catalog, by masked shot modelling.
+"""Train a contextualiser on the shots of an embedded catalog, by masked shot modelling: neighbour attention, or the recipe's encoder.
 
     python -m jobs.train_contextualiser --config conf/training/small.yaml dataset.uri=embeddings/ checkpoint.uri=contextualiser/
 
@@ -14,7 +14,7 @@ import sys
 from mediafm_ray.config import TrainContextualiserConfig
 from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, run_job
 from mediafm_ray.pipeline.report import Console
-from mediafm_ray.pipeline.train import TrainingPlan, Watch, describe_cosines, plan_training, run_workers
+from mediafm_ray.pipeline.train import TrainingPlan, Watch, advise, describe_cosines, plan_training, run_workers
 from mediafm_ray.pipeline.training_folder import FINISHED, TrainingFolder
 
 
@@ -55,7 +55,8 @@ def report(config: TrainContextualiserConfig, console: Console) -> int:
     assert ending is not None, "training ends with it"
     console.say(f"ended at step {ending['step']}: {ending['reason']}")
     console.say(f"the model of step {ending['best_step']} is kept: {describe_cosines(ending)}")
-    console.say(f"use it with contextualiser.checkpoint={config.checkpoint.uri}")
+    for line in advise(ending, config.checkpoint.uri):
+        console.say(line)
     return EXIT_OK
 
 

@@ -259,6 +259,11 @@ class ClipTableConfig:
     uri: str = resource("", "a .parquet object for the clips with their vectors (required)")
 
 
+def _no_contextualiser() -> ContextualiserConfig:
+    """What a job that reads stored contextual embeddings computes by itself: nothing, unless it is told a checkpoint."""
+    return ContextualiserConfig(checkpoint="")
+
+
 @dataclass(frozen=True)
 class EmbedClipsConfig:
     """Everything that ``jobs.embed_clips`` takes."""
@@ -266,7 +271,7 @@ class EmbedClipsConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
     clips: ClipsConfig = field(default_factory=ClipsConfig)
-    contextualiser: ContextualiserConfig = field(default_factory=ContextualiserConfig)
+    contextualiser: ContextualiserConfig = field(default_factory=_no_contextualiser)
     table: ClipTableConfig = field(default_factory=ClipTableConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
@@ -310,7 +315,7 @@ class EvaluateProbesConfig:
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     probes: ProbesConfig = field(default_factory=ProbesConfig)
-    contextualiser: ContextualiserConfig = field(default_factory=ContextualiserConfig)
+    contextualiser: ContextualiserConfig = field(default_factory=_no_contextualiser)
     report: ReportConfig = field(default_factory=ReportConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 

@@ -20,8 +20,14 @@ variable with as many degrees of freedom as the noise has dimensions; the price 
        falls out of them, and the two lags together are right for shots in any order and for the strict alternation of a dialogue
     d  effective dimension of that noise, trace(C)^2 / trace(C^2) (Box 1954) of its covariance C
 
-so no constant is tuned to a corpus. ``penalty`` multiplies the price for those who want fewer (> 1) or more (< 1) scenes. What the
-method does not know: shots whose noise is correlated over many shots look like more scenes than there are.
+so no constant is tuned to a corpus. ``penalty`` multiplies the price for those who want fewer (> 1) or more (< 1) scenes.
+
+That price takes a scene's shots for independent about its mean. Contextual vectors are not: attention is a low-pass filter, and a
+scatter that wanders looks like scenes. The lag-1 correlation r of an AR(1) process is estimated from the differences between shots one and
+two places apart (their ratio is 1 + r), within the scenes of a first segmentation, since boundaries between scenes look like correlation;
+then the price is multiplied and the title segmented again. For a mean over infinitely many shots the variance grows by (1 + r) / (1 - r)
+(Bartlett 1946), and the differences show 1 - (r + r^2) / 2 of it; scenes are short, and the whole factor takes away true boundaries, so
+its square root is taken, half way between none and all (benchmarks/films.py). Negative correlation, a dialogue's, changes nothing.
 
 Shapes
     S  shots
@@ -41,6 +47,8 @@ from mediafm_ray.downstream.options import ScenesConfig
 LAGS = (1, 2)  # shots between the two of a difference that the noise is estimated from
 MOST_DIFFERENCES = 512  # of each lag, evenly spread, whose products give the effective dimension
 BLOCK_ROWS = 512  # rows of the Gram matrix held at once: a title of any length fits in memory
+MIN_DIFFERENCES = 4  # within scenes, of each lag: of fewer no correlation can be told
+MAX_CORRELATION = 0.8  # of neighbours: what a mean over five shots has; more would be no noise
 ROUNDING = 1e-9  # squared distance of unit vectors below which float32 vectors are alike
 
 
@@ -70,6 +78,10 @@ def find_scenes(vectors_SD: np.ndarray, config: ScenesConfig | None = None) -> S
     centred_SD = centred_directions(vectors_SD)
     price = max(config.penalty * boundary_price(centred_SD), ROUNDING)
     first_K, merged_K = optimal_segmentation(centred_SD, price)
+    factor = correlation_factor(centred_SD, first_K)
+    if factor > 1:
+        price *= factor
+        first_K, merged_K = optimal_segmentation(centred_SD, price)
     last_K = np.append(first_K[1:], len(centred_SD)) - 1
     return Scenes(first_K.astype(np.int32), last_K.astype(np.int32), (merged_K / price).astype(np.float32))
 
@@ -101,6 +113,21 @@ def boundary_price(vectors_SD: np.ndarray) -> float:
     square = float(np.mean(squares)) if squares else variance**2  # too few shots to tell: one dimension, the dearest
     dimension = max(1.0, variance**2 / square) if square > 0 else 1.0
     return variance * (1 + np.sqrt(2 * np.log(shots) / dimension)) ** 2
+
+
+def correlation_factor(vectors_SD: np.ndarray, first_K: np.ndarray) -> float:
+    """The factor of the price for noise that is correlated from shot to shot (see the head of this file); 1 where it is not."""
+    scene_S = np.searchsorted(first_K, np.arange(len(vectors_SD)), side="right")
+    variances = []
+    for lag in LAGS:
+        inside = scene_S[lag:] == scene_S[:-lag]
+        if np.count_nonzero(inside) < MIN_DIFFERENCES:
+            return 1.0
+        variances.append(float(np.mean(np.sum((vectors_SD[lag:] - vectors_SD[:-lag])[inside] ** 2, axis=1))))
+    if not variances[0] > ROUNDING:
+        return 1.0
+    correlation = min(max(variances[1] / variances[0] - 1, 0.0), MAX_CORRELATION)
+    return float(np.sqrt((1 + correlation) / (1 - correlation) / (1 - (correlation + correlation**2) / 2)))
 
 
 def _squared_covariance(differences_ND: np.ndarray, lag: int) -> list[float]:

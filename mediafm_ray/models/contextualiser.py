@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from mediafm_ray.models import weights
 from mediafm_ray.models.loading import PRECISIONS, MicroBatches, Workers, load_checkpoint, open_device
-from mediafm_ray.models.options import ContextualiserConfig
+from mediafm_ray.models.neighbours import ContextualiserOutput, NeighbourAttention, builtin_model
+from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.spec import MAX_SHOTS_PER_WINDOW
 
 SPECIAL_TOKENS = 2  # [CLS] at position 0, [GLOBAL] at position 1
@@ -42,17 +42,18 @@ SHORTEST_TIME_S = 1 / 32  # seconds: times differ by their ratio above it and ha
 TIME_WAVES_OCTAVES = (64.0, 32.0, 16.0, 8.0, 4.0, 2.0)  # of the sinusoids over log2 of a time; frame to day: 22 octaves
 TIME_FEATURES = 2 * 2 * len(TIME_WAVES_OCTAVES)  # sine and cosine of two times
 MOST_TOKENS = 2**17  # that a GPU computes at once: more fill it no better
+MOST_RELATED_TOKENS = 2**13  # the same where every pair of shots has features: 16 windows of 512 take 2 GB
 
 
 class ContextualiserModelConfig(PreTrainedConfig):
-    """The shape of a contextualiser: what config.json of a checkpoint holds. Defaults are BERT-base's over MediaFM's 2304 dimensions."""
+    """The shape of a contextualiser: what config.json of a checkpoint holds. Defaults are BERT-base's width and MediaFM's depth."""
 
     model_type = "mediafm_contextualiser"
 
     fused_dim: int = 2304  # D
     metadata_dim: int = 768  # M
     hidden_size: int = 768  # H
-    num_hidden_layers: int = 12
+    num_hidden_layers: int = 3
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     max_shots: int = MAX_SHOTS_PER_WINDOW
@@ -61,15 +62,6 @@ class ContextualiserModelConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     time_features: bool = False  # the model is told the times of the shots
     dataset_version: str = ""  # what it was trained on: 12 hex digits of a dataset's version; empty where that is not known
-
-
-@dataclass
-class ContextualiserOutput(ModelOutput):
-    """What the model gives for B windows."""
-
-    contextual_BSD: Tensor | None = None  # the shots, in the space of the fused embeddings; undefined where shots_BS is False
-    cls_BD: Tensor | None = None  # [CLS], through the same output projection
-    hidden_BLH: Tensor | None = None  # last layer before the output projection: [CLS], [GLOBAL], shots
 
 
 class EncoderLayer(nn.Module):
@@ -231,8 +223,17 @@ class TitleShots:
         return TitleShots(self.fused_SD[start:end], self.metadata_M, None if self.times_S2 is None else self.times_S2[start:end])
 
 
+def _load(address: str, dtype: torch.dtype) -> Any:
+    """The model at an address: the built-in one, or a checkpoint of the kind that its config.json names."""
+    if address == BUILTIN_NEIGHBOURS:
+        return builtin_model().to(dtype)
+    kinds: dict[str, Any] = {kind.config_class.model_type: kind for kind in (Contextualiser, NeighbourAttention)}
+    kind = kinds.get(str(weights.read_config(address).get("model_type", "")), Contextualiser)
+    return load_checkpoint(kind, weights.resolve(address), dtype=dtype)
+
+
 class TitleContextualiser:
-    """A checkpoint at work on whole titles.
+    """A checkpoint, or ``builtin:neighbours``, at work on whole titles.
 
     On a CPU every window is computed alone, on one thread: no title's numbers depend on another's. On a GPU windows of all titles at hand
     share batches, the longest first, padded and masked: the numbers differ by rounding.
@@ -245,7 +246,7 @@ class TitleContextualiser:
         self.alone = self.device.type == "cpu"
         self.workers = Workers(config.threads)
         self.dtype = PRECISIONS[config.precision]
-        model = load_checkpoint(Contextualiser, weights.resolve(config.checkpoint), dtype=self.dtype)
+        model = _load(config.checkpoint, self.dtype)
         if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
             raise weights.WeightsError(
                 f"the checkpoint {config.checkpoint} holds numbers that are not finite ({broken[0]}): train it again"
@@ -255,7 +256,8 @@ class TitleContextualiser:
         self.metadata_dim = int(model.config.metadata_dim)
         self.window = int(model.config.max_shots)
         longest = self.window + SPECIAL_TOKENS
-        self.micro_batches = MicroBatches(self.device, config.micro_batch, most=MOST_TOKENS, first=MicroBatches.FIRST * longest)
+        most = MOST_TOKENS if isinstance(model, Contextualiser) else MOST_RELATED_TOKENS
+        self.micro_batches = MicroBatches(self.device, config.micro_batch, most=most, first=MicroBatches.FIRST * longest)
 
     def contextualise(
         self, fused_SD: np.ndarray, metadata_M: np.ndarray | None, times_S2: np.ndarray | None = None
@@ -282,8 +284,9 @@ class TitleContextualiser:
     def _join(self, shots: int, starts: Sequence[int], outputs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
         """A title from its windows."""
         owner_S = window_of_shots(shots, self.window)
-        contextual_SD = np.empty((shots, self.fused_dim), np.float32)
-        cls_D = np.zeros(self.fused_dim, np.float64)
+        dim = outputs[0][0].shape[1]
+        contextual_SD = np.empty((shots, dim), np.float32)
+        cls_D = np.zeros(dim, np.float64)
         for index, (start, (window_SD, window_cls_D)) in enumerate(zip(starts, outputs, strict=True)):
             owned = np.flatnonzero(owner_S == index)
             contextual_SD[owned] = window_SD[owned - start]
@@ -309,12 +312,12 @@ class TitleContextualiser:
         longest = int(lengths_B.max())
         told_B = np.array([window.metadata_M is not None for window in windows])
         with_times = bool(self.model.config.time_features)
-        fused_BSD = np.zeros((len(windows), longest, self.fused_dim), np.float32)
+        fused_BSD = np.zeros((len(windows), longest, windows[0].fused_SD.shape[1]), np.float32)
         metadata_BM = np.zeros((len(windows), self.metadata_dim), np.float32)
         times_BS2 = np.zeros((len(windows), longest, 2), np.float32)
         for row, window in enumerate(windows):
             fused_BSD[row, : len(window)] = window.fused_SD
-            if window.metadata_M is not None:
+            if window.metadata_M is not None and self.metadata_dim:
                 metadata_BM[row] = window.metadata_M
             if with_times:
                 times_BS2[row, : len(window)] = window.times_S2
@@ -331,7 +334,7 @@ class TitleContextualiser:
 
     def _check(self, title: TitleShots) -> None:
         fused_SD, metadata_M, times_S2 = title.fused_SD, title.metadata_M, title.times_S2
-        if fused_SD.ndim != 2 or fused_SD.shape[1] != self.fused_dim:
+        if fused_SD.ndim != 2 or fused_SD.shape[1] != (self.fused_dim or fused_SD.shape[1]):
             raise ValueError(
                 f"the contextualiser {self.checkpoint} was trained on fused embeddings of {self.fused_dim} dimensions; these are "
                 f"{fused_SD.shape}: use the encoders it was trained with, or another checkpoint"
@@ -347,7 +350,7 @@ class TitleContextualiser:
             )
         if times_S2 is not None and not np.isfinite(times_S2).all():
             raise ValueError(f"the times of shot {int(np.argmin(np.isfinite(times_S2).all(axis=1)))} are not finite")
-        if metadata_M is None:
+        if metadata_M is None or not self.metadata_dim:
             return
         if metadata_M.shape != (self.metadata_dim,):
             raise ValueError(

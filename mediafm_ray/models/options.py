@@ -11,6 +11,7 @@ from mediafm_ray.spec import recipe, resource
 
 MODALITY_NORMS = ("none", "l2")
 PRECISION_NAMES = ("float32", "bfloat16")
+BUILTIN_NEIGHBOURS = "builtin:neighbours"  # a contextualiser that has no weights (models.neighbours)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class FusionConfig:
     """How the three embeddings of a shot become one."""
 
     modality_norm: str = recipe(
-        "none", "before concatenating: none = as the encoders give them (the MediaFM recipe), l2 = every modality to unit norm"
+        "l2", "before concatenating: none = as the encoders give them (the MediaFM recipe), l2 = every modality to unit norm"
     )
 
     def __post_init__(self) -> None:
@@ -119,9 +120,13 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class ContextualiserConfig:
-    """The BERT-style model over the shots of a title. The name of its dataset is made from the checkpoint and what changes the numbers."""
+    """The model over the shots of a title. The name of its dataset is made from the checkpoint and what changes the numbers."""
 
-    checkpoint: str = resource("", "folder with config.json and model.safetensors; empty = write fused embeddings only")
+    checkpoint: str = resource(
+        BUILTIN_NEIGHBOURS,
+        "builtin:neighbours (context without training), or a trained folder with config.json and model.safetensors; "
+        "empty = write fused embeddings only",
+    )
     any_dataset: bool = resource(False, "take a checkpoint that was trained on another dataset version than it is given")
     precision: str = recipe("float32", "arithmetic of the network: float32, or bfloat16 (for GPUs)")
     micro_batch: int = resource(0, "shots (with two more a window) that a GPU computes at once; 0 = as many as fit")

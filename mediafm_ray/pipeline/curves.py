@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mediafm_ray.training.baselines import BASELINES
+
 Row = Mapping[str, float]
 PREFIX = "held_out_"
-BASELINE_STYLES = ("--", ":", "-.")
+BASELINE_STYLES = ("-", "--", ":", "-.")
 
 
 def draw(rows: Sequence[Row], title: str) -> bytes:
@@ -18,11 +20,12 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
     figure = Figure(figsize=(8, 8), layout="constrained")
     loss, cosine, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
     figure.suptitle(title)
-    _line(loss, rows, "loss", "training (cosine distance, masked shots)")
+    _line(loss, rows, "loss", "training")
     _line(cosine, rows, f"{PREFIX}cosine", "contextualiser")
-    baselines = {name: value for name, value in (rows[0] if rows else {}).items() if name.startswith(PREFIX) and name != f"{PREFIX}cosine"}
+    first = rows[0] if rows else {}
+    baselines = {name: first[f"{PREFIX}{name}"] for name in ("cosine_neighbours", *BASELINES) if f"{PREFIX}{name}" in first}
     for (name, value), style in zip(baselines.items(), BASELINE_STYLES, strict=False):
-        label = f"without learning: {name.removeprefix(PREFIX).replace('_', ' ')}"
+        label = f"without learning: {name.removeprefix('cosine_').replace('_', ' ')}"
         cosine.axhline(value, linestyle=style, linewidth=1, color="grey", label=label)
     if cosine.lines:
         cosine.legend(loc="best", fontsize=8)

@@ -27,6 +27,7 @@ from threadpoolctl import threadpool_limits
 
 from mediafm_ray.config import DerivedRunConfig, VectorsConfig
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK
+from mediafm_ray.pipeline.plan import BUILTIN_DATASET
 from mediafm_ray.pipeline.report import MAX_FAILURES_SHOWN, Console
 from mediafm_ray.pipeline.stored import read_shots
 from mediafm_ray.spec import TitleError
@@ -64,7 +65,9 @@ def vectors_dataset(dataset: EmbeddingDataset, config: VectorsConfig) -> str:
 
 
 def contextual_dataset(dataset: EmbeddingDataset, key: str, digits: str, otherwise: str) -> str:
-    """The dataset of a checkpoint's contextual embeddings: by its ``digits``, which the option ``key`` has; empty for the only one.
+    """The dataset of a checkpoint's contextual embeddings: by its ``digits``, which the option ``key`` has.
+
+    Without digits it is the only trained one, or that of ``builtin:neighbours`` where nothing trained has written.
 
     Raises DatasetError, saying what is there and what to do ``otherwise``, where there is none or where several could be meant.
     """
@@ -78,6 +81,8 @@ def contextual_dataset(dataset: EmbeddingDataset, key: str, digits: str, otherwi
         raise DatasetError(
             f"{where} has no {missing}; there are: {', '.join(there) or 'none'}; run jobs.contextualise_catalog, {otherwise}"
         )
+    if len(found) > 1:
+        found = [name for name in found if name != BUILTIN_DATASET]
     if len(found) > 1:
         choices = ", ".join(name.removeprefix(contextual("")) for name in found)
         raise DatasetError(f"{where} has contextual embeddings of {len(found)} checkpoints: set {key} to one of {choices}")

@@ -15,7 +15,7 @@ from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCat
 from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_digest
 from mediafm_ray.models.fusion import spans
-from mediafm_ray.models.options import ContextualiserConfig
+from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.spec import digest_of, recipe_of
 from mediafm_ray.storage.catalog import Entry, read_catalog
@@ -24,8 +24,10 @@ from mediafm_ray.storage.store import ObjectInfo
 
 ARITHMETIC = 2  # raise it with a change of the code that changes the numbers: it is part of the dataset version
 VERSION_DIGITS = 12  # hex digits of a dataset version
+BUILTIN = {"builtin": BUILTIN_NEIGHBOURS, "revision": 1}  # raise the revision with a change that changes its numbers
+BUILTIN_DATASET = contextual(digest_of(BUILTIN)[:VERSION_DIGITS])  # of builtin:neighbours with its default options
 IN_CATALOG, WITH_SHOTS = "in_catalog", "with_committed_shots"  # the titles that a job starts from
-CHECKPOINT_TYPE = "mediafm_contextualiser"  # model_type in the config.json of a contextualiser
+CHECKPOINT_TYPES = ("mediafm_contextualiser", "mediafm_neighbour_attention")  # model_type in the config.json of a contextualiser
 Listing = Mapping[tuple[str, str], Sequence[ObjectInfo]]  # by encoded title and source
 
 
@@ -42,6 +44,7 @@ class Plan:
     left: int  # pending, but beyond run.max_titles
     only_contextual: int  # pending whose shots are committed: the checkpoint is what is new
     leftovers: tuple[str, ...]  # objects that an earlier run should have removed after it committed their successor
+    without_context: int = 0  # done, but without embeddings of builtin:neighbours: jobs.contextualise_catalog writes them
     titles_are: str = IN_CATALOG  # what ``titles`` counts
 
 
@@ -85,8 +88,13 @@ class Survey:
 
     @cached_property
     def wanted(self) -> Sequence[Listing]:
-        """What a title must stand in to be done, the shots first."""
-        names = [SHOTS, *([contextual(self.checkpoint)] if self.checkpoint else [])]
+        """The listings that a title must stand in to be done, the shots first.
+
+        Context without training is written with the shots of new titles, but its lack is no reason to read a video again: it is the
+        default, and a catalog may have been embedded without.
+        """
+        trained = self.checkpoint and contextual(self.checkpoint) != BUILTIN_DATASET
+        names = [SHOTS, *([contextual(self.checkpoint)] if trained else [])]
         return [self.listed.get(name, {}) for name in names]
 
     @cached_property
@@ -101,6 +109,10 @@ class Survey:
     def is_done(self, entry: Entry) -> bool:
         """Whether everything is committed that is wanted of a title as it is now."""
         return all(key_of(entry) in listing for listing in self.wanted)
+
+    def lacks_context(self, entry: Entry) -> bool:
+        """Whether a title that is done has no embeddings of the configured contextualiser."""
+        return bool(self.checkpoint) and key_of(entry) not in self.listed.get(contextual(self.checkpoint), {})
 
     def older(self, entry: Entry) -> list[ObjectInfo]:
         """The objects of a title's other sources."""
@@ -157,10 +169,11 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
     """
     there = survey(config)
     rows, leftovers = [], []
-    done = failed_before = only_contextual = 0
+    done = failed_before = only_contextual = without_context = 0
     for entry in there.entries:
         if there.is_done(entry):
             done += 1
+            without_context += there.lacks_context(entry)
             leftovers += there.leftovers(entry)
         elif key_of(entry) in there.failures and not config.run.retry_failed:
             failed_before += 1
@@ -178,6 +191,7 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
         left=len(rows) - len(taken),
         only_contextual=only_contextual,
         leftovers=tuple(leftovers),
+        without_context=without_context,
     )
 
 
@@ -197,17 +211,21 @@ def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
 
 
 def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, model: Model) -> str:
-    """12 hex digits that name the dataset of the configured contextualiser's checkpoint; empty when there is none.
+    """12 hex digits that name the dataset of the configured contextualiser; empty when there is none.
 
-    They are the checkpoint's digest or, where options change its numbers, a digest over both. Raises WeightsError for a checkpoint that
-    is missing or cut short, ConfigError for one that was trained on other dimensions or another dataset version.
+    They are the checkpoint's digest, or one of ``builtin:neighbours`` and its revision, or, where options change its numbers, a digest
+    over both. Raises WeightsError for a checkpoint that is missing or cut short, ConfigError for one that was trained on other dimensions
+    or another dataset version.
     """
     contextualiser = config.contextualiser
     address = contextualiser.checkpoint
     if not address:
         return ""
+    changes = {name: value for name, value in recipe_of(contextualiser).items() if value != getattr(ContextualiserConfig, name)}
+    if address == BUILTIN_NEIGHBOURS:
+        return digest_of({**BUILTIN, **changes})[:VERSION_DIGITS]
     shape = weights.read_config(address)
-    if shape.get("model_type", CHECKPOINT_TYPE) != CHECKPOINT_TYPE:
+    if shape.get("model_type", CHECKPOINT_TYPES[0]) not in CHECKPOINT_TYPES:
         raise weights.WeightsError(f"contextualiser.checkpoint={address}: this is a {shape['model_type']!r} checkpoint, no contextualiser")
     for key, dim, made_by in (("fused_dim", model.dims["fused"], "the encoders"), ("metadata_dim", model.dims["text"], "the text encoder")):
         if shape.get(key) != dim:
@@ -222,7 +240,6 @@ def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, mod
             "its vectors mean something else; train one on this version, or set contextualiser.any_dataset=true if you know they are alike"
         )
     digest = weights.checkpoint_digest(address)
-    changes = {name: value for name, value in recipe_of(contextualiser).items() if value != getattr(ContextualiserConfig, name)}
     return (digest_of({"checkpoint_sha256": digest, **changes}) if changes else digest)[:VERSION_DIGITS]
 
 

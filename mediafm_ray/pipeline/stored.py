@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig
-from mediafm_ray.models.options import ContextualiserConfig
+from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.pipeline.plan import WITH_SHOTS, Plan, checkpoint_name
 from mediafm_ray.pipeline.rows import ERROR, SECONDS, error_value
 from mediafm_ray.pipeline.stages import FACTS, contextual_file, record_failure, remove_superseded
@@ -86,7 +86,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
     """
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
     if not config.contextualiser.checkpoint:
-        raise ConfigError("contextualiser.checkpoint is required: the folder that a training wrote (config.json and model.safetensors)")
+        raise ConfigError(f"contextualiser.checkpoint is required: {BUILTIN_NEIGHBOURS}, or the folder that a training wrote")
     checkpoint = checkpoint_name(config, dataset.model)
     committed = newest_objects(dataset.output.list(SHOTS))
     if not committed:

@@ -27,6 +27,7 @@ class TitleList:
     dataset_version: str
     fused_dim: int
     metadata_dim: int
+    spans: Mapping[str, tuple[int, int]]  # of the modalities in a fused vector
     objects: tuple[str, ...]  # names below the dataset version, in the order of the encoded titles
     sizes: tuple[int, ...]  # bytes of each
 
@@ -36,12 +37,14 @@ class TitleList:
 
     def to_json(self) -> dict[str, Any]:
         """As a value for JSON."""
-        return {**vars(self), "objects": list(self.objects), "sizes": list(self.sizes)}
+        spans = {name: list(span) for name, span in self.spans.items()}
+        return {**vars(self), "spans": spans, "objects": list(self.objects), "sizes": list(self.sizes)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TitleList:
         """The inverse of ``to_json``."""
-        return cls(**{**value, "objects": tuple(value["objects"]), "sizes": tuple(value["sizes"])})
+        spans = {name: (int(first), int(end)) for name, (first, end) in value.get("spans", {}).items()}
+        return cls(**{**value, "spans": spans, "objects": tuple(value["objects"]), "sizes": tuple(value["sizes"])})
 
 
 def list_titles(dataset: EmbeddingDataset) -> TitleList:
@@ -53,6 +56,7 @@ def list_titles(dataset: EmbeddingDataset) -> TitleList:
         dataset.version,
         dataset.model.dims["fused"],
         dataset.model.dims["text"],
+        dict(dataset.model.spans),
         tuple(info.name for info in infos),
         tuple(info.size for info in infos),
     )
@@ -65,6 +69,7 @@ class StoredTitles:
         """``uri``: of the output that has the dataset version."""
         self.output = Output(uri, titles.dataset_version, storage)
         self.objects, self.fused_dim, self.metadata_dim = titles.objects, titles.fused_dim, titles.metadata_dim
+        self.spans = titles.spans
         self.model = Model(titles.dataset_version, {}, {"fused": titles.fused_dim, "text": titles.metadata_dim}, {})
         self.sizes = np.array(titles.sizes, np.int64)
         self.train, self.held_out = titles.split(held_out_fraction, most_held_out)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mediafm_ray.config import ConfigError, ResourcesConfig, TrainContextualiserConfig
+from mediafm_ray.models.options import BUILTIN_NEIGHBOURS
 from mediafm_ray.pipeline.report import Console, clock, reason_of
 from mediafm_ray.pipeline.stored_titles import StoredTitles, TitleList, list_titles
 from mediafm_ray.pipeline.training_folder import CURVES, EVENTS, FINISHED, PLAN, TrainingFolder
 from mediafm_ray.spec import recipe_of
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.store import StorageConfig, absolute
+from mediafm_ray.training.baselines import BASELINES
 from mediafm_ray.training.batches import UnusableTitle
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 from mediafm_ray.training.trainer import StateError, Trainer, TrainingError, new_model
@@ -155,7 +157,8 @@ def train_worker(given: Mapping[str, Any]) -> None:
         int(config.cache_gb * GB),
     )
     try:
-        model = new_model(task.model, titles.fused_dim, titles.metadata_dim, plan["titles"]["dataset_version"], config.seed)
+        spans = titles.spans if config.objective == "context" else None
+        model = new_model(task.model, titles.fused_dim, titles.metadata_dim, plan["titles"]["dataset_version"], config.seed, spans)
         trainer = Trainer(model, titles, config, lambda message: task.board.post.remote("unusable", message))
         state, _ = folder.newest_state()
         if state is not None:
@@ -393,8 +396,25 @@ class Watch:
 
 def describe_cosines(row: Mapping[str, float]) -> str:
     """The cosines at masked shots of held-out titles that a row holds, in words."""
-    found = {key.removeprefix("held_out_").replace("_", " "): value for key, value in row.items() if key.startswith("held_out_")}
-    model = found.pop("cosine", None)
+    model = row.get("held_out_cosine")
     if model is None:
         return "no title is held out"
-    return f"held-out cosine {model:.4f} (" + ", ".join(f"{name} {value:.4f}" for name, value in found.items()) + ")"
+    guesses = {"builtin:neighbours": "held_out_cosine_neighbours", **{name.replace("_", " "): f"held_out_{name}" for name in BASELINES}}
+    others = ", ".join(f"{name} {row[key]:.4f}" for name, key in guesses.items() if key in row)
+    return f"held-out cosine {model:.4f}" + (f" ({others})" if others else "")
+
+
+def advise(ending: Mapping[str, Any], checkpoint_uri: str) -> list[str]:
+    """The figures of the served vectors beside those of ``builtin:neighbours``, and which of the two to use."""
+    names = [name for name in ("identity", "context") if f"held_out_{name}" in ending and f"held_out_{name}_neighbours" in ending]
+    if not names:
+        return [f"use it with contextualiser.checkpoint={checkpoint_uri}"]
+    own, formula = ([ending[f"held_out_{name}{kind}"] for name in names] for kind in ("", "_neighbours"))
+    pairs = ", ".join(f"{name} {one:.4f} ({other:.4f})" for name, one, other in zip(names, own, formula, strict=True))
+    lines = [f"served vectors on held-out titles, beside {BUILTIN_NEIGHBOURS} in brackets: {pairs}"]
+    if sum(own) > sum(formula):
+        return [*lines, f"use it with contextualiser.checkpoint={checkpoint_uri}"]
+    return [
+        *lines,
+        f"no better than without training: use contextualiser.checkpoint={BUILTIN_NEIGHBOURS}, or train on more titles",
+    ]

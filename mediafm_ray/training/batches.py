@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -69,6 +69,11 @@ class Titles(Protocol):
     fused_dim: int
     metadata_dim: int
 
+    @property
+    def spans(self) -> Mapping[str, tuple[int, int]]:
+        """Where each modality lies in a fused vector; may be empty for training.objective=recipe."""
+        ...
+
     def read(self, index: int) -> TitleVectors:
         """One title; called from several threads. Raises UnusableTitle for one that has to be passed over."""
         ...
@@ -92,7 +97,9 @@ class Window:
 class Batch:
     """Windows side by side, padded at their ends."""
 
-    fused_BSD: Tensor  # float32
+    fused_BSD: Tensor  # float32, as the titles have them
+    given_BSD: Tensor  # float32, as the model reads them: some shots are those of other titles
+    replaced_BS: Tensor  # bool, where they are
     metadata_BM: Tensor  # float32; zero where there is none
     has_metadata_B: Tensor  # bool
     times_BS2: Tensor  # float32
@@ -164,8 +171,12 @@ class WindowSource:
         raise UnusableTitle(f"none of the {len(among)} titles on this side of the split can be used")
 
 
-def collate(windows: Sequence[Window], metadata_dim: int) -> Batch:
-    """Windows as one batch, padded with zeros to the longest."""
+def collate(windows: Sequence[Window], metadata_dim: int, cut_aways: float = 0.0, random: np.random.Generator | None = None) -> Batch:
+    """Windows as one batch, padded with zeros to the longest.
+
+    A share ``cut_aways`` of the shots that are not masked, from none to twice that in a window, is replaced by shots of the batch's other
+    titles, drawn with ``random``.
+    """
     lengths = [len(window.masked_S) for window in windows]
     longest = max(lengths)
     first = windows[0].title
@@ -181,8 +192,14 @@ def collate(windows: Sequence[Window], metadata_dim: int) -> Batch:
             metadata_BM[row] = window.title.metadata_M
     masked_K = np.flatnonzero(masked_BS)
     shots_BS = np.arange(longest) < np.array(lengths)[:, None]
+    given_BSD, replaced_BS = fused_BSD, np.zeros_like(masked_BS)
+    if cut_aways and random is not None:
+        titles = np.unique([window.title.title_id for window in windows], return_inverse=True)[1]
+        given_BSD, replaced_BS = _with_cut_aways(fused_BSD, shots_BS & fused_BSD.any(-1), masked_BS, titles, cut_aways, random)
     return Batch(
         torch.from_numpy(fused_BSD),
+        torch.from_numpy(given_BSD),
+        torch.from_numpy(replaced_BS),
         torch.from_numpy(metadata_BM),
         torch.tensor([window.title.metadata_M is not None for window in windows]),
         torch.from_numpy(times_BS2),
@@ -191,6 +208,22 @@ def collate(windows: Sequence[Window], metadata_dim: int) -> Batch:
         torch.from_numpy(masked_K // longest),
         None if shots_BS.all() else torch.from_numpy(shots_BS),
     )
+
+
+def _with_cut_aways(
+    fused_BSD: np.ndarray, usable_BS: np.ndarray, masked_BS: np.ndarray, title_B: np.ndarray, share: float, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The shots with some of them replaced by shots of other titles, and which ones."""
+    share_B1 = random.uniform(0, 2 * share, (len(usable_BS), 1))
+    wanted = np.argwhere((random.random(usable_BS.shape) < share_B1) & usable_BS & ~masked_BS)
+    usable = np.argwhere(usable_BS)
+    drawn = usable[random.integers(len(usable), size=len(wanted))] if len(usable) else wanted
+    foreign = title_B[drawn[:, 0]] != title_B[wanted[:, 0]]  # else the shot stays: a batch may be of one title
+    wanted, drawn = wanted[foreign], drawn[foreign]
+    given_BSD, replaced_BS = fused_BSD.copy(), np.zeros_like(usable_BS)
+    given_BSD[wanted[:, 0], wanted[:, 1]] = fused_BSD[drawn[:, 0], drawn[:, 1]]
+    replaced_BS[wanted[:, 0], wanted[:, 1]] = True
+    return given_BSD, replaced_BS
 
 
 def read_ahead(make: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Generator[Result, None, None]:

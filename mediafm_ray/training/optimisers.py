@@ -23,12 +23,12 @@ STACKED = {"query_key_value": 3}  # matrices that share one tensor, row blocks o
 
 
 class Optimisers:
-    """The optimisers of a contextualiser as one: ``step`` and a state that can be kept."""
+    """The optimisers of a model as one: ``step`` and a state that can be kept."""
 
-    def __init__(self, model: Contextualiser, config: TrainingConfig):
+    def __init__(self, model: nn.Module, config: TrainingConfig):
         """Make it after the model is on its device: the optimisers hold on to its tensors."""
-        hidden = {f"layers.{name}": tensor for name, tensor in model.layers.named_parameters() if tensor.ndim == 2}
-        if config.optimiser == "adamw":
+        hidden = {name: tensor for name, tensor in model.named_parameters() if name.startswith("layers.") and tensor.ndim == 2}
+        if config.optimiser == "adamw" or not isinstance(model, Contextualiser):  # other models have no hidden matrices of that kind
             hidden = {}
         self.blocks = [block for name, tensor in hidden.items() for block in _blocks(name, tensor)]
         rest = {name: tensor for name, tensor in model.named_parameters() if name not in hidden}

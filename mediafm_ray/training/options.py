@@ -6,24 +6,26 @@ from dataclasses import dataclass
 
 from mediafm_ray.spec import MAX_SHOTS_PER_WINDOW, recipe, resource
 
+OBJECTIVES = ("context", "recipe")
 OPTIMISERS = ("muon", "adamw")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class ShapeConfig:
-    """The contextualiser to be trained: BERT-base by default, as in the recipe. Its inputs have the dimensions of the dataset."""
+    """The contextualiser to be trained. Its inputs have the dimensions of the dataset; which fields count depends on training.objective."""
 
-    hidden_size: int = recipe(768, "width of the encoder")
-    num_hidden_layers: int = recipe(12, "layers of the encoder")
-    num_attention_heads: int = recipe(12, "attention heads of a layer; they divide hidden_size")
-    intermediate_size: int = recipe(3072, "width inside a layer")
+    relation_size: int = recipe(32, "width of the networks that read how shots relate (context)")
+    hidden_size: int = recipe(768, "width of the encoder (recipe)")
+    num_hidden_layers: int = recipe(3, "layers of the encoder (recipe); 3 is the only number that was published for MediaFM")
+    num_attention_heads: int = recipe(12, "attention heads of a layer; they divide hidden_size (recipe)")
+    intermediate_size: int = recipe(3072, "width inside a layer (recipe)")
     max_shots: int = recipe(MAX_SHOTS_PER_WINDOW, "shots of a window; longer titles are sampled")
-    dropout: float = recipe(0.1, "probability that a number of the hidden states is dropped in training")
-    time_features: bool = recipe(False, "tell the model how long shots are and when they follow")
+    dropout: float = recipe(0.1, "probability that a number of the hidden states is dropped in training (recipe)")
+    time_features: bool = recipe(False, "tell the model how long shots are and when they follow (recipe)")
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_shots"):
+        for name in ("relation_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_shots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, is {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
@@ -38,11 +40,19 @@ class ShapeConfig:
 class TrainingConfig:
     """Masked shot modelling: which shots are hidden, how the model learns, when it stops."""
 
+    objective: str = recipe(
+        "context",
+        "context: neighbour attention, trained at every shot, where it is served; "
+        "recipe: MediaFM's BERT-style encoder, trained at masked shots",
+    )
     seed: int = recipe(0, "of the weights, of the order of titles, of windows, masks and dropout")
     steps: int = recipe(2000, "steps at most; the learning rate decays to 0 over them")
     windows_per_step: int = recipe(32, "windows of a step, of all workers together")
     mask_fraction: float = recipe(0.2, "share of a window's shots that is hidden behind [MASK]; at least one shot is")
-    optimiser: str = recipe("muon", "muon: Muon for the hidden matrices and AdamW for the rest; adamw: AdamW for all")
+    cut_away_fraction: float = recipe(
+        0.15, "share of a window's shots that is replaced by shots of another title, whose context the model has to see (context)"
+    )
+    optimiser: str = recipe("muon", "muon: Muon for the encoder's matrices and AdamW for the rest; adamw: AdamW for all")
     learning_rate: float = recipe(1e-3, "the highest of AdamW")
     muon_learning_rate: float = recipe(0.02, "the highest of Muon: the size of an update's singular values")
     warmup_steps: int = recipe(100, "steps in which the learning rate rises to its highest")
@@ -81,6 +91,8 @@ class TrainingConfig:
                 raise ValueError(f"training.{name} cannot be negative, is {getattr(self, name)}")
         if not 0 < self.mask_fraction <= 1:
             raise ValueError(f"training.mask_fraction is a share above 0 and up to 1, not {self.mask_fraction}")
+        if not 0 <= self.cut_away_fraction < 1:
+            raise ValueError(f"training.cut_away_fraction is a share from 0 to below 1, not {self.cut_away_fraction}")
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(f"training.held_out_fraction is a share from 0 to below 1, not {self.held_out_fraction}")
         for name in ("learning_rate", "muon_learning_rate"):
@@ -88,6 +100,8 @@ class TrainingConfig:
                 raise ValueError(f"training.{name} must be positive, is {getattr(self, name)}")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"training.device is cpu or cuda, not {self.device!r}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"training.objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
         if self.optimiser not in OPTIMISERS:
             raise ValueError(f"training.optimiser must be one of {', '.join(OPTIMISERS)}, not {self.optimiser!r}")
         if self.precision not in PRECISIONS:

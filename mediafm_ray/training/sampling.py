@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 
 MOST_POOL_STEPS = 16  # steps whose windows are sorted by size together: more waste less on padding, and mix less
-ORDER, POOL, WINDOW, HELD_OUT, DROPOUT = range(5)  # streams of random numbers
+ORDER, POOL, WINDOW, HELD_OUT, DROPOUT, CUT_AWAYS = range(6)  # streams of random numbers
 
 
 def random_of(seed: int, stream: int, *place: int) -> np.random.Generator:

@@ -1,8 +1,22 @@
-"""Masked shot modelling: 20 % of the shots are hidden behind [MASK], and the model has to say what their fused vectors were.
+"""Masked shot modelling: 20 % of the shots are hidden, and the model has to say what their fused vectors were.
 
-The loss is the cosine distance to the original vectors, at the hidden shots only (MediaFM, training). A step is the same for any number
-of workers: each takes its share of the windows, the sums are those of all, and gradients are averaged by DistributedDataParallel
-where torch.distributed is initialised. Only dropout differs then: its numbers belong to (seed, step, worker).
+``training.objective=recipe`` is MediaFM's to the letter: the loss is the cosine distance to the original vectors, at the hidden shots only.
+
+``training.objective=context`` trains the vector where it is served, at every shot. Besides the hidden ones, 15 % of a window's shots are
+replaced by shots of other titles: cut-aways, of which the original shot is known. What the model makes of a window, damaged or not, must
+be as like the batch's other shots as the formula of models.neighbours finds them in the undamaged one:
+
+    loss = mean over hidden shots of 1 - cos(c, x)  -  mean over shots i of  sum_k T_ik (log P_ik + log P'_ik)
+    P_ik = softmax_k(c_i . c'_k / 0.1),  P'_ik = softmax_k(c'_i . c'_k / 0.1)
+    T_ik = softmax_k(b_i . b_k / 0.1), k over the other shots of the batch
+
+with c of the damaged and c' of the undamaged window, b the formula's vectors of the undamaged one. Learning from relations that a teacher
+finds is Park et al. 2019 (arXiv:1904.05068) and Tejankar et al. 2021 (arXiv:2010.14713); that the student sees a damaged input, data2vec's
+(arXiv:2202.03555), with a teacher that needs no training and cannot collapse.
+
+Each worker takes its share of a step's windows, the sums are those of all, and gradients are averaged by DistributedDataParallel where
+torch.distributed is initialised. With the recipe only dropout depends on the number of workers (its numbers belong to seed, step and
+worker); with ``context`` cut-aways and the shots that are compared come from a worker's own windows.
 
 Shapes as in batches.py.
 """
@@ -12,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,15 +42,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mediafm_ray.models.contextualiser import Contextualiser, ContextualiserModelConfig
 from mediafm_ray.models.loading import open_device
+from mediafm_ray.models.neighbours import NeighbourAttention, NeighbourAttentionConfig, neighbour_context
 from mediafm_ray.training.baselines import BASELINES, cosines, guess
 from mediafm_ray.training.batches import Batch, Titles, Window, WindowSource, collate, read_ahead
 from mediafm_ray.training.optimisers import Optimisers, schedule
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
-from mediafm_ray.training.sampling import DROPOUT, random_of
+from mediafm_ray.training.sampling import CUT_AWAYS, DROPOUT, HELD_OUT, random_of
 
 STATE_KEY = "training"  # in the metadata of a state's file: where the training stands, as JSON
 METRIC_DIGITS = 6  # significant digits of a row of metrics
-LEAST_GAIN = 1e-4  # of the held-out cosine: less is no better model
+MIN_GAIN = 1e-4  # of the held-out score: less is no better model
+TEMPERATURE = 0.1  # of both softmaxes over cosines
+MAX_COMPARED = 4096  # shots that are compared with one another at once; more windows are taken in groups
+TERMS = ("masked", "context")  # of the loss
+FIGURES = ("cosine", "identity", "context")  # of served vectors on held-out titles
 
 
 class TrainingError(Exception):
@@ -52,11 +71,11 @@ class Standing:
     """Where a training stands: all that is not a tensor."""
 
     step: int = 0  # steps done
-    best_cosine: float = -math.inf  # held-out, of the model that was kept
+    best_score: float = -math.inf  # held-out, of the model that was kept
     best_step: int = -1  # -1: none was kept yet
     without_gain: int = 0  # evaluations since
-    distance_sum: float = 0.0  # cosine distances since the last row of metrics
-    masked: int = 0  # shots that they belong to
+    loss_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * len(TERMS))  # since the last row of metrics
+    loss_counts: list[int] = dataclasses.field(default_factory=lambda: [0] * len(TERMS))  # shots that they belong to
     stopped: str = ""  # why no more steps are taken
 
 
@@ -67,7 +86,7 @@ class Recorder(Protocol):
         """A row of metrics. The same rows come of the same training, however often it was interrupted."""
         ...
 
-    def best(self, model: Contextualiser) -> None:
+    def best(self, model: Any) -> None:
         """The model is better on held-out titles than any before."""
         ...
 
@@ -76,20 +95,39 @@ class Recorder(Protocol):
         ...
 
 
-def new_model(shape: ShapeConfig, fused_dim: int, metadata_dim: int, dataset_version: str, seed: int) -> Contextualiser:
-    """A contextualiser with seeded random weights that knows what it will be trained on."""
-    config = ContextualiserModelConfig(
-        fused_dim=fused_dim, metadata_dim=metadata_dim, dataset_version=dataset_version, **dataclasses.asdict(shape)
-    )
+def new_model(
+    shape: ShapeConfig,
+    fused_dim: int,
+    metadata_dim: int,
+    dataset_version: str,
+    seed: int,
+    spans: Mapping[str, tuple[int, int]] | None = None,
+) -> Any:
+    """A model with seeded weights that knows what it is trained on: neighbour attention where ``spans`` are given, else the recipe's.
+
+    ``spans``: ``[first, end)`` of each modality in a fused vector.
+    """
+    told: dict[str, Any] = {
+        "fused_dim": fused_dim,
+        "metadata_dim": metadata_dim,
+        "dataset_version": dataset_version,
+        "max_shots": shape.max_shots,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Contextualiser(config)
+        if spans is not None:
+            listed = {name: list(span) for name, span in spans.items()}
+            return NeighbourAttention(NeighbourAttentionConfig(spans=listed, relation_size=shape.relation_size, **told))
+        encoder: dict[str, Any] = {
+            name: value for name, value in dataclasses.asdict(shape).items() if name not in ("relation_size", "max_shots")
+        }
+        return Contextualiser(ContextualiserModelConfig(**told, **encoder))
 
 
 class Trainer:
     """A model in training: one worker's part of every step."""
 
-    def __init__(self, model: Contextualiser, titles: Titles, config: TrainingConfig, say_unusable: Any = print):
+    def __init__(self, model: Any, titles: Titles, config: TrainingConfig, say_unusable: Any = print):
         """``say_unusable`` is told of each title that has to be passed over. Raises ValueError for a device that is not there."""
         self.device = open_device(config.device)
         distributed = torch.distributed.is_initialized()
@@ -99,8 +137,7 @@ class Trainer:
             raise ValueError(
                 f"training.windows_per_step {config.windows_per_step} is less than one window for each of {self.workers} workers"
             )
-        untyped: Any = model  # transformers' wrapper of `to` has lost its self
-        self.model: Contextualiser = untyped.to(self.device)
+        self.model: Any = model.to(self.device)
         self.optimisers = Optimisers(model, config)
         self.network: Any = torch.compile(model, dynamic=True) if config.compile else model
         self.shared_network = DistributedDataParallel(self.network) if self.workers > 1 else self.network
@@ -110,8 +147,10 @@ class Trainer:
         self.source = WindowSource(
             titles, config.seed, config.windows_per_step, int(model.config.max_shots), config.mask_fraction, say_unusable
         )
-        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # distances and masked shots since the last row, of this worker
+        self.sums = torch.zeros(2, len(TERMS), dtype=torch.float64, device=self.device)  # of the terms since the last row, and their shots
         self.norm = torch.zeros(())
+        self.is_context = config.objective == "context"
+        self.cut_aways = config.cut_away_fraction if self.is_context else 0.0
 
     def train(self, recorder: Recorder) -> None:
         """Train to the end from where it stands, and record; what ended it is ``standing.stopped`` afterwards.
@@ -120,7 +159,7 @@ class Trainer:
         """
         standing, config = self.standing, self.config
         if standing.step == 0:
-            self._record_evaluation(recorder, BASELINES)
+            self._record_evaluation(recorder, with_baselines=True)
         batches = self.batches(standing.step)
         try:
             while not standing.stopped:
@@ -130,7 +169,7 @@ class Trainer:
                 if standing.step % config.log_every == 0 or last:
                     row = self._row()
                 if standing.step % config.evaluate_every == 0 or last:
-                    self._record_evaluation(recorder, (), row)
+                    self._record_evaluation(recorder, row)
                 elif row:
                     recorder.row(row)
                 if last and not standing.stopped:
@@ -147,7 +186,9 @@ class Trainer:
         """This worker's batches from a step on, read ahead."""
 
         def make(step: int) -> Batch:
-            batch = collate(self.source.of_step(step, self.rank, self.workers), self.titles.metadata_dim)
+            windows = self.source.of_step(step, self.rank, self.workers)
+            random = random_of(self.config.seed, CUT_AWAYS, step, self.rank)
+            batch = collate(windows, self.titles.metadata_dim, self.cut_aways, random)
             return batch.pinned() if self.device.type == "cuda" else batch
 
         return read_ahead(make, range(first_step, self.config.steps), self.config.read_threads, self.config.read_ahead)
@@ -157,39 +198,63 @@ class Trainer:
         step = self.standing.step
         torch.manual_seed(int(random_of(self.config.seed, DROPOUT, step, self.rank).integers(2**62)))
         self.model.train()
-        distances_K = 1 - self._cosines(self.shared_network, batch)
-        own = torch.full((), len(distances_K), dtype=torch.float64, device=self.device)
-        masked = own.clone()
+        sums_T, counts_T = self._loss_terms(self.shared_network, batch.to(self.device))
+        everywhere_T = counts_T.clone()
         if self.workers > 1:
-            torch.distributed.all_reduce(masked)
-        (
-            distances_K.sum() * (self.workers / masked).float()
-        ).backward()  # gradients are averaged over workers: of all distances this is the mean
+            torch.distributed.all_reduce(everywhere_T)
+        # Gradients are averaged over workers: of all terms this is the mean.
+        (sums_T * (self.workers / everywhere_T.clamp(min=1))).sum().float().backward()
         self.norm = self.optimisers.step(step)
-        self.sums += torch.stack([distances_K.detach().sum().double(), own])
+        self.sums += torch.stack([sums_T.detach(), counts_T])
         self.standing.step += 1
 
-    def _cosines(self, network: Any, batch: Batch) -> Tensor:
-        """(K,) float32 cosines between the model's vectors and the original ones at the masked shots."""
-        batch = batch.to(self.device)
+    def _loss_terms(self, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(TERMS,) float64 sums of the loss's terms over shots, and how many shots each has."""
+        contextual_BSD, clean_BSD = self._read(network, batch)
+        distances_K = 1 - _cosines_at_masked(contextual_BSD, batch)
+        sums, counts = [distances_K.sum().double()], [len(distances_K)]
+        if self.is_context:
+            context_N = [loss_N for group in _groups(batch) for loss_N in [_context_loss(contextual_BSD, clean_BSD, batch, group)]]
+            sums.append(torch.stack([loss_N.sum() for loss_N in context_N]).sum().double())
+            counts.append(sum(map(len, context_N)))
+        else:
+            sums.append(torch.zeros_like(sums[0]))
+            counts.append(0)
+        return torch.stack(sums), torch.tensor(counts, dtype=torch.float64, device=self.device)
+
+    def _read(self, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, S, D) float32 of the damaged windows, and of the undamaged ones where the objective asks for them (else the former again)."""
+        fused_BSD, masked_BS, repeat = batch.given_BSD, batch.masked_BS, 1
+        if self.is_context:  # both in one call: DistributedDataParallel wants one before every backward pass
+            fused_BSD, repeat = torch.cat([batch.given_BSD, batch.fused_BSD]), 2
+            masked_BS = torch.cat([batch.masked_BS, torch.zeros_like(batch.masked_BS)])
+
+        def again(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.repeat(repeat, *[1] * (tensor.ndim - 1))
+
         with torch.autocast(**self.autocast):  # type: ignore[arg-type]
             output = network(
-                batch.fused_BSD, batch.metadata_BM, batch.has_metadata_B, batch.shots_BS, batch.masked_BS, times_BS2=batch.times_BS2
+                fused_BSD,
+                again(batch.metadata_BM),
+                again(batch.has_metadata_B),
+                again(batch.shots_BS),
+                masked_BS,
+                times_BS2=again(batch.times_BS2),
             )
-        predicted_KD = output.contextual_BSD.flatten(0, 1)[batch.masked_K].float()
-        return F.cosine_similarity(predicted_KD, batch.fused_BSD.flatten(0, 1)[batch.masked_K], dim=1)
+        parts = output.contextual_BSD.float().chunk(repeat)
+        return parts[0], parts[-1]
 
     def _row(self) -> dict[str, float]:
         """The metrics since the last row, of all workers. Raises TrainingError where the loss is no number."""
         self._gather_sums()
         standing = self.standing
-        loss = standing.distance_sum / max(1, standing.masked)
+        loss = _loss(standing.loss_sums, standing.loss_counts)
         if not math.isfinite(loss) or not math.isfinite(float(self.norm)):
             raise TrainingError(
                 f"the loss is {loss} and the gradient's norm {float(self.norm)} at step {standing.step}: lower training.learning_rate, "
                 "or set training.precision=float32"
             )
-        standing.distance_sum, standing.masked = 0.0, 0
+        standing.loss_sums, standing.loss_counts = [0.0] * len(TERMS), [0] * len(TERMS)
         return {
             "step": standing.step,
             "loss": significant(loss),
@@ -201,68 +266,96 @@ class Trainer:
         """Take the sums of all workers over into the standing."""
         if self.workers > 1:
             torch.distributed.all_reduce(self.sums)
-        distance_sum, masked = self.sums.tolist()
-        self.standing.distance_sum += distance_sum
-        self.standing.masked += int(masked)
+        sums, counts = self.sums.tolist()
+        self.standing.loss_sums = [before + now for before, now in zip(self.standing.loss_sums, sums, strict=True)]
+        self.standing.loss_counts = [before + int(now) for before, now in zip(self.standing.loss_counts, counts, strict=True)]
         self.sums.zero_()
 
     # --------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, baselines: Iterable[str] = ()) -> dict[str, float]:
-        """Mean cosine at the masked shots of the held-out titles, of the model and of baselines; empty without held-out titles."""
+    def evaluate(self, with_baselines: bool = False) -> dict[str, float]:
+        """Figures of the served vectors on held-out titles; empty without such titles.
+
+        ``held_out_cosine``: mean cosine to the original at hidden shots. ``held_out_identity``: mean cosine to the original at the shots
+        that were left alone. ``held_out_context``: mean cosine to the original at shots that were replaced by another title's.
+        ``held_out_loss``: the objective (context only). ``with_baselines``: the same of ``builtin:neighbours`` (``..._neighbours``), and
+        the cosine of guesses that learn nothing.
+        """
         if not len(self.titles.held_out):
             return {}
-        names = ["cosine", *baselines]
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+        names = [*FIGURES, *(f"{term}_loss" for term in TERMS)]
+        names += [*(f"{name}_neighbours" for name in FIGURES), *BASELINES] if with_baselines else []
+        totals = {name: torch.zeros(2, dtype=torch.float64) for name in names}  # of every worker the same, for a sum over all
+
+        def add(name: str, values: Tensor) -> None:
+            totals[name] += torch.tensor([float(values.double().sum()), len(values)])
+
         for windows, batch in self._held_out_batches():
-            sums[0] += len(batch.masked_K)
-            sums[1] += float(self.held_out_cosines(batch).double().sum())
-            for place, name in enumerate(names[1:], start=2):
-                for window in windows:
-                    fused_SD = window.title.fused_SD[window.shots]
-                    sums[place] += float(cosines(guess(name, fused_SD, window.masked_S), fused_SD[window.masked_S]).sum())
-        sums = sums.to(self.device)
+            batch = batch.to(self.device)
+            terms, served = self._held_out(batch)
+            for name, values in {**_figures(*served, batch), **terms}.items():
+                add(name, values)
+            if with_baselines:
+                known_BS = (batch.fused_BSD != 0).any(-1)
+                formula = neighbour_context(batch.given_BSD, known_BS & ~batch.masked_BS), neighbour_context(batch.given_BSD, known_BS)
+                for name, values in _figures(*formula, batch).items():
+                    add(f"{name}_neighbours", values)
+                for name in BASELINES:
+                    for window in windows:
+                        fused_SD = window.title.fused_SD[window.shots]
+                        guessed_K = cosines(guess(name, fused_SD, window.masked_S), fused_SD[window.masked_S])
+                        add(name, torch.from_numpy(guessed_K))
         if self.workers > 1:
-            torch.distributed.all_reduce(sums)
-        masked, *totals = sums.tolist()
-        return {f"held_out_{name}": significant(total / masked) for name, total in zip(names, totals, strict=True)}
+            together = torch.stack([totals[name] for name in names]).to(self.device)
+            torch.distributed.all_reduce(together)
+            totals = dict(zip(names, together.cpu(), strict=True))
+        found = {name: float(total / count) for name, (total, count) in totals.items() if count}
+        if self.is_context:
+            found["loss"] = sum(found.pop(f"{term}_loss", 0.0) for term in TERMS)
+        return {f"held_out_{name}": significant(value) for name, value in found.items()}
 
     @torch.no_grad()
-    def held_out_cosines(self, batch: Batch) -> Tensor:
-        """(K,) float32 cosines of the model at work, without dropout."""
+    def _held_out(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """Terms of the loss (context only), and the vectors of the model without dropout: with hidden shots, and with all shots visible."""
         self.model.eval()
-        return self._cosines(self.network, batch)
+        terms: dict[str, Tensor] = {}
+        hidden_BSD, clean_BSD = self._read(self.network, batch)
+        if self.is_context:
+            context_N = torch.cat([_context_loss(hidden_BSD, clean_BSD, batch, group) for group in _groups(batch)])
+            terms = {"masked_loss": 1 - _cosines_at_masked(hidden_BSD, batch), "context_loss": context_N}
+        visible_BSD, _ = self._read(self.network, dataclasses.replace(batch, masked_BS=torch.zeros_like(batch.masked_BS)))
+        return terms, (hidden_BSD, visible_BSD)
 
     def _held_out_batches(self) -> Generator[tuple[list[Window], Batch], None, None]:
         """This worker's share of the held-out windows, titles of like size together."""
         by_size = np.argsort(self.titles.sizes[self.titles.held_out], kind="stable")
-        mine = by_size[self.rank :: self.workers].tolist()
-        share = max(1, self.config.windows_per_step // self.workers)
-        groups = [mine[first : first + share] for first in range(0, len(mine), share)]
+        size = self.config.windows_per_step  # whatever the number of workers: cut-aways come from the windows of a group
+        groups = [by_size[first : first + size].tolist() for first in range(0, len(by_size), size)][self.rank :: self.workers]
 
         def make(slots: list[int]) -> tuple[list[Window], Batch]:
             windows = [self.source.of_evaluation(slot) for slot in slots]
-            return windows, collate(windows, self.titles.metadata_dim)
+            random = random_of(self.config.seed, HELD_OUT, CUT_AWAYS, slots[0])
+            return windows, collate(windows, self.titles.metadata_dim, self.config.cut_away_fraction, random)
 
         return read_ahead(make, groups, self.config.read_threads, self.config.read_ahead)
 
-    def _record_evaluation(self, recorder: Recorder, baselines: Iterable[str], row: Mapping[str, float] | None = None) -> None:
+    def _record_evaluation(self, recorder: Recorder, row: Mapping[str, float] | None = None, with_baselines: bool = False) -> None:
         """Evaluate, add it to the row, keep the model when it is the best, and decide whether to stop early."""
         standing = self.standing
-        found = self.evaluate(baselines)
+        found = self.evaluate(with_baselines)
         if not all(map(math.isfinite, found.values())):
             raise TrainingError(f"the model gives numbers that are none at step {standing.step}: lower training.learning_rate")
         if found or row:
             recorder.row({"step": standing.step, **(row or {}), **found})
-        cosine = found.get("held_out_cosine")
-        if cosine is None:  # nothing to compare with: the last model is the one to keep
+        score = -found["held_out_loss"] if "held_out_loss" in found else found.get("held_out_cosine")
+        if score is None:  # nothing to compare with: the last model is the one to keep
             if standing.step:
                 standing.best_step = standing.step
                 recorder.best(self.model)
         elif standing.step == 0:
             return
-        elif cosine > standing.best_cosine + LEAST_GAIN:
-            standing.best_cosine, standing.best_step, standing.without_gain = cosine, standing.step, 0
+        elif score > standing.best_score + MIN_GAIN:
+            standing.best_score, standing.best_step, standing.without_gain = score, standing.step, 0
             recorder.best(self.model)
         else:
             standing.without_gain += 1
@@ -288,6 +381,52 @@ class Trainer:
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StateError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
         self.standing = standing
+
+
+def _cosines_at_masked(contextual_BSD: Tensor, batch: Batch) -> Tensor:
+    """(K,) float32 cosines between the vectors of hidden shots and the original ones."""
+    return F.cosine_similarity(contextual_BSD.flatten(0, 1)[batch.masked_K], batch.fused_BSD.flatten(0, 1)[batch.masked_K], dim=1)
+
+
+def _groups(batch: Batch) -> list[slice]:
+    """Windows that are compared with one another: as many as have MAX_COMPARED shots together."""
+    windows, shots = batch.masked_BS.shape
+    size = max(1, MAX_COMPARED // shots)
+    return [slice(first, first + size) for first in range(0, windows, size)]
+
+
+def _context_loss(damaged_BSD: Tensor, clean_BSD: Tensor, batch: Batch, group: slice) -> Tensor:
+    """(N,) float32 cross-entropies at the shots of a group of windows that have a vector, damaged plus undamaged; see the module."""
+    fused_BSD = batch.fused_BSD[group]
+    known_BS = (fused_BSD != 0).any(-1)
+    with torch.no_grad():
+        teacher_ND = neighbour_context(fused_BSD, known_BS)[known_BS]
+    damaged_ND, clean_ND = (F.normalize(vectors_BSD[group][known_BS], dim=-1) for vectors_BSD in (damaged_BSD, clean_BSD))
+    if len(teacher_ND) < 2:  # nothing to compare with
+        return damaged_ND.sum(1) * 0
+    self_NN = torch.eye(len(teacher_ND), dtype=torch.bool, device=teacher_ND.device)
+    wanted_NN = (teacher_ND @ teacher_ND.T / TEMPERATURE).masked_fill(self_NN, -math.inf).softmax(1)
+    loss_N = torch.zeros(len(teacher_ND), device=teacher_ND.device)
+    for student_ND in (damaged_ND, clean_ND):
+        found_NN = (student_ND @ clean_ND.T / TEMPERATURE).masked_fill(self_NN, -math.inf).log_softmax(1)
+        loss_N = loss_N - (wanted_NN * found_NN.masked_fill(self_NN, 0)).sum(1)
+    return loss_N
+
+
+def _figures(hidden_BSD: Tensor, visible_BSD: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """One number a shot for each figure of the served vectors; see Trainer.evaluate."""
+    known_BS = (batch.fused_BSD != 0).any(-1)
+    to_original_BS = F.cosine_similarity(visible_BSD, batch.fused_BSD, dim=-1)
+    return {
+        "cosine": _cosines_at_masked(hidden_BSD, batch),
+        "identity": to_original_BS[known_BS & ~batch.replaced_BS],
+        "context": to_original_BS[batch.replaced_BS],
+    }
+
+
+def _loss(sums: Sequence[float], counts: Sequence[int]) -> float:
+    """The sum of the terms' means."""
+    return sum(total / max(1, count) for total, count in zip(sums, counts, strict=True))
 
 
 def state_header(beginning: bytes) -> dict[str, Any]:

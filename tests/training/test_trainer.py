@@ -15,12 +15,22 @@ import torch.multiprocessing
 from mediafm_ray.training.batches import UnusableTitle, collate
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 from mediafm_ray.training.trainer import StateError, Trainer, TrainingError, new_model
-from tests.training.titles import FUSED_DIM, METADATA_DIM, MadeTitles
+from tests.training.titles import FUSED_DIM, METADATA_DIM, SPANS, MadeTitles
 
 SHAPE = ShapeConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_shots=16)
 SHORT = TrainingConfig(
-    steps=12, windows_per_step=4, warmup_steps=3, evaluate_every=4, log_every=3, save_every=5, learning_rate=3e-3, threads=1
+    objective="recipe",
+    steps=12,
+    windows_per_step=4,
+    warmup_steps=3,
+    evaluate_every=4,
+    log_every=3,
+    save_every=5,
+    learning_rate=3e-3,
+    threads=1,
 )
+CONTEXT = TrainingConfig(**{**vars(SHORT), "objective": "context"})
+EVALUATED = ("held_out_cosine", "held_out_identity", "held_out_context")
 
 
 class Memory:
@@ -52,7 +62,12 @@ def titles_of(count: int = 12, held_out: tuple[int, ...] = (2, 7)) -> MadeTitles
 
 
 def trainer_of(titles: MadeTitles, config: TrainingConfig = SHORT, shape: ShapeConfig = SHAPE) -> Trainer:
-    return Trainer(new_model(shape, FUSED_DIM, METADATA_DIM, "0123456789ab", config.seed), titles, config)
+    return Trainer(model_of(config, shape), titles, config)
+
+
+def model_of(config: TrainingConfig, shape: ShapeConfig = SHAPE, seed: int | None = None):
+    spans = SPANS if config.objective == "context" else None
+    return new_model(shape, FUSED_DIM, METADATA_DIM, "0123456789ab", config.seed if seed is None else seed, spans)
 
 
 def changed(config, **changes):
@@ -82,7 +97,7 @@ def test_the_loss_is_the_cosine_distance_at_masked_shots_only():
     truth = batch.fused_BSD.numpy()[batch.masked_BS.numpy()]
     cosines = (predicted * truth).sum(axis=1) / np.linalg.norm(predicted, axis=1) / np.linalg.norm(truth, axis=1)
     trainer._gather_sums()
-    assert trainer.standing.distance_sum / trainer.standing.masked == pytest.approx(1 - cosines.mean(), rel=1e-5)
+    assert trainer.standing.loss_sums[0] / trainer.standing.loss_counts[0] == pytest.approx(1 - cosines.mean(), rel=1e-5)
 
 
 def test_what_is_hidden_cannot_be_seen():
@@ -107,7 +122,14 @@ def test_it_learns_what_neighbours_cannot_tell(optimiser):
     titles = MadeTitles([16] * 8, held_out=[3])
     titles.train = np.arange(8)  # to learn by heart: the held-out title is trained on, too
     config = TrainingConfig(
-        steps=150, windows_per_step=8, warmup_steps=10, evaluate_every=150, log_every=50, learning_rate=1e-2, optimiser=optimiser
+        objective="recipe",
+        steps=150,
+        windows_per_step=8,
+        warmup_steps=10,
+        evaluate_every=150,
+        log_every=50,
+        learning_rate=1e-2,
+        optimiser=optimiser,
     )
     memory = Memory()
     trainer_of(titles, config, changed(SHAPE, dropout=0.0)).train(memory)
@@ -125,17 +147,18 @@ def test_rows_of_metrics_say_what_happened():
     assert [row["step"] for row in memory.rows] == [0, 3, 4, 6, 8, 9, 12]
     assert set(memory.rows[0]) == {
         "step",
-        "held_out_cosine",
+        *EVALUATED,
+        *(f"{name}_neighbours" for name in EVALUATED),
         "held_out_title_mean",
         "held_out_nearest_shot",
         "held_out_interpolation",
     }
     assert set(memory.rows[1]) == {"step", "loss", "learning_rate", "gradient_norm"}
-    assert set(memory.rows[-1]) == {*memory.rows[1], "held_out_cosine"}
+    assert set(memory.rows[-1]) == {*memory.rows[1], *EVALUATED}
     assert all(math.isfinite(value) for row in memory.rows for value in row.values())
     assert trainer.standing.stopped == "all 12 steps are done"
     evaluated = [row for row in memory.rows[1:] if "held_out_cosine" in row]
-    assert trainer.standing.best_cosine == max(row["held_out_cosine"] for row in evaluated)
+    assert trainer.standing.best_score == max(row["held_out_cosine"] for row in evaluated)
     assert len(memory.states) == 3  # steps 5, 10 and the last
 
 
@@ -152,15 +175,15 @@ def test_no_gain_on_held_out_titles_ends_training_with_the_best_model():
 # ------------------------------------------------------------------------------------------------------ interrupted
 
 
-@pytest.mark.parametrize("saves", [1, 2])
-def test_a_killed_training_goes_on_with_the_same_numbers(saves):
+@pytest.mark.parametrize(("config", "saves"), [(SHORT, 1), (SHORT, 2), (CONTEXT, 1)])
+def test_a_killed_training_goes_on_with_the_same_numbers(config, saves):
     undisturbed = Memory()
-    trainer_of(titles_of()).train(undisturbed)
+    trainer_of(titles_of(), config).train(undisturbed)
     killed = Memory(die_after_saves=saves)
     with pytest.raises(Memory.Killed):
-        trainer_of(titles_of()).train(killed)
+        trainer_of(titles_of(), config).train(killed)
     again = Memory()
-    trainer = Trainer(new_model(SHAPE, FUSED_DIM, METADATA_DIM, "", 99), titles_of(), SHORT)
+    trainer = Trainer(model_of(config, seed=99), titles_of(), config)
     trainer.resume(killed.states[-1])
     assert trainer.standing.step == 5 * saves
     trainer.train(again)

@@ -10,6 +10,7 @@ from mediafm_ray.models.contextualiser import shot_times
 from mediafm_ray.training.batches import TitleVectors, UnusableTitle
 
 FUSED_DIM, METADATA_DIM = 24, 6
+SPANS = {"video": (0, 12), "audio": (12, 18), "text": (18, 24)}
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -30,6 +31,7 @@ class MadeTitles:
     """Titles in memory. ``broken`` ones cannot be used."""
 
     fused_dim, metadata_dim = FUSED_DIM, METADATA_DIM
+    spans = SPANS
 
     def __init__(self, shots: Sequence[int], held_out: Sequence[int] = (), broken: Sequence[int] = ()):
         self.titles = [make_title(index, count) for index, count in enumerate(shots)]
