@@ -7,7 +7,7 @@
     n_ij   softmax over the other shots of -|i - j| / 2: the shots that are near, alike or not
     g_i    min(1, (a_i + 0.1) / (b_i + 0.1)): a_i is the mean cosine of the two shots most like i among the six before and after, b_i the
            mean of a over the shots around i. A shot that is as well supported as those around it keeps its weight; a cut-away, whose
-           surroundings agree with one another and not with it, takes theirs. In a montage no shot is supported, and every shot keeps its own.
+           surroundings agree with one another and not with it, takes theirs. In a montage no shot is supported, and every shot does.
     S      shots of the window that have a vector: where there are few, their context weighs less, and of a single shot c is x
 
 That is all of ``builtin:neighbours``: one layer of attention with fixed weights, for which nothing has to be trained. The constants were

@@ -43,7 +43,7 @@ def test_a_title_runs_through_the_recipe(folder: Path) -> None:
     }
     where = spans({"video": encoder.video_dim(video), "audio": encoder.audio_dim(audio), "text": encoder.text_dim(text)})
     assert where == {"video": (0, 768), "audio": (768, 1536), "text": (1536, 2304)}
-    fused, norm = fuse({name: part.embeddings_SD for name, part in encoded.items()}, FusionConfig())
+    fused, norm = fuse({name: part.embeddings_SD for name, part in encoded.items()}, FusionConfig("none"))
     np.testing.assert_allclose(np.linalg.norm(fused, axis=1), 1, atol=1e-6)
     for name, part in split(fused, norm, where).items():
         np.testing.assert_allclose(part, encoded[name].embeddings_SD, rtol=1e-6, atol=1e-6)

@@ -305,7 +305,7 @@ def test_of_several_dataset_versions_one_must_be_chosen(output, checkpoint):
 
 def test_checkpoints_that_do_not_fit_are_refused(output, tmp_path):
     with pytest.raises(ConfigError, match=r"contextualiser\.checkpoint is required"):
-        make_stored_plan(read_config(ContextualiseCatalogConfig, [], [f"output.uri={output}"]))
+        make_stored_plan(read_config(ContextualiseCatalogConfig, [], [f"output.uri={output}", "contextualiser.checkpoint="]))
     make_contextualiser(tmp_path / "wide", fused_dim=50, metadata_dim=16)
     with pytest.raises(ConfigError, match="fused_dim is 50, and the encoders of this dataset give 48"):
         make_stored_plan(configured(output, tmp_path / "wide"))
