@@ -14,6 +14,7 @@ integer count of the video stream's ticks since its first time stamp.
 
 from __future__ import annotations
 
+import os
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ import av
 import numpy as np
 
 from mediafm_ray.media import picture, sampling, sound, source, streams, timed_text
-from mediafm_ray.media.damage import BROADCAST_FORMATS, LATE_PICTURE_S, LONG_HOLE_S, Damage, DecoderLog
+from mediafm_ray.media.damage import BROADCAST_FORMATS, LATE_PICTURE_S, LONG_HOLE_S, TROUBLE_REACH_PICTURES, TROUBLE_REACH_S, Damage, DecoderLog
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.spec import SAMPLE_RATE, Cue, ShotSpan, Title, TitleError
 
@@ -76,7 +77,7 @@ def read_title(
     """
     name = source.file_name(title.video)
     with source.open_bytes(title.video, media) as stream:
-        cut_off = source.matroska_is_cut_off(stream)
+        cut_off = source.is_cut_off(stream)
         container = source.open_container(stream, name, media)
         try:
             return _Pass(container, name, cut_off, title, frames, timed_text_config, media, exchange, log).run()
@@ -108,6 +109,8 @@ class _Pass:
         self.tick = Fraction(self.video.time_base or Fraction(1, 1000))
         rate = self.video.guessed_rate or self.video.average_rate or Fraction(25)
         self.period = max(round(1 / rate / self.tick), 1)  # ticks of a usual frame
+        self.damage.reach_ticks = round(TROUBLE_REACH_S / self.tick)
+        self.damage.decoder_reach_ticks = (TROUBLE_REACH_PICTURES + (media.threads or os.cpu_count() or 1) - 1) * self.period
         self.pixel_aspect = Fraction(self.video.sample_aspect_ratio or 1) or Fraction(1)
         self.painter = picture.Painter(frames.size, self.pixel_aspect)
         self.candidates = sampling.CandidateBuffer(discard=self.painter.discard)
@@ -116,6 +119,7 @@ class _Pass:
         self.block: list[np.ndarray] = []
         self.frame_count = 0
         self.packet_count = 0  # of video
+        self.last_dts = -1  # of video
         self.first_pts: int | None = None  # the pts that stands at 0 of our ticks, or would
         self.zero = 0  # the title's zero, in our ticks
         self.last_ticks = 0
@@ -134,7 +138,8 @@ class _Pass:
         self.video.thread_type = "AUTO"
         self.video.codec_context.thread_count = self.media.threads
         if self.log is not None:
-            self.log.video_codec = self.video.codec_context.name.encode()
+            self.log.video_codec, self.log.video_index = self.video.codec_context.name.encode(), self.video.index
+            self.log.other_codecs = tuple(other.codec_context.name.encode() for other in (self.audio, self.text) if other is not None)
         if self.audio is not None:
             self.audio.codec_context.thread_count = 1
         wanted = [stream for stream in (self.video, self.audio, self.text) if stream is not None]
@@ -172,6 +177,8 @@ class _Pass:
             except IndexError:  # PyAV, at the end of a file in which streams appeared that its header does not name
                 self.warnings.append("streams appear in mid-file that the header does not name; they were not read")
                 break
+            if packet.stream is self.video:
+                self._place(packet)
             if packet.is_corrupt:
                 (self.damage.see if packet.stream is self.video else self.damage.remark)(f"corrupt {packet.stream.type} packets")
             yield packet
@@ -194,11 +201,29 @@ class _Pass:
             if packet.stream is self.video:
                 if packet.has_sidedata("encryption_info"):
                     raise TitleError(f"{self.name} is encrypted; there is no key") from None
-                self.damage.see("video packets that could not be decoded")
+                self.damage.see("video packets that could not be decoded", of_decoder=True)
                 self.damage.lost_frames += bool(packet.size)
             else:
                 self.damage.remark("audio packets that could not be decoded")
         return []
+
+    def _place(self, packet: Any) -> None:
+        """Note where the reading stands: trouble is reported of the packet that is read, pictures come later."""
+        pts = packet.dts if self._without_pts() else packet.pts
+        if pts is None or self.first_pts is None:
+            self.damage.now_ticks = self.last_ticks
+        else:
+            self.damage.now_ticks = pts - self.first_pts
+        if packet.dts is not None:
+            self.last_dts = max(self.last_dts, packet.dts)
+
+    def _without_pts(self) -> bool:
+        """Whether the container stores no times of presentation.
+
+        AVI stores the order of decoding only, and what is derived from it as pts is wrong where there are B-frames; FFmpeg
+        hands decoding times out in the order of presentation, and they are even.
+        """
+        return bool(self.container.format.name == "avi")
 
     # -- pictures
 
@@ -221,7 +246,7 @@ class _Pass:
 
     def _note_oddities(self, frame: av.VideoFrame) -> None:
         if frame.is_corrupt:
-            self.damage.see("pictures that the decoder marks as corrupt")
+            self.damage.see("pictures that the decoder marks as corrupt", of_decoder=True)
             self.damage.corrupt_frames += 1
         size = f"{frame.width}x{frame.height}"
         if self.sizes[-1:] != [size] and len(self.sizes) < 10:
@@ -230,9 +255,7 @@ class _Pass:
     def _ticks_of(self, frame: av.VideoFrame) -> int:
         """When the frame is shown, in ticks that grow from frame to frame; 0 for the first."""
         usual = self.last_ticks + self.last_duration if self.frame_count else 0
-        # AVI stores the order of decoding only, and what is derived from it as pts is wrong where there are B-frames;
-        # FFmpeg hands decoding times out in the order of presentation, and they are even
-        without_pts = self.container.format.name == "avi"
+        without_pts = self._without_pts()
         pts = frame.dts if frame.pts is None or without_pts else frame.pts
         if pts is None:
             if not without_pts:
@@ -293,7 +316,8 @@ class _Pass:
         concealed, of_video, errors = log.news()
         self.damage.concealed_frames += concealed
         self.damage.complaints += bool(of_video)
-        self.damage.trouble += errors
+        if errors or concealed:
+            self.damage.trouble(of_decoder=errors == of_video)
         if log.out_of_memory:
             raise MemoryError
 
@@ -448,9 +472,15 @@ class _Pass:
 
     def _missing_end_ticks(self) -> int:
         """The time between the last picture and the end that the container declares, where that is to be believed."""
-        if self.container.format.name == "avi" and self.video.frames > self.packet_count:  # FFmpeg corrects the duration, not the count
-            self.damage.note(f"{self.video.frames - self.packet_count} of the {self.video.frames} declared pictures are missing")
-            return (self.video.frames - self.packet_count) * self.period
+        if self.container.format.name == "avi":  # FFmpeg corrects the duration, not the count
+            # A tick is a picture. Null frames, which captures write for pictures that they drop, take one and give no packet.
+            missing = self.video.frames - max(self.packet_count, self.last_dts + 1)
+            if missing > 0 and self.cut_off is False and not self.damage.troubles:
+                self.warnings.append(f"the last {missing} of the {self.video.frames} declared pictures are null frames")
+                return 0
+            if missing > 0:
+                self.damage.note(f"{missing} of the {self.video.frames} declared pictures are missing")
+                return missing * self.period
         declared_s = self._declared_s()
         if declared_s is None:
             return 0
