@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
 from mediafm_ray.media.spool import Spool
-from mediafm_ray.media.wire import Channel, Gone, WireError
+from mediafm_ray.media.wire import Channel, Gone, Overdue, WireError
 from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH, SAMPLE_RATE, ShotMedia, ShotSpan, ShotStream, Title, TitleError, TitleMedia
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,7 @@ class IsolatedReader:
     def read(self, title: Title, detector: ShotStream) -> TitleMedia:
         """All that the encoders need of one title.
 
-        Raises TitleError when the title cannot be read, is too damaged, takes too much memory or makes no progress.
+        Raises TitleError when the title cannot be read, is too damaged, exceeds a limit of ``media`` or makes no progress.
         Errors of ``detector`` pass through; the child is replaced then, too.
         """
         self.start()
@@ -59,6 +60,11 @@ class IsolatedReader:
         except TimeoutError:
             raise TitleError(
                 f"{file_name(title.video)}: reading made no progress for {self.media.no_progress_timeout_s:g} s and was stopped"
+            ) from None
+        except Overdue:
+            raise TitleError(
+                f"{file_name(title.video)} could not be read and cut into shots within media.max_processing_s="
+                f"{self.media.max_processing_s:g} s and was stopped"
             ) from None
         except Gone:
             raise TitleError(f"{file_name(title.video)}: {self._cause_of_death()}") from None
@@ -75,6 +81,7 @@ class IsolatedReader:
 
     def _converse(self, title: Title, detector: ShotStream) -> TitleMedia:
         assert self.channel is not None
+        self.channel.deadline = time.monotonic() + self.media.max_processing_s
         self.channel.send(
             "read",
             {
@@ -85,6 +92,7 @@ class IsolatedReader:
             },
         )
         assembly = _Assembly()
+        name, frame_count = file_name(title.video), 0
         while True:
             header, parts = self.channel.receive()
             kind = header["kind"]
@@ -94,6 +102,8 @@ class IsolatedReader:
                 elif kind == "sound":
                     assembly.sound(parts[0])
                 elif kind == "shot":
+                    if len(assembly.shots) == self.media.max_shots:
+                        raise TitleError(f"{name} has more than {self.media.max_shots} shots (media.max_shots)")
                     assembly.shot(ShotSpan(**header["span"]), float(header["start_s"]), float(header["end_s"]), parts[1:], parts[0])
                 elif kind == "end":
                     return assembly.finish(header)
@@ -104,6 +114,9 @@ class IsolatedReader:
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise WireError(f"a message of kind {kind} is not well formed") from error
             if kind == "pictures":
+                frame_count += len(frames_THWC)
+                if frame_count > self.media.max_frames:
+                    raise TitleError(f"{name} has more than {self.media.max_frames} pictures (media.max_frames)")
                 self._reply(detector.push(frames_THWC))
             elif kind == "no more pictures":
                 self._reply(detector.finish())
