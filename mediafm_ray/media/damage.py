@@ -105,7 +105,7 @@ class Damage:
         """Something is wrong with the file, or with the packet that is decoded."""
         reach_ticks = self.decoder_reach_ticks if of_decoder else self.reach_ticks
         start, end = self.now_ticks - reach_ticks, self.now_ticks + reach_ticks
-        if self.troubles and (self.troubles[-1][0] <= end and start <= self.troubles[-1][1] or len(self.troubles) == MAX_HOLES):
+        if self.troubles and ((self.troubles[-1][0] <= end and start <= self.troubles[-1][1]) or len(self.troubles) == MAX_HOLES):
             last_start, last_end = self.troubles.pop()
             start, end = min(start, last_start), max(end, last_end)
         self.troubles.append((start, end))

@@ -25,7 +25,15 @@ import av
 import numpy as np
 
 from mediafm_ray.media import picture, sampling, sound, source, streams, timed_text
-from mediafm_ray.media.damage import BROADCAST_FORMATS, LATE_PICTURE_S, LONG_HOLE_S, TROUBLE_REACH_PICTURES, TROUBLE_REACH_S, Damage, DecoderLog
+from mediafm_ray.media.damage import (
+    BROADCAST_FORMATS,
+    LATE_PICTURE_S,
+    LONG_HOLE_S,
+    TROUBLE_REACH_PICTURES,
+    TROUBLE_REACH_S,
+    Damage,
+    DecoderLog,
+)
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.spec import SAMPLE_RATE, Cue, ShotSpan, Title, TitleError
 
@@ -35,8 +43,7 @@ MAX_SOUND_WAITING = 2_000  # frames of sound that wait until the first picture t
 JUMP_BACK_S = 1.0  # a time stamp this far before its predecessor starts a new count: the recording was joined there
 MAX_LAST_FRAME_S = 60.0  # how long the last frame is shown, at most, whatever it says
 MISSING_END_S = 0.25  # a declared end this much after the last picture is rounding, or the tail of the sound
-SIGN_OF_LIFE_S = 2.0  # how often slow pictures are reported
-MAX_CUES = 100_000  # of a subtitle stream
+SIGN_OF_LIFE_S = 2.0  # how often slow work is reported
 
 
 class Exchange(Protocol):
@@ -240,7 +247,12 @@ class _Pass:
         self.frame_count += 1
         if len(self.block) == BLOCK_FRAMES:
             self._hand_over_block()
-        elif time.monotonic() - self.last_sign > SIGN_OF_LIFE_S:  # pictures that take seconds each
+        else:
+            self._alive()  # there are pictures that take seconds each
+
+    def _alive(self) -> None:
+        """Say so, now and then: called again and again by what takes long and hands nothing over."""
+        if time.monotonic() - self.last_sign > SIGN_OF_LIFE_S:
             self.last_sign = time.monotonic()
             self.exchange.alive()
 
@@ -361,7 +373,7 @@ class _Pass:
             self.exchange.sound(samples_N)
 
     def _cue(self, packet: Any) -> None:
-        if not packet.size or packet.pts is None or len(self.embedded) >= MAX_CUES:
+        if not packet.size or packet.pts is None or len(self.embedded) >= timed_text.MAX_CUES:
             return
         start_s = packet.pts * packet.time_base
         end_s = start_s + (packet.duration or 0) * packet.time_base
@@ -393,7 +405,7 @@ class _Pass:
             name = source.file_name(one.uri)
             try:
                 data = source.read_whole(one.uri, self.media, timed_text.MAX_BYTES)
-                self.cues, warnings = timed_text.parse(data, name, self.timed_text_config, one.language, one.kind)
+                self.cues, warnings = timed_text.parse(data, name, self.timed_text_config, one.language, one.kind, self._alive)
             except TitleError as error:
                 self.warnings.append(f"no text from {name}: {error}")
                 continue
@@ -426,7 +438,7 @@ class _Pass:
         if self.text is not None:
             self.cues = self._embedded_cues()
         shots = list(zip(self.shot_times[::2], self.shot_times[1::2], strict=True))
-        texts = timed_text.text_of_shots(self.cues, shots)
+        texts = timed_text.text_of_shots(self.cues, shots, self.warnings)
         return {
             "texts": [text for text, _ in texts],
             "languages": [language for _, language in texts],
