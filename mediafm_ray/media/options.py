@@ -62,6 +62,10 @@ class MediaConfig:
     read_ahead_mb: int = resource(8, "bytes asked for at once from object storage, in MB")
     storage_options: dict[str, Any] = resource({}, "options of the file system of remote videos (fsspec), e.g. endpoint_url")
 
+    environment: list[str] = resource(
+        [], "further environment variables that the reading process gets, by name; it gets those of common object stores anyway"
+    )
+
     def __post_init__(self) -> None:
         if not 0 <= self.max_damage <= 1:
             raise ValueError(f"media.max_damage must be between 0 and 1, is {self.max_damage}")

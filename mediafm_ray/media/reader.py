@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -92,6 +92,35 @@ def read_title(
             container.close()
 
 
+class SignsOfLife:
+    """Called again and again by what takes long and hands nothing over; says so now and then."""
+
+    def __init__(self, say: Callable[[], None]):
+        self.say, self.last = say, time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self.last > SIGN_OF_LIFE_S:
+            self.last = time.monotonic()
+            self.say()
+
+
+def read_sidecars(title: Title, config: TimedTextConfig, media: MediaConfig, alive: Callable[[], None]) -> tuple[list[Cue], list[str]]:
+    """The cues of the sidecar that fits best; where it cannot be read or has none, of the next. And warnings, in plain words."""
+    warnings: list[str] = []
+    for one in timed_text.by_fit(title.timed_text, config):
+        name = source.file_name(one.uri)
+        try:
+            data = source.read_whole(one.uri, media, timed_text.MAX_BYTES)
+            cues, remarks = timed_text.parse(data, name, config, one.language, one.kind, alive)
+        except TitleError as error:
+            warnings.append(f"no text from {name}: {error}")
+            continue
+        warnings += remarks
+        if cues:
+            return cues, warnings
+    return [], warnings
+
+
 class _Pass:
     def __init__(
         self,
@@ -122,7 +151,7 @@ class _Pass:
         self.painter = picture.Painter(frames.size, self.pixel_aspect)
         self.candidates = sampling.CandidateBuffer(discard=self.painter.discard)
 
-        self.last_sign = time.monotonic()
+        self.alive = SignsOfLife(exchange.alive)
         self.block: list[np.ndarray] = []
         self.frame_count = 0
         self.packet_count = 0  # of video
@@ -139,7 +168,8 @@ class _Pass:
         self.shot_times = array("d")  # start_s, end_s of each shot
 
     def run(self) -> dict[str, Any]:
-        self._read_sidecars()
+        self.cues, warnings = read_sidecars(self.title, self.timed_text_config, self.media, self.alive)
+        self.warnings += warnings
         if self.timed_text_config.embedded and not self.cues:
             self.text = streams.choose_text(self.container, self.timed_text_config)
         self.video.thread_type = "AUTO"
@@ -248,13 +278,7 @@ class _Pass:
         if len(self.block) == BLOCK_FRAMES:
             self._hand_over_block()
         else:
-            self._alive()  # there are pictures that take seconds each
-
-    def _alive(self) -> None:
-        """Say so, now and then: called again and again by what takes long and hands nothing over."""
-        if time.monotonic() - self.last_sign > SIGN_OF_LIFE_S:
-            self.last_sign = time.monotonic()
-            self.exchange.alive()
+            self.alive()  # there are pictures that take seconds each
 
     def _note_oddities(self, frame: av.VideoFrame) -> None:
         if frame.is_corrupt:
@@ -398,20 +422,6 @@ class _Pass:
             if words and end_s > zero_s:
                 cues.append(Cue(max(float(start_s - zero_s), 0.0), float(end_s - zero_s), words, language, kind))
         return sorted(cues, key=lambda cue: (cue.start_s, cue.end_s))
-
-    def _read_sidecars(self) -> None:
-        """The cues of the sidecar that fits best; where it cannot be read, of the next."""
-        for one in timed_text.by_fit(self.title.timed_text, self.timed_text_config):
-            name = source.file_name(one.uri)
-            try:
-                data = source.read_whole(one.uri, self.media, timed_text.MAX_BYTES)
-                self.cues, warnings = timed_text.parse(data, name, self.timed_text_config, one.language, one.kind, self._alive)
-            except TitleError as error:
-                self.warnings.append(f"no text from {name}: {error}")
-                continue
-            self.warnings += warnings
-            if self.cues:
-                return
 
     # -- the end
 

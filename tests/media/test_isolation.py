@@ -18,7 +18,7 @@ import pytest
 from mediafm_ray.media import child
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import Title, TitleError, recipe_of
+from mediafm_ray.spec import TimedTextSource, Title, TitleError, recipe_of
 from tests.videos import KnownCuts, flat, make_video
 
 
@@ -50,10 +50,16 @@ def test_process_starts_fast_and_without_torch_or_ray():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_decoder_does_not_get_keys_that_it_does_not_need(monkeypatch):
-    for name in ("OPENAI_API_KEY", "RAY_AUTH_TOKEN", "AWS_ACCESS_KEY_ID"):
+def test_decoder_gets_no_variable_that_it_does_not_need(monkeypatch):
+    """Whatever its name: an allow-list knows the object stores' variables, and no other."""
+    others = ["OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "GOOGLE_API_KEY", "AWS_BEARER_TOKEN_BEDROCK", "RAY_AUTH_TOKEN"]
+    others += ["DATABASE_URL", "SLACK_WEBHOOK", "PGPASS", "MY_OWN_THING", "GCS_LIKE"]
+    needed = ["AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_ACCOUNT_KEY", "FSSPEC_S3_KEY"]
+    needed += ["HTTPS_PROXY", "SSL_CERT_FILE", "TMPDIR", "STORE_OF_OUR_OWN"]
+    for name in [*others, *needed]:
         monkeypatch.setenv(name, "mark-of-a-key")
-    reader = IsolatedReader(FramesConfig(), TimedTextConfig(), MediaConfig())
+    monkeypatch.setenv("TMPDIR", "/tmp/mark-of-a-key/..")
+    reader = IsolatedReader(FramesConfig(), TimedTextConfig(), MediaConfig(environment=["STORE_OF_OUR_OWN"]))
     try:
         reader.start()
         environment = [b""]
@@ -61,7 +67,7 @@ def test_decoder_does_not_get_keys_that_it_does_not_need(monkeypatch):
             environment = Path(f"/proc/{reader.process.pid}/environ").read_bytes().split(b"\0")
     finally:
         reader.close()
-    assert [entry for entry in environment if b"mark-of-a-key" in entry] == [b"AWS_ACCESS_KEY_ID=mark-of-a-key"]
+    assert sorted(entry.split(b"=")[0].decode() for entry in environment if b"mark-of-a-key" in entry) == sorted(needed)
 
 
 @pytest.mark.parametrize("blow", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
@@ -295,3 +301,32 @@ def test_child_that_only_says_it_is_alive_is_overdue(long_video, monkeypatch, tm
 
 def test_limits_of_size_are_no_part_of_the_dataset_version():
     assert set(recipe_of(MediaConfig())) == {"max_damage", "max_pixels", "max_hours"}
+
+
+# ----------------------------------------------------------------------------------------------------- text without video
+
+
+def test_texts_are_read_in_the_child(tmp_path):
+    """The text that the run would use, though there is no video; and none where no text can be read."""
+    (tmp_path / "deep.ttml").write_text(f"{'9' * 400}:00:01,000 --> {'9' * 400}:00:02,000\nmuch later\n")
+    (tmp_path / "good.srt").write_text("1\n00:00:00,100 --> 00:00:00,900\nWhere is\nshe?\n\n2\n00:00:01,000 --> 00:00:02,000\nHere.\n")
+    texts = [TimedTextSource(str(tmp_path / name)) for name in ("gone.srt", "deep.ttml", "good.srt")]
+    reader = reader_with()
+    try:
+        assert reader.texts(Title("a", "no/such/video.mp4", tuple(texts))) == ["Where is she?", "Here."]
+        child_process = reader.process
+        assert reader.texts(Title("a", "no/such/video.mp4", tuple(texts[:2]))) == []
+        assert reader.process is child_process
+    finally:
+        reader.close()
+
+
+def test_text_that_hangs_is_given_up(tmp_path):
+    os.mkfifo(tmp_path / "pipe.srt")
+    reader = reader_with(no_progress_timeout_s=3.0)
+    try:
+        with pytest.raises(TitleError, match="no progress for 3 s"):
+            reader.texts(Title("a", "no/such/video.mp4", (TimedTextSource(str(tmp_path / "pipe.srt")),)))
+        assert reader.texts(Title("a", "no/such/video.mp4")) == []
+    finally:
+        reader.close()
