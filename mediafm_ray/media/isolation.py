@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ Result = TypeVar("Result")
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 BYTES_PER_SAMPLE = 2
+MAX_LEAD_S = 120.0  # how long the last picture stays, and rounding
 FSSPEC_PREFIX = "FSSPEC_"  # of fsspec's own configuration
 
 # The variables that the child gets: hostile media shall not come near any other, whatever its name. A process needs the first
@@ -146,13 +148,13 @@ class IsolatedReader:
                 except ValueError as error:
                     raise WireError("texts are not UTF-8") from error
             if header["kind"] == "error":
-                raise _Refused(str(header.get("reason")))
+                raise _Refused(_text(header.get("reason", "")))
             if header["kind"] != "alive":
                 raise WireError(f"unknown message {header['kind']}")
 
     def _converse(self, title: Title, detector: ShotStream) -> TitleMedia:
         channel = self._ask("read", title)
-        assembly = _Assembly()
+        assembly = _Assembly(self.media.max_hours)
         name, frame_count = file_name(title.video), 0
         while True:
             header, parts = channel.receive()
@@ -165,14 +167,14 @@ class IsolatedReader:
                 elif kind == "shot":
                     if len(assembly.shots) == self.media.max_shots:
                         raise TitleError(f"{name} has more than {self.media.max_shots} shots (media.max_shots)")
-                    assembly.shot(ShotSpan(**header["span"]), float(header["start_s"]), float(header["end_s"]), parts[1:], parts[0])
+                    assembly.shot(_span(header["span"]), float(header["start_s"]), float(header["end_s"]), parts[1:], parts[0])
                 elif kind == "end":
                     return assembly.finish(header)
                 elif kind == "error":
-                    raise _Refused(header["reason"])
+                    raise _Refused(_text(header["reason"]))
                 elif kind not in ("no more pictures", "alive"):
                     raise WireError(f"unknown message {kind}")
-            except (KeyError, IndexError, TypeError, ValueError) as error:
+            except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
                 raise WireError(f"a message of kind {kind} is not well formed") from error
             if kind == "pictures":
                 frame_count += len(frames_THWC)
@@ -238,18 +240,48 @@ class _Refused(Exception):
     """The child's reason why it cannot read the title."""
 
 
-class _Assembly:
-    """Puts together shots and the sound, which arrive in no fixed order; memory holds neither frames nor sound."""
+def _text(value: Any) -> str:
+    """A string of the child's in a form that can be stored. Raises ValueError where it is none."""
+    if not isinstance(value, str):
+        raise ValueError(f"a text is {type(value).__name__}")
+    return value.encode(errors="replace").decode()  # a file's name may hold half a character
 
-    def __init__(self) -> None:
+
+def _span(fields: dict[str, Any]) -> ShotSpan:
+    """A span of the child's. Raises ValueError or TypeError where it is none."""
+    span = ShotSpan(**fields)
+    for name, value in asdict(span).items():
+        if name == "boundary_kind":
+            _text(value)
+        elif name == "boundary_probability":
+            if not 0 <= float(value) <= 1:
+                raise ValueError(f"a probability is {value}")
+        elif type(value) is not int or not 0 <= value < 1 << 62:
+            raise ValueError(f"{name} is {value!r}")
+    return span
+
+
+class _Assembly:
+    """Puts together shots and the sound, which arrive in no fixed order; memory holds neither frames nor sound.
+
+    It believes the child nothing that could cost disk or memory without limit, or that could not be stored: ValueError.
+    """
+
+    def __init__(self, max_hours: float) -> None:
+        self.max_s = 2 * max_hours * 3600 + MAX_LEAD_S  # sound may begin long before the first picture
         self.shots: list[ShotMedia] = []
         self.frames, self.samples = Spool(), Spool()
         self.frame_offsets = [0]
 
     def sound(self, samples: bytes) -> None:
         self.samples.append(samples)
+        if self.samples.size > self.max_s * SAMPLE_RATE * BYTES_PER_SAMPLE:
+            raise ValueError("too much sound")
 
     def shot(self, span: ShotSpan, start_s: float, end_s: float, frames: list[bytes], thumbnail: bytes) -> None:
+        before_s, before = (self.shots[-1].end_s, self.shots[-1].span.end_frame) if self.shots else (0.0, 0)
+        if not before_s <= start_s <= end_s <= self.max_s or not before <= span.start_frame < span.end_frame:
+            raise ValueError("shots do not follow each other")
         for frame in frames:
             self.frames.append(frame)
             self.frame_offsets.append(self.frames.size)
@@ -257,12 +289,17 @@ class _Assembly:
 
     def finish(self, header: dict[str, Any]) -> TitleMedia:
         """Cut the sound at the shots, which tile the title; where the sound has ended, silence fills the rest."""
+        texts, languages, warnings = ([_text(text) for text in header[name]] for name in ("texts", "languages", "warnings"))
+        duration_s, frame_count, facts = float(header["duration_s"]), int(header["frame_count"]), dict(header["facts"])
+        if not 0 <= duration_s <= self.max_s:
+            raise ValueError("a duration without end")
+        json.dumps([frame_count, facts], allow_nan=False, ensure_ascii=False).encode()  # what could not be stored raises here
         ends = [round(shot.end_s * SAMPLE_RATE) * BYTES_PER_SAMPLE if header["has_sound"] else 0 for shot in self.shots]
         self.samples.fill(ends[-1] if ends else 0)
         frames, audio = self.frames.packed(self.frame_offsets), self.samples.packed([0, *ends])
         first = 0
-        for index, (shot, text, language) in enumerate(zip(self.shots, header["texts"], header["languages"], strict=True)):
+        for index, (shot, text, language) in enumerate(zip(self.shots, texts, languages, strict=True)):
             shot.frames = [frames[first + number] for number in range(len(shot.frames))]
             first += len(shot.frames)
             shot.audio, shot.text, shot.language = audio[index], text, language
-        return TitleMedia(self.shots, frames, audio, header["duration_s"], header["frame_count"], header["warnings"], header["facts"])
+        return TitleMedia(self.shots, frames, audio, duration_s, frame_count, warnings, facts)

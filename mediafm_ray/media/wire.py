@@ -66,7 +66,7 @@ class Channel:
             header = json.loads(bytes(self._exactly(length)))
             sizes = [int(size) for size in header["sizes"]]
             header["kind"].strip()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise WireError("a header is not a JSON object with kind and sizes") from error
         if len(sizes) > MAX_PARTS or any(size < 0 for size in sizes) or sum(sizes) > MAX_MESSAGE_BYTES:
             raise WireError(f"a message of {sum(sizes)} bytes in {len(sizes)} parts was announced")
