@@ -5,6 +5,7 @@ It limits its own address space, writes no core dump, and ends when its parent d
     parent: read {title, options}           child: pictures (a block), sound (a piece), shot, ... in any order
     parent: spans, one for each pictures
                                             child: end {...} or error {reason}
+    parent: texts {title, options}          child: end (the texts of its sidecar, a line each) or error {reason}
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ def serve(channel: Channel) -> None:
         except WireError:
             return
         try:
-            channel.send("end", _read(header, channel))
+            if header["kind"] == "texts":
+                channel.send("end", {}, _texts(header, channel))
+            else:
+                channel.send("end", _read(header, channel))
         except TitleError as error:
             channel.send("error", {"reason": str(error)})
         except MemoryError:
@@ -97,12 +101,23 @@ def serve(channel: Channel) -> None:
             channel.send("error", {"reason": f"{name}: the reader failed: {error.__class__.__name__}: {error}"})
 
 
-def _read(header: dict[str, Any], channel: Channel) -> dict[str, Any]:
+def _title(header: dict[str, Any]) -> Title:
     title = dict(header["title"])
     title["timed_text"] = tuple(TimedTextSource(**one) for one in title["timed_text"])
     title["tags"] = tuple(title["tags"])
+    return Title(**title)
+
+
+def _texts(header: dict[str, Any], channel: Channel) -> list[bytes]:
+    """The texts of the sidecar's cues, a line each, in one part; no part where there are none."""
+    timed_text, media = TimedTextConfig(**header["timed_text"]), MediaConfig(**header["media"])
+    cues, _ = reader.read_sidecars(_title(header), timed_text, media, reader.SignsOfLife(lambda: channel.send("alive")))
+    return ["\n".join(cue.text for cue in cues).encode()] if cues else []
+
+
+def _read(header: dict[str, Any], channel: Channel) -> dict[str, Any]:
     return reader.read_title(
-        Title(**title),
+        _title(header),
         FramesConfig(**header["frames"]),
         TimedTextConfig(**header["timed_text"]),
         MediaConfig(**header["media"]),

@@ -7,27 +7,32 @@ Damage is a share of the title's picture time, 0 to 1:
     damaged     pictures that the decoder marks as corrupt or says it has concealed errors in; where it says neither, its
                 complaints
 
-A hole alone may be how a variable frame rate looks (slides, screen recordings), and is then a remark and no damage. It is a
-loss when demuxer or decoder report anything wrong, when the sound has a gap at the same time, or when all other pictures
-come regularly in a container of broadcasting, which has no variable rates. (A transport stream can lose a second without
-any error: its counters run modulo 16.) An end that is declared although the file is complete is a wrong header, no loss.
+A hole alone may be how a variable frame rate looks (slides, screen recordings, captures that drop frames), and is then a
+remark and no damage. It is a loss when demuxer or video decoder report anything wrong at that time, when the sound has a gap
+for half of the time, or when all other pictures come regularly in a container of broadcasting, which has no variable rates. (A
+transport stream can lose a second without any error: its counters run modulo 16.) Trouble of the sound is never a loss of
+pictures. An end that is declared although the file is complete is a wrong header, no loss.
 """
 
 from __future__ import annotations
 
+import bisect
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 LONG_HOLE_S = 5.0  # a picture that stays for longer than this, and ten usual frames, is worth a remark
 BROADCAST_FORMATS = ("mpegts", "mpeg", "mxf", "gxf", "dv")
 REGULAR_SHARE = 0.95  # of the intervals between pictures, to call them regular
-MAX_HOLES = 10_000  # remembered one by one
+MAX_HOLES = 10_000  # remembered one by one, as are stretches of trouble
+TROUBLE_REACH_S = 1.0  # a hole this near to what the demuxer complains of is a loss: it reads ahead
+TROUBLE_REACH_PICTURES = 2  # and this near, in usual pictures, to what the decoder complains of: it says so at the packet
 LATE_PICTURE_S = 0.25  # pictures that start this much later than the container declares are worth a remark
 CONCEALED = re.compile(rb"\] concealing \d+ DC")  # how FFmpeg's decoders say that they made up a part of one picture
 NO_MEMORY = re.compile(rb"Cannot allocate memory|get_buffer\(\) failed|alloc\w* failed")
+OF_STREAM = re.compile(rb"\bstream\s*(?:[=#]\s*)?(\d+)")  # how demuxers name the stream that a line is about
 TROUBLE = re.compile(rb"error|invalid|corrupt|damaged|missing|prematurely|truncat|outside|overread|CABAC_MAX|not find ref", re.IGNORECASE)
 
 
@@ -43,7 +48,9 @@ class DecoderLog:
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
-        self.video_codec = b""  # whose lines count as errors of the picture; set when the video is known
+        self.video_codec = b""  # whose lines count as errors of the picture; set when the video is known, like the next two
+        self.other_codecs: tuple[bytes, ...] = ()  # whose lines say nothing of the picture
+        self.video_index = 0  # of the stream, in the demuxer's lines
         self.position = os.fstat(descriptor).st_size
         self.out_of_memory = False  # whether FFmpeg has said so
 
@@ -52,7 +59,7 @@ class DecoderLog:
         return os.fstat(self.descriptor).st_size > self.position
 
     def news(self) -> tuple[int, int, int]:
-        """Since the last call: pictures with concealed errors; the video decoder's lines about errors; all such lines."""
+        """Since the last call: pictures with concealed errors; lines about errors of the video decoder, and of the picture at all."""
         concealed = of_video = errors = 0
         rest = b""
         while piece := os.pread(self.descriptor, 1 << 20, self.position):
@@ -60,7 +67,7 @@ class DecoderLog:
             *lines, rest = (rest + piece).split(b"\n")
             concealed += sum(1 for line in lines if CONCEALED.search(line))
             self.out_of_memory |= any(NO_MEMORY.search(line) for line in lines)
-            troubled = [line for line in lines if TROUBLE.search(line)]
+            troubled = [line for line in lines if TROUBLE.search(line) and not self._of_another_stream(line)]
             errors += len(troubled)
             of_video += sum(1 for line in troubled if line.startswith(b"[" + self.video_codec + b" @"))
             rest = rest[:4096]
@@ -68,6 +75,13 @@ class DecoderLog:
             os.ftruncate(self.descriptor, 0)
             self.position = 0
         return concealed, of_video, errors
+
+    def _of_another_stream(self, line: bytes) -> bool:
+        """Whether a line is about the sound or the text: its decoder wrote it, or the demuxer names its stream."""
+        if line.startswith(tuple(b"[" + codec + b" @" for codec in self.other_codecs if codec != self.video_codec)):
+            return True
+        named = OF_STREAM.search(line)
+        return named is not None and int(named.group(1)) != self.video_index
 
 
 @dataclass
@@ -82,17 +96,29 @@ class Damage:
     holes: list[tuple[int, int]] = field(default_factory=list)  # from when until when no picture came where one was due, ticks
     hole_ticks: int = 0  # their sum
     complaints: int = 0  # packets at which the video decoder wrote of errors
-    trouble: int = 0  # signs that something is wrong with the file
+    reach_ticks: int = 0  # TROUBLE_REACH_S
+    decoder_reach_ticks: int = 0  # TROUBLE_REACH_PICTURES, and what the decoder's threads are behind
+    now_ticks: int = 0  # the time of the packet that is read
+    troubles: list[tuple[int, int]] = field(default_factory=list)  # from when until when a hole is a loss, ticks
 
-    def see(self, what: str) -> None:
+    def trouble(self, of_decoder: bool = False) -> None:
+        """Something is wrong with the file, or with the packet that is decoded."""
+        reach_ticks = self.decoder_reach_ticks if of_decoder else self.reach_ticks
+        start, end = self.now_ticks - reach_ticks, self.now_ticks + reach_ticks
+        if self.troubles and ((self.troubles[-1][0] <= end and start <= self.troubles[-1][1]) or len(self.troubles) == MAX_HOLES):
+            last_start, last_end = self.troubles.pop()
+            start, end = min(start, last_start), max(end, last_end)
+        self.troubles.append((start, end))
+
+    def see(self, what: str, of_decoder: bool = False) -> None:
         """Something is wrong: count it under these words."""
         self.counts[what] += 1
-        self.trouble += 1
+        self.trouble(of_decoder)
 
     def note(self, what: str) -> None:
         """Something is wrong once and for all: say it in these words."""
         self.notes.append(what)
-        self.trouble += 1
+        self.trouble()
 
     def remark(self, what: str) -> None:
         """Something is odd, but nothing is lost by it."""
@@ -111,15 +137,20 @@ class Damage:
         sound, in the same ticks; ``broadcast`` says that the container has no variable frame rates.
         """
         regular = len(self.holes) <= (1 - REGULAR_SHARE) * frames
-        if self.trouble or self.concealed_frames or (broadcast and regular):
+        if broadcast and regular:
             hole_ticks = self.hole_ticks
         else:
-            hole_ticks = sum(end - start for start, end in self.holes if any(begin < end and start < finish for begin, finish in silences))
+            troubles, gaps = _Intervals(self.troubles), _Intervals(silences)
+            lost = ((start, end) for start, end in self.holes if troubles.within(start, end) or 2 * gaps.within(start, end) >= end - start)
+            hole_ticks = sum(end - start for start, end in lost)
+            if self.troubles:  # of holes that were not remembered nobody knows where they were
+                hole_ticks += self.hole_ticks - sum(end - start for start, end in self.holes)
         usual_ticks = max((end_ticks - self.hole_ticks) / frames, 1)
         # a lost packet leaves a hole: the same loss seen twice
-        lost = max(self.lost_frames, hole_ticks / usual_ticks) + missing_end_ticks / usual_ticks
+        lost_frames = max(self.lost_frames, hole_ticks / usual_ticks) + missing_end_ticks / usual_ticks
         damaged = max(self.corrupt_frames, self.concealed_frames) or self.complaints  # some decoders conceal and say nothing else
-        return min((lost + damaged) / (frames + lost), 1.0)
+        kept = (self.hole_ticks - hole_ticks) / usual_ticks  # holes that are no loss: the picture before them stays
+        return min((lost_frames + damaged) / (frames + kept + lost_frames), 1.0)
 
     def summary(self) -> str:
         """The counts in words, "no error was reported" where there are none."""
@@ -133,3 +164,22 @@ class Damage:
         if self.complaints:
             words.append(f"{self.complaints} video packets of which the decoder complains")
         return words
+
+
+class _Intervals:
+    """Intervals of time, joined where they overlap."""
+
+    def __init__(self, intervals: Iterable[tuple[int, int]]):
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        for start, end in sorted(intervals):
+            if self.ends and start <= self.ends[-1]:
+                self.ends[-1] = max(self.ends[-1], end)
+            else:
+                self.starts.append(start)
+                self.ends.append(end)
+
+    def within(self, start: int, end: int) -> int:
+        """How much of the time from ``start`` to ``end`` they cover."""
+        places = range(bisect.bisect_right(self.ends, start), bisect.bisect_left(self.starts, end))
+        return sum(min(end, self.ends[place]) - max(start, self.starts[place]) for place in places)

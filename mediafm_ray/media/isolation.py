@@ -3,29 +3,64 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
 from mediafm_ray.media.spool import Spool
-from mediafm_ray.media.wire import Channel, Gone, WireError
+from mediafm_ray.media.wire import Channel, Gone, Overdue, WireError
 from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH, SAMPLE_RATE, ShotMedia, ShotSpan, ShotStream, Title, TitleError, TitleMedia
+
+Result = TypeVar("Result")
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 BYTES_PER_SAMPLE = 2
-SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)  # names of variables that hostile media shall not come near
-STORES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "FSSPEC_")  # but with these the child opens the videos of an object store
+MAX_LEAD_S = 120.0  # how long the last picture stays, and rounding
+FSSPEC_PREFIX = "FSSPEC_"  # of fsspec's own configuration
+
+# The variables that the child gets: hostile media shall not come near any other, whatever its name. A process needs the first
+# of them, the network the second, and object stores the rest: those that botocore, gcsfs and adlfs read.
+PASSED_ON = frozenset(
+    """
+    PATH HOME USER LOGNAME LANG LANGUAGE LC_ALL LC_CTYPE LC_MESSAGES TZ TMPDIR TEMP TMP LD_LIBRARY_PATH VIRTUAL_ENV XDG_CACHE_HOME
+    XDG_CONFIG_HOME PYTHONHOME PYTHONUSERBASE PYTHONNOUSERSITE PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX PYTHONHASHSEED PYTHONUTF8
+    OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS
+
+    HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE
+    CURL_CA_BUNDLE
+
+    AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN AWS_CREDENTIAL_EXPIRATION AWS_PROFILE
+    AWS_DEFAULT_PROFILE AWS_CONFIG_FILE AWS_SHARED_CREDENTIALS_FILE AWS_REGION AWS_DEFAULT_REGION AWS_ROLE_ARN AWS_ROLE_SESSION_NAME
+    AWS_WEB_IDENTITY_TOKEN_FILE AWS_CONTAINER_CREDENTIALS_RELATIVE_URI AWS_CONTAINER_CREDENTIALS_FULL_URI
+    AWS_CONTAINER_AUTHORIZATION_TOKEN AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE AWS_EC2_METADATA_DISABLED
+    AWS_EC2_METADATA_SERVICE_ENDPOINT AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE AWS_EC2_METADATA_V1_DISABLED AWS_METADATA_SERVICE_TIMEOUT
+    AWS_METADATA_SERVICE_NUM_ATTEMPTS AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_ENDPOINT_URL_STS AWS_IGNORE_CONFIGURED_ENDPOINT_URLS
+    AWS_CA_BUNDLE AWS_MAX_ATTEMPTS AWS_RETRY_MODE AWS_DEFAULTS_MODE AWS_STS_REGIONAL_ENDPOINTS AWS_USE_FIPS_ENDPOINT
+    AWS_USE_DUALSTACK_ENDPOINT AWS_S3_US_EAST_1_REGIONAL_ENDPOINT AWS_REQUEST_CHECKSUM_CALCULATION AWS_RESPONSE_CHECKSUM_VALIDATION
+    BOTO_CONFIG
+
+    GOOGLE_APPLICATION_CREDENTIALS GOOGLE_CLOUD_PROJECT GCLOUD_PROJECT GOOGLE_CLOUD_QUOTA_PROJECT GCSFS_DEFAULT_PROJECT
+    STORAGE_EMULATOR_HOST GCE_METADATA_HOST GCE_METADATA_IP CLOUDSDK_CONFIG NO_GCE_CHECK
+
+    AZURE_STORAGE_ACCOUNT_NAME AZURE_STORAGE_ACCOUNT_KEY AZURE_STORAGE_CONNECTION_STRING AZURE_STORAGE_SAS_TOKEN
+    AZURE_STORAGE_CLIENT_ID AZURE_STORAGE_CLIENT_SECRET AZURE_STORAGE_TENANT_ID AZURE_STORAGE_ANON AZURE_CLIENT_ID
+    AZURE_CLIENT_SECRET AZURE_TENANT_ID AZURE_CLIENT_CERTIFICATE_PATH AZURE_FEDERATED_TOKEN_FILE AZURE_AUTHORITY_HOST AZURE_CONFIG_DIR
+    IDENTITY_ENDPOINT IDENTITY_HEADER MSI_ENDPOINT MSI_SECRET
+    """.split()  # noqa: SIM905 (a list of names is easier to read)
+)
 
 
 class IsolatedReader:
@@ -44,21 +79,37 @@ class IsolatedReader:
     def read(self, title: Title, detector: ShotStream) -> TitleMedia:
         """All that the encoders need of one title.
 
-        Raises TitleError when the title cannot be read, is too damaged, takes too much memory or makes no progress.
+        Raises TitleError when the title cannot be read, is too damaged, exceeds a limit of ``media`` or makes no progress.
         Errors of ``detector`` pass through; the child is replaced then, too.
         """
+        return self._guarded(title, lambda: self._converse(title, detector))
+
+    def texts(self, title: Title) -> list[str]:
+        """The text of the cues of the sidecar that would be used; empty where none can be read. The video is not opened.
+
+        Raises TitleError as ``read`` does.
+        """
+        return self._guarded(title, lambda: self._ask_for_texts(title))
+
+    def _guarded(self, title: Title, exchange: Callable[[], Result]) -> Result:
+        """The result of an exchange with the child about a title; the child is replaced where it fails."""
         self.start()
         finished = False
         try:
-            media = self._converse(title, detector)
+            result = exchange()
             finished = True
-            return media
+            return result
         except _Refused as error:  # the child is well, the title is not
             finished = True
             raise TitleError(str(error)) from None
         except TimeoutError:
             raise TitleError(
                 f"{file_name(title.video)}: reading made no progress for {self.media.no_progress_timeout_s:g} s and was stopped"
+            ) from None
+        except Overdue:
+            raise TitleError(
+                f"{file_name(title.video)} could not be read and cut into shots within media.max_processing_s="
+                f"{self.media.max_processing_s:g} s and was stopped"
             ) from None
         except Gone:
             raise TitleError(f"{file_name(title.video)}: {self._cause_of_death()}") from None
@@ -73,10 +124,11 @@ class IsolatedReader:
         self._stop()
         self.log.close()
 
-    def _converse(self, title: Title, detector: ShotStream) -> TitleMedia:
+    def _ask(self, kind: str, title: Title) -> Channel:
         assert self.channel is not None
+        self.channel.deadline = time.monotonic() + self.media.max_processing_s
         self.channel.send(
-            "read",
+            kind,
             {
                 "title": asdict(title),
                 "frames": asdict(self.frames),
@@ -84,9 +136,28 @@ class IsolatedReader:
                 "media": asdict(self.media),
             },
         )
-        assembly = _Assembly()
+        return self.channel
+
+    def _ask_for_texts(self, title: Title) -> list[str]:
+        channel = self._ask("texts", title)
         while True:
-            header, parts = self.channel.receive()
+            header, parts = channel.receive()
+            if header["kind"] == "end":
+                try:
+                    return parts[0].decode().split("\n") if parts else []
+                except ValueError as error:
+                    raise WireError("texts are not UTF-8") from error
+            if header["kind"] == "error":
+                raise _Refused(_text(header.get("reason", "")))
+            if header["kind"] != "alive":
+                raise WireError(f"unknown message {header['kind']}")
+
+    def _converse(self, title: Title, detector: ShotStream) -> TitleMedia:
+        channel = self._ask("read", title)
+        assembly = _Assembly(self.media.max_hours)
+        name, frame_count = file_name(title.video), 0
+        while True:
+            header, parts = channel.receive()
             kind = header["kind"]
             try:
                 if kind == "pictures":
@@ -94,16 +165,21 @@ class IsolatedReader:
                 elif kind == "sound":
                     assembly.sound(parts[0])
                 elif kind == "shot":
-                    assembly.shot(ShotSpan(**header["span"]), float(header["start_s"]), float(header["end_s"]), parts[1:], parts[0])
+                    if len(assembly.shots) == self.media.max_shots:
+                        raise TitleError(f"{name} has more than {self.media.max_shots} shots (media.max_shots)")
+                    assembly.shot(_span(header["span"]), float(header["start_s"]), float(header["end_s"]), parts[1:], parts[0])
                 elif kind == "end":
                     return assembly.finish(header)
                 elif kind == "error":
-                    raise _Refused(header["reason"])
+                    raise _Refused(_text(header["reason"]))
                 elif kind not in ("no more pictures", "alive"):
                     raise WireError(f"unknown message {kind}")
-            except (KeyError, IndexError, TypeError, ValueError) as error:
+            except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
                 raise WireError(f"a message of kind {kind} is not well formed") from error
             if kind == "pictures":
+                frame_count += len(frames_THWC)
+                if frame_count > self.media.max_frames:
+                    raise TitleError(f"{name} has more than {self.media.max_frames} pictures (media.max_frames)")
                 self._reply(detector.push(frames_THWC))
             elif kind == "no more pictures":
                 self._reply(detector.finish())
@@ -121,6 +197,7 @@ class IsolatedReader:
         ours.settimeout(self.media.no_progress_timeout_s)
         self.log.seek(0)
         self.log.truncate()
+        passed_on = PASSED_ON.union(self.media.environment)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mediafm_ray.media.child", str(theirs.fileno()), str(os.getpid()), str(self.media.memory_limit_gb)],
@@ -129,7 +206,7 @@ class IsolatedReader:
                 stderr=self.log,
                 pass_fds=[theirs.fileno()],
                 env={
-                    **{name: value for name, value in os.environ.items() if name.startswith(STORES) or not SECRET.search(name)},
+                    **{name: value for name, value in os.environ.items() if name in passed_on or name.startswith(FSSPEC_PREFIX)},
                     "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")])),
                     "MALLOC_ARENA_MAX": "2",  # address space is limited: one arena a thread would eat it
                 },
@@ -163,18 +240,48 @@ class _Refused(Exception):
     """The child's reason why it cannot read the title."""
 
 
-class _Assembly:
-    """Puts together shots and the sound, which arrive in no fixed order; memory holds neither frames nor sound."""
+def _text(value: Any) -> str:
+    """A string of the child's in a form that can be stored. Raises ValueError where it is none."""
+    if not isinstance(value, str):
+        raise ValueError(f"a text is {type(value).__name__}")
+    return value.encode(errors="replace").decode()  # a file's name may hold half a character
 
-    def __init__(self) -> None:
+
+def _span(fields: dict[str, Any]) -> ShotSpan:
+    """A span of the child's. Raises ValueError or TypeError where it is none."""
+    span = ShotSpan(**fields)
+    for name, value in asdict(span).items():
+        if name == "boundary_kind":
+            _text(value)
+        elif name == "boundary_probability":
+            if not 0 <= float(value) <= 1:
+                raise ValueError(f"a probability is {value}")
+        elif type(value) is not int or not 0 <= value < 1 << 62:
+            raise ValueError(f"{name} is {value!r}")
+    return span
+
+
+class _Assembly:
+    """Puts together shots and the sound, which arrive in no fixed order; memory holds neither frames nor sound.
+
+    It believes the child nothing that could cost disk or memory without limit, or that could not be stored: ValueError.
+    """
+
+    def __init__(self, max_hours: float) -> None:
+        self.max_s = 2 * max_hours * 3600 + MAX_LEAD_S  # sound may begin long before the first picture
         self.shots: list[ShotMedia] = []
         self.frames, self.samples = Spool(), Spool()
         self.frame_offsets = [0]
 
     def sound(self, samples: bytes) -> None:
         self.samples.append(samples)
+        if self.samples.size > self.max_s * SAMPLE_RATE * BYTES_PER_SAMPLE:
+            raise ValueError("too much sound")
 
     def shot(self, span: ShotSpan, start_s: float, end_s: float, frames: list[bytes], thumbnail: bytes) -> None:
+        before_s, before = (self.shots[-1].end_s, self.shots[-1].span.end_frame) if self.shots else (0.0, 0)
+        if not before_s <= start_s <= end_s <= self.max_s or not before <= span.start_frame < span.end_frame:
+            raise ValueError("shots do not follow each other")
         for frame in frames:
             self.frames.append(frame)
             self.frame_offsets.append(self.frames.size)
@@ -182,12 +289,17 @@ class _Assembly:
 
     def finish(self, header: dict[str, Any]) -> TitleMedia:
         """Cut the sound at the shots, which tile the title; where the sound has ended, silence fills the rest."""
+        texts, languages, warnings = ([_text(text) for text in header[name]] for name in ("texts", "languages", "warnings"))
+        duration_s, frame_count, facts = float(header["duration_s"]), int(header["frame_count"]), dict(header["facts"])
+        if not 0 <= duration_s <= self.max_s:
+            raise ValueError("a duration without end")
+        json.dumps([frame_count, facts], allow_nan=False, ensure_ascii=False).encode()  # what could not be stored raises here
         ends = [round(shot.end_s * SAMPLE_RATE) * BYTES_PER_SAMPLE if header["has_sound"] else 0 for shot in self.shots]
         self.samples.fill(ends[-1] if ends else 0)
         frames, audio = self.frames.packed(self.frame_offsets), self.samples.packed([0, *ends])
         first = 0
-        for index, (shot, text, language) in enumerate(zip(self.shots, header["texts"], header["languages"], strict=True)):
+        for index, (shot, text, language) in enumerate(zip(self.shots, texts, languages, strict=True)):
             shot.frames = [frames[first + number] for number in range(len(shot.frames))]
             first += len(shot.frames)
             shot.audio, shot.text, shot.language = audio[index], text, language
-        return TitleMedia(self.shots, frames, audio, header["duration_s"], header["frame_count"], header["warnings"], header["facts"])
+        return TitleMedia(self.shots, frames, audio, duration_s, frame_count, warnings, facts)

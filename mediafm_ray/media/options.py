@@ -49,16 +49,28 @@ class MediaConfig:
     max_hours: float = recipe(24.0, "length of a title, at most")
     memory_limit_gb: float = resource(4.0, "address space of the reading process in GB (RLIMIT_AS); beyond it the title fails")
     no_progress_timeout_s: float = resource(120.0, "a reading process without progress for this long is killed and the title fails")
+    max_frames: int = resource(10_368_000, "pictures of a title, at most (24 h at 120 a second); more fail the title")
+    max_shots: int = resource(100_000, "shots of a title, at most (24 h at one in 0.86 s); more fail the title")
+    max_processing_s: float = resource(
+        18_000.0,
+        "wall time in which a title must be read and cut into shots; beyond it the title fails. "
+        "Keep it below resources.no_progress_timeout_s, which ends the whole run",
+    )
     threads: int = resource(
         1, "decoder threads of one reading process; with more, what a decoder makes up in damaged H.264 depends on their timing"
     )
     read_ahead_mb: int = resource(8, "bytes asked for at once from object storage, in MB")
     storage_options: dict[str, Any] = resource({}, "options of the file system of remote videos (fsspec), e.g. endpoint_url")
 
+    environment: list[str] = resource(
+        [], "further environment variables that the reading process gets, by name; it gets those of common object stores anyway"
+    )
+
     def __post_init__(self) -> None:
         if not 0 <= self.max_damage <= 1:
             raise ValueError(f"media.max_damage must be between 0 and 1, is {self.max_damage}")
-        positive = ("max_pixels", "max_hours", "memory_limit_gb", "no_progress_timeout_s", "read_ahead_mb")
+        limits = ("max_pixels", "max_hours", "max_frames", "max_shots", "max_processing_s")
+        positive = (*limits, "memory_limit_gb", "no_progress_timeout_s", "read_ahead_mb")
         wrong = [name for name in positive if getattr(self, name) <= 0]
         if wrong or self.threads < 0:
             raise ValueError(f"media.{wrong[0] if wrong else 'threads'} must be positive")

@@ -14,9 +14,10 @@ integer count of the video stream's ticks since its first time stamp.
 
 from __future__ import annotations
 
+import os
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -24,7 +25,15 @@ import av
 import numpy as np
 
 from mediafm_ray.media import picture, sampling, sound, source, streams, timed_text
-from mediafm_ray.media.damage import BROADCAST_FORMATS, LATE_PICTURE_S, LONG_HOLE_S, Damage, DecoderLog
+from mediafm_ray.media.damage import (
+    BROADCAST_FORMATS,
+    LATE_PICTURE_S,
+    LONG_HOLE_S,
+    TROUBLE_REACH_PICTURES,
+    TROUBLE_REACH_S,
+    Damage,
+    DecoderLog,
+)
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.spec import SAMPLE_RATE, Cue, ShotSpan, Title, TitleError
 
@@ -34,8 +43,7 @@ MAX_SOUND_WAITING = 2_000  # frames of sound that wait until the first picture t
 JUMP_BACK_S = 1.0  # a time stamp this far before its predecessor starts a new count: the recording was joined there
 MAX_LAST_FRAME_S = 60.0  # how long the last frame is shown, at most, whatever it says
 MISSING_END_S = 0.25  # a declared end this much after the last picture is rounding, or the tail of the sound
-SIGN_OF_LIFE_S = 2.0  # how often slow pictures are reported
-MAX_CUES = 100_000  # of a subtitle stream
+SIGN_OF_LIFE_S = 2.0  # how often slow work is reported
 
 
 class Exchange(Protocol):
@@ -76,12 +84,41 @@ def read_title(
     """
     name = source.file_name(title.video)
     with source.open_bytes(title.video, media) as stream:
-        cut_off = source.matroska_is_cut_off(stream)
+        cut_off = source.is_cut_off(stream)
         container = source.open_container(stream, name, media)
         try:
             return _Pass(container, name, cut_off, title, frames, timed_text_config, media, exchange, log).run()
         finally:
             container.close()
+
+
+class SignsOfLife:
+    """Called again and again by what takes long and hands nothing over; says so now and then."""
+
+    def __init__(self, say: Callable[[], None]):
+        self.say, self.last = say, time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self.last > SIGN_OF_LIFE_S:
+            self.last = time.monotonic()
+            self.say()
+
+
+def read_sidecars(title: Title, config: TimedTextConfig, media: MediaConfig, alive: Callable[[], None]) -> tuple[list[Cue], list[str]]:
+    """The cues of the sidecar that fits best; where it cannot be read or has none, of the next. And warnings, in plain words."""
+    warnings: list[str] = []
+    for one in timed_text.by_fit(title.timed_text, config):
+        name = source.file_name(one.uri)
+        try:
+            data = source.read_whole(one.uri, media, timed_text.MAX_BYTES)
+            cues, remarks = timed_text.parse(data, name, config, one.language, one.kind, alive)
+        except TitleError as error:
+            warnings.append(f"no text from {name}: {error}")
+            continue
+        warnings += remarks
+        if cues:
+            return cues, warnings
+    return [], warnings
 
 
 class _Pass:
@@ -108,14 +145,17 @@ class _Pass:
         self.tick = Fraction(self.video.time_base or Fraction(1, 1000))
         rate = self.video.guessed_rate or self.video.average_rate or Fraction(25)
         self.period = max(round(1 / rate / self.tick), 1)  # ticks of a usual frame
+        self.damage.reach_ticks = round(TROUBLE_REACH_S / self.tick)
+        self.damage.decoder_reach_ticks = (TROUBLE_REACH_PICTURES + (media.threads or os.cpu_count() or 1) - 1) * self.period
         self.pixel_aspect = Fraction(self.video.sample_aspect_ratio or 1) or Fraction(1)
         self.painter = picture.Painter(frames.size, self.pixel_aspect)
         self.candidates = sampling.CandidateBuffer(discard=self.painter.discard)
 
-        self.last_sign = time.monotonic()
+        self.alive = SignsOfLife(exchange.alive)
         self.block: list[np.ndarray] = []
         self.frame_count = 0
         self.packet_count = 0  # of video
+        self.last_dts = -1  # of video
         self.first_pts: int | None = None  # the pts that stands at 0 of our ticks, or would
         self.zero = 0  # the title's zero, in our ticks
         self.last_ticks = 0
@@ -128,13 +168,15 @@ class _Pass:
         self.shot_times = array("d")  # start_s, end_s of each shot
 
     def run(self) -> dict[str, Any]:
-        self._read_sidecars()
+        self.cues, warnings = read_sidecars(self.title, self.timed_text_config, self.media, self.alive)
+        self.warnings += warnings
         if self.timed_text_config.embedded and not self.cues:
             self.text = streams.choose_text(self.container, self.timed_text_config)
         self.video.thread_type = "AUTO"
         self.video.codec_context.thread_count = self.media.threads
         if self.log is not None:
-            self.log.video_codec = self.video.codec_context.name.encode()
+            self.log.video_codec, self.log.video_index = self.video.codec_context.name.encode(), self.video.index
+            self.log.other_codecs = tuple(other.codec_context.name.encode() for other in (self.audio, self.text) if other is not None)
         if self.audio is not None:
             self.audio.codec_context.thread_count = 1
         wanted = [stream for stream in (self.video, self.audio, self.text) if stream is not None]
@@ -172,6 +214,8 @@ class _Pass:
             except IndexError:  # PyAV, at the end of a file in which streams appeared that its header does not name
                 self.warnings.append("streams appear in mid-file that the header does not name; they were not read")
                 break
+            if packet.stream is self.video:
+                self._place(packet)
             if packet.is_corrupt:
                 (self.damage.see if packet.stream is self.video else self.damage.remark)(f"corrupt {packet.stream.type} packets")
             yield packet
@@ -194,11 +238,29 @@ class _Pass:
             if packet.stream is self.video:
                 if packet.has_sidedata("encryption_info"):
                     raise TitleError(f"{self.name} is encrypted; there is no key") from None
-                self.damage.see("video packets that could not be decoded")
+                self.damage.see("video packets that could not be decoded", of_decoder=True)
                 self.damage.lost_frames += bool(packet.size)
             else:
                 self.damage.remark("audio packets that could not be decoded")
         return []
+
+    def _place(self, packet: Any) -> None:
+        """Note where the reading stands: trouble is reported of the packet that is read, pictures come later."""
+        pts = packet.dts if self._without_pts() else packet.pts
+        if pts is None or self.first_pts is None:
+            self.damage.now_ticks = self.last_ticks
+        else:
+            self.damage.now_ticks = pts - self.first_pts
+        if packet.dts is not None:
+            self.last_dts = max(self.last_dts, packet.dts)
+
+    def _without_pts(self) -> bool:
+        """Whether the container stores no times of presentation.
+
+        AVI stores the order of decoding only, and what is derived from it as pts is wrong where there are B-frames; FFmpeg
+        hands decoding times out in the order of presentation, and they are even.
+        """
+        return bool(self.container.format.name == "avi")
 
     # -- pictures
 
@@ -215,13 +277,12 @@ class _Pass:
         self.frame_count += 1
         if len(self.block) == BLOCK_FRAMES:
             self._hand_over_block()
-        elif time.monotonic() - self.last_sign > SIGN_OF_LIFE_S:  # pictures that take seconds each
-            self.last_sign = time.monotonic()
-            self.exchange.alive()
+        else:
+            self.alive()  # there are pictures that take seconds each
 
     def _note_oddities(self, frame: av.VideoFrame) -> None:
         if frame.is_corrupt:
-            self.damage.see("pictures that the decoder marks as corrupt")
+            self.damage.see("pictures that the decoder marks as corrupt", of_decoder=True)
             self.damage.corrupt_frames += 1
         size = f"{frame.width}x{frame.height}"
         if self.sizes[-1:] != [size] and len(self.sizes) < 10:
@@ -230,9 +291,7 @@ class _Pass:
     def _ticks_of(self, frame: av.VideoFrame) -> int:
         """When the frame is shown, in ticks that grow from frame to frame; 0 for the first."""
         usual = self.last_ticks + self.last_duration if self.frame_count else 0
-        # AVI stores the order of decoding only, and what is derived from it as pts is wrong where there are B-frames;
-        # FFmpeg hands decoding times out in the order of presentation, and they are even
-        without_pts = self.container.format.name == "avi"
+        without_pts = self._without_pts()
         pts = frame.dts if frame.pts is None or without_pts else frame.pts
         if pts is None:
             if not without_pts:
@@ -293,7 +352,8 @@ class _Pass:
         concealed, of_video, errors = log.news()
         self.damage.concealed_frames += concealed
         self.damage.complaints += bool(of_video)
-        self.damage.trouble += errors
+        if errors or concealed:
+            self.damage.trouble(of_decoder=errors == of_video)
         if log.out_of_memory:
             raise MemoryError
 
@@ -337,7 +397,7 @@ class _Pass:
             self.exchange.sound(samples_N)
 
     def _cue(self, packet: Any) -> None:
-        if not packet.size or packet.pts is None or len(self.embedded) >= MAX_CUES:
+        if not packet.size or packet.pts is None or len(self.embedded) >= timed_text.MAX_CUES:
             return
         start_s = packet.pts * packet.time_base
         end_s = start_s + (packet.duration or 0) * packet.time_base
@@ -362,20 +422,6 @@ class _Pass:
             if words and end_s > zero_s:
                 cues.append(Cue(max(float(start_s - zero_s), 0.0), float(end_s - zero_s), words, language, kind))
         return sorted(cues, key=lambda cue: (cue.start_s, cue.end_s))
-
-    def _read_sidecars(self) -> None:
-        """The cues of the sidecar that fits best; where it cannot be read, of the next."""
-        for one in timed_text.by_fit(self.title.timed_text, self.timed_text_config):
-            name = source.file_name(one.uri)
-            try:
-                data = source.read_whole(one.uri, self.media, timed_text.MAX_BYTES)
-                self.cues, warnings = timed_text.parse(data, name, self.timed_text_config, one.language, one.kind)
-            except TitleError as error:
-                self.warnings.append(f"no text from {name}: {error}")
-                continue
-            self.warnings += warnings
-            if self.cues:
-                return
 
     # -- the end
 
@@ -402,7 +448,7 @@ class _Pass:
         if self.text is not None:
             self.cues = self._embedded_cues()
         shots = list(zip(self.shot_times[::2], self.shot_times[1::2], strict=True))
-        texts = timed_text.text_of_shots(self.cues, shots)
+        texts = timed_text.text_of_shots(self.cues, shots, self.warnings)
         return {
             "texts": [text for text, _ in texts],
             "languages": [language for _, language in texts],
@@ -448,9 +494,15 @@ class _Pass:
 
     def _missing_end_ticks(self) -> int:
         """The time between the last picture and the end that the container declares, where that is to be believed."""
-        if self.container.format.name == "avi" and self.video.frames > self.packet_count:  # FFmpeg corrects the duration, not the count
-            self.damage.note(f"{self.video.frames - self.packet_count} of the {self.video.frames} declared pictures are missing")
-            return (self.video.frames - self.packet_count) * self.period
+        if self.container.format.name == "avi":  # FFmpeg corrects the duration, not the count
+            # A tick is a picture. Null frames, which captures write for pictures that they drop, take one and give no packet.
+            missing = self.video.frames - max(self.packet_count, self.last_dts + 1)
+            if missing > 0 and self.cut_off is False and not self.damage.troubles:
+                self.warnings.append(f"the last {missing} of the {self.video.frames} declared pictures are null frames")
+                return 0
+            if missing > 0:
+                self.damage.note(f"{missing} of the {self.video.frames} declared pictures are missing")
+                return missing * self.period
         declared_s = self._declared_s()
         if declared_s is None:
             return 0

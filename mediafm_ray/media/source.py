@@ -25,6 +25,7 @@ from mediafm_ray.spec import TitleError
 LOCAL_BUFFER_BYTES = 1 << 20  # what FFmpeg reads at once from a local file; small reads cost a Python call each
 READ_ATTEMPTS = 4  # of reading on in a remote file, each after what the file system tries by itself
 READ_PAUSE_S = 0.5  # half of the longest pause before the second of them; it doubles
+MAX_RIFF_CHUNKS = 1000  # of an AVI file; each but the last holds about a GB
 REMOTE_BLOCKS = 4  # of a remote file in memory at once, each of media.read_ahead_mb
 
 # Self-contained containers of video. The audio-only ones are here so that the error can say "audio only".
@@ -194,15 +195,33 @@ def open_container(stream: BinaryIO, name: str, media: MediaConfig) -> av.contai
         raise TitleError(f"{name} points to another file or address, which is not followed") from error
 
 
-def matroska_is_cut_off(stream: BinaryIO) -> bool | None:
-    """Whether a Matroska or WebM file ends before its segment does; None where it does not say or is something else.
-
-    RFC 8794: an element is an identifier, a size whose leading zeros tell its length, and content; all ones is unknown.
-    """
+def is_cut_off(stream: BinaryIO) -> bool | None:
+    """Whether a Matroska, WebM or AVI file ends before its content does; None where it does not say or is something else."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     head = stream.read(4096)
+    cut_off = _avi_is_cut_off(stream, size) if head[:4] == b"RIFF" and head[8:12] == b"AVI " else _matroska_is_cut_off(head, size)
     stream.seek(0)
+    return cut_off
+
+
+def _avi_is_cut_off(stream: BinaryIO, size: int) -> bool | None:
+    """An AVI file is a row of RIFF chunks of at most some GB, each with its size; one of size 0 was never finished."""
+    position = 0
+    for _ in range(MAX_RIFF_CHUNKS):
+        stream.seek(position)
+        head = stream.read(8)
+        if len(head) < 8 or head[:4] != b"RIFF":
+            return position > size + 1  # the padding of the last may be left out
+        length = int.from_bytes(head[4:], "little")
+        if not length:
+            return None
+        position += 8 + length + length % 2
+    return None
+
+
+def _matroska_is_cut_off(head: bytes, size: int) -> bool | None:
+    """RFC 8794: an element is an identifier, a size whose leading zeros tell its length, and content; all ones is unknown."""
     position = 0
     for identifier in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # EBML header, segment
         if head[position : position + 4] != identifier or len(head) < position + 12 or not head[position + 4]:

@@ -1,8 +1,8 @@
 """Timed text to plain cues, and cues to the text of shots.
 
 SubRip and WebVTT are read here: what the world calls so is looser than libraries accept (times without milliseconds, missing
-headers, notes and styles between cues, a last cue cut off). TTML, IMSC, DFXP and SCC are read by ttconv, the rest (SubStation,
-SAMI, MicroDVD, ...) by pysubs2.
+headers, notes and styles between cues, a last cue cut off). TTML, IMSC and DFXP are read in ``ttml``, SCC by ttconv, the rest
+(SubStation, SAMI, MicroDVD, ...) by pysubs2.
 
 What becomes of markup, by rule:
     tags, override codes, WebVTT classes and karaoke times   dropped; entities become characters
@@ -14,19 +14,26 @@ What becomes of markup, by rule:
 from __future__ import annotations
 
 import html
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
-from xml.etree import ElementTree
 
 import pysubs2
 
+from mediafm_ray.media import ttml
 from mediafm_ray.media.options import TimedTextConfig
 from mediafm_ray.spec import Cue, TimedTextSource, TitleError
 
 MAX_BYTES = 32 << 20  # of one timed text object; a feature film has 0.1 MB
+MAX_CUES = 100_000  # of one timed text object, or stream; a day has 86,400 seconds
+MAX_SCC_CHARACTERS = 4 << 20
+MAX_SHOT_CHARACTERS = 20_000  # text of one shot; encoders read less
+MAX_TITLE_CHARACTERS = 8_000_000  # text of all shots together; a feature film has 0.1 million
+MAX_OVERLAPS = 2_000_000  # of cues with shots
 MIN_OVERLAP_S = 0.25  # a shot that shows less of a cue than this, and less than half of it, does not get its text
+MAX_REASON = 500  # characters of why a text cannot be read
 OPEN_END_S = 10.0  # how long a cue lasts whose format does not say when it ends, at most
 FALLBACK_ENCODING = "cp1252"  # the most common legacy encoding; a superset of the printable part of ISO 8859-1
 
@@ -75,10 +82,18 @@ def decode(data: bytes) -> tuple[str, str | None]:
 RawCue = tuple[float, float, str]  # start_s, end_s, text with its markup
 
 
-def parse(data: bytes, name: str, config: TimedTextConfig, language: str = "", kind: str = "") -> tuple[list[Cue], list[str]]:
+def parse(
+    data: bytes,
+    name: str,
+    config: TimedTextConfig,
+    language: str = "",
+    kind: str = "",
+    alive: Callable[[], None] = lambda: None,
+) -> tuple[list[Cue], list[str]]:
     """The cues of one timed text object, in order of time, and warnings in plain words.
 
-    The format is told by the content; the ending of ``name`` is only a hint. Raises TitleError when it is no timed text.
+    The format is told by the content; the ending of ``name`` is only a hint. ``alive`` is called again and again meanwhile.
+    Raises TitleError when it is no timed text.
     """
     warnings: list[str] = []
     text, remark = decode(data)
@@ -89,11 +104,14 @@ def parse(data: bytes, name: str, config: TimedTextConfig, language: str = "", k
         warnings.append(f"timed text {name} is empty")
         return [], warnings
     try:
-        raw_cues = list(_reader_for(text, name)(text))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, ElementTree.ParseError, pysubs2.exceptions.Pysubs2Error) as error:
-        raise TitleError(f"timed text {name} cannot be read: {error.__class__.__name__}: {error}") from error
+        raw_cues = list(itertools.islice(_reader_for(text, name)(text, alive), MAX_CUES + 1))
+    except Exception as error:  # the libraries raise whatever a hostile text leads them to: RecursionError, OverflowError, ...
+        raise TitleError(f"timed text {name} cannot be read: {error.__class__.__name__}: {error}"[:MAX_REASON]) from error
+    if len(raw_cues) > MAX_CUES:
+        raise TitleError(f"timed text {name} cannot be read: it has more than {MAX_CUES} cues")
     cues, backwards = [], 0
     for start_s, end_s, marked in raw_cues:
+        alive()
         if not end_s > start_s >= 0:
             backwards += 1
             continue
@@ -107,7 +125,7 @@ def parse(data: bytes, name: str, config: TimedTextConfig, language: str = "", k
     return sorted(cues, key=lambda cue: (cue.start_s, cue.end_s)), warnings
 
 
-def _reader_for(text: str, name: str) -> Callable[[str], Iterator[RawCue]]:
+def _reader_for(text: str, name: str) -> Callable[[str, Callable[[], None]], Iterator[RawCue]]:
     head = text[:4096].lstrip()
     if head.startswith("WEBVTT"):
         return _webvtt
@@ -131,9 +149,10 @@ def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str | None
     return int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds) + int((fraction or "0").ljust(3, "0")) / 1000
 
 
-def _webvtt(text: str) -> Iterator[RawCue]:
+def _webvtt(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
     """Blocks between blank lines; a block with a timing line is a cue, all others are headers, notes, styles, regions."""
     for block in re.split(r"\n\s*\n", text):
+        alive()
         lines = block.strip("\n").split("\n")
         for position, line in enumerate(lines[:2]):  # a cue's identifier may stand before the timing
             if match := _TIMING.match(line):
@@ -142,85 +161,85 @@ def _webvtt(text: str) -> Iterator[RawCue]:
                 break
 
 
-def _subrip(text: str) -> Iterator[RawCue]:
-    """As WebVTT, but a block without timing belongs to the cue before it, whose text has a blank line inside."""
-    open_cue: RawCue | None = None
+def _subrip(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
+    """As WebVTT, but a block without timing belongs to the cue before it, whose text has a blank line inside.
+
+    Cues may follow each other without a blank line between them, too.
+    """
+    times: tuple[float, float] | None = None  # of the open cue
+    own: list[str] = []  # its lines
     for block in re.split(r"\n\s*\n", text):
+        alive()
         lines = block.strip("\n").split("\n")
-        timing = next((position for position, line in enumerate(lines) if _TIMING.match(line)), None)
-        if timing is None:
-            if open_cue and not _HALF_A_CUE.match(lines[0]):
-                open_cue = (*open_cue[:2], f"{open_cue[2]}\n{block}")
+        timings = [_TIMING.match(line) for line in lines]
+        if not any(timings):
+            if times and not _HALF_A_CUE.match(lines[0]):
+                own += block.split("\n")
             continue
-        while timing is not None:  # cues that follow each other without a blank line between them
-            if open_cue:
-                yield open_cue
-            match = _TIMING.match(lines[timing])
-            assert match is not None
+        in_block = False
+        for match, line in zip(timings, lines, strict=True):
+            if not match:
+                if in_block:
+                    own.append(line)
+                continue
+            if times:
+                yield *times, "\n".join(own[:-1] if in_block and own and _HALF_A_CUE.match(own[-1]) else own)
             parts = match.groups()
-            lines = lines[timing + 1 :]
-            timing = next((position for position, line in enumerate(lines) if _TIMING.match(line)), None)
-            own = lines if timing is None else lines[: timing - 1] if timing and _HALF_A_CUE.match(lines[timing - 1]) else lines[:timing]
-            open_cue = _seconds(*parts[:4]), _seconds(*parts[4:]), "\n".join(own)
-    if open_cue:
-        yield open_cue
+            times, own, in_block = (_seconds(*parts[:4]), _seconds(*parts[4:])), [], True
+    if times:
+        yield *times, "\n".join(own)
 
 
-def _by_pysubs2(text: str) -> Iterator[RawCue]:
-    for event in pysubs2.SSAFile.from_string(text, format_="ass" if "[Script Info]" in text[:4096] else None):
+def _by_pysubs2(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
+    format_ = "ass" if "[Script Info]" in text[:4096] else pysubs2.formats.autodetect_format(text)
+    if format_ == "json":
+        raise ValueError("it is JSON, and no format of timed text")
+    alive()
+    for event in pysubs2.SSAFile.from_string(text, format_=format_):
+        alive()
         if not event.is_comment:
             yield event.start / 1000, event.end / 1000, event.text.replace("\\N", "\n").replace("\\n", "\n").replace("\\h", " ")
 
 
-def _ttml(text: str) -> Iterator[RawCue]:
-    from ttconv.imsc import reader  # its parsers take 0.3 s to import
-
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise ValueError("it declares XML entities, which timed text has no need of")
-    text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text)  # its encoding has done its work
-    text = re.sub(r"http://www\.w3\.org/20\d\d/\d\d/ttaf1", "http://www.w3.org/ns/ttml", text)  # the drafts that DFXP files name
-    document = reader.to_model(ElementTree.ElementTree(ElementTree.fromstring(text)))
-    if document is None:
-        raise ValueError("its root is no TTML document")
-    yield from _changes(document)
+def _ttml(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
+    for start_s, end_s, words in ttml.read(text, alive):
+        yield start_s, start_s + OPEN_END_S if end_s is None else end_s, words
 
 
-def _scc(text: str) -> Iterator[RawCue]:
+def _scc(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
+    from ttconv import model  # its parsers take 0.3 s to import
     from ttconv.scc import reader
 
-    yield from _changes(reader.to_model(text))
+    if len(text) > MAX_SCC_CHARACTERS:
+        raise ValueError(f"it is longer than {MAX_SCC_CHARACTERS >> 20} MB, and captions of a title in SCC have 0.2 MB")
+    document = reader.to_model(text)
+    alive()
+    places = {region: place for place, region in enumerate(document.iter_regions())}
+    parts: list[ttml.Part] = []
 
+    def collect(element: Any, begin: Fraction, end: Fraction | None, place: int) -> None:
+        if element.get_end() is not None:
+            end = min(begin + element.get_end(), begin + element.get_end() if end is None else end)
+        begin += element.get_begin() or 0
+        place = places.get(element.get_region(), place)
+        words = element.get_text() if isinstance(element, model.Text) else "\n" if isinstance(element, (model.Br, model.P)) else ""
+        for child in element:
+            collect(child, begin, end, place)
+        if words and (end is None or begin < end):
+            parts.append((round(begin * ttml.MICROSECOND), ttml.FOR_EVER if end is None else round(end * ttml.MICROSECOND), place, words))
 
-def _changes(document: Any) -> Iterator[RawCue]:
-    """The text on screen between the moments when it changes; equal neighbours are joined."""
-    from ttconv import model
-    from ttconv.isd import ISD
-
-    def words(element: Any) -> str:
-        if isinstance(element, model.Text):
-            return str(element.get_text())
-        if isinstance(element, model.Br):
-            return "\n"
-        text = "".join(words(child) for child in element)
-        return f"{text}\n" if isinstance(element, model.P) else text
-
-    last: tuple[Fraction, str] | None = None
-    for begin, screen in ISD.generate_isd_sequence(document):
-        text = "".join(words(body) for region in screen.iter_regions() for body in region).strip()
-        if last and text == last[1]:
-            continue
-        if last and last[1]:
-            yield float(last[0]), float(begin), last[1]
-        last = (begin, text)
-    if last and last[1]:
-        yield float(last[0]), float(last[0]) + OPEN_END_S, last[1]
+    collect(document.get_body(), Fraction(0), None, 0)
+    for start_s, end_s, words in ttml.screens(parts, alive):
+        yield start_s, start_s + OPEN_END_S if end_s is None else end_s, words
 
 
 # ----------------------------------------------------------------------------------------------------- markup to words
 
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
-_VOICE = re.compile(r"<v[.\w]*\s+([^<>]*)>")
+_VOICE = re.compile(r"<v[.\w]*\s([^<>]*)>")
 _SPEAKER = re.compile(r"^\s*(?:>>+\s*|[-\u2013]\s*)?(?:([A-Z][A-Z0-9 .'#&-]{1,30}):(?=\s)\s*)?")
+_NO_CHARACTER = re.compile(r"&#[xX]?[0-9a-fA-F]{20,};?")  # references that are too long to be converted
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # no text: nothing can store it
 _SOUND = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|[\u266a\u266b#]+[^\u266a\u266b#]*[\u266a\u266b#]+|[\u266a\u266b]")
 
 
@@ -229,7 +248,8 @@ def plain(text: str, config: TimedTextConfig) -> str:
     lines = []
     for line in text.split("\n"):
         voices = _VOICE.findall(line) if config.speakers else []
-        line = html.unescape(_TAG.sub("", line)).replace("\u200b", "")
+        line = html.unescape(_NO_CHARACTER.sub("\ufffd", _TAG.sub("", line)))
+        line = _LONE_SURROGATE.sub("\ufffd", line.replace("\u200b", ""))
         if not config.sound_cues:
             line = _SOUND.sub(" ", line)
         speaker = _SPEAKER.match(line)
@@ -271,17 +291,21 @@ def by_fit(sources: Sequence[TimedTextSource], config: TimedTextConfig) -> list[
     return [source for place, source in sorted(((place, source) for place, source in ranked if place is not None), key=lambda one: one[0])]
 
 
-def text_of_shots(cues: Sequence[Cue], shots: Sequence[tuple[float, float]]) -> list[tuple[str, str]]:
+def text_of_shots(cues: Sequence[Cue], shots: Sequence[tuple[float, float]], warnings: list[str] | None = None) -> list[tuple[str, str]]:
     """Text and language of each shot ``[start_s, end_s)``; shots and cues in order of time.
 
     A cue that spans a cut goes, whole, to every shot that shows at least ``MIN_OVERLAP_S`` of it or half of it, and
     always to the shot that shows most of it (the earlier of two equal ones). A cue that repeats the one before it in the
-    same shot (rolling captions) adds nothing.
+    same shot (rolling captions) adds nothing. Text beyond the limits at the top of this module is left out, with a warning.
     """
     texts: list[list[str]] = [[] for _ in shots]
     languages = [""] * len(shots)
-    first = 0
+    lengths = [0] * len(shots)
+    first = total = compared = left_out = 0
     for cue in cues:
+        if compared > MAX_OVERLAPS:
+            left_out += 1
+            continue
         while first < len(shots) and shots[first][1] <= cue.start_s:
             first += 1
         overlaps = []
@@ -292,10 +316,19 @@ def text_of_shots(cues: Sequence[Cue], shots: Sequence[tuple[float, float]]) -> 
             overlaps.append((min(end_s, cue.end_s) - max(start_s, cue.start_s), index))
         if not overlaps:
             continue
+        compared += len(overlaps)
+        length = len(cue.text) + 1
         enough = min(MIN_OVERLAP_S, (cue.end_s - cue.start_s) / 2)
         most = max(overlaps, key=lambda overlap: (overlap[0], -overlap[1]))[1]
         for overlap, index in overlaps:
             if (overlap >= enough or index == most) and texts[index][-1:] != [cue.text]:
+                if lengths[index] + length > MAX_SHOT_CHARACTERS or total + length > MAX_TITLE_CHARACTERS:
+                    left_out += 1
+                    continue
                 texts[index].append(cue.text)
+                lengths[index] += length
+                total += length
                 languages[index] = languages[index] or cue.language
+    if left_out and warnings is not None:
+        warnings.append(f"{left_out} times a cue was left out: there is too much timed text, or too much at the same time")
     return [(" ".join(parts), language) for parts, language in zip(texts, languages, strict=True)]

@@ -11,8 +11,10 @@ nothing but JSON of known size and counted bytes.
 from __future__ import annotations
 
 import json
+import math
 import socket
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,11 +32,16 @@ class Gone(WireError):
     """The other side has closed its end, or is dead."""
 
 
+class Overdue(Exception):
+    """The deadline has passed, whatever still arrives."""
+
+
 class Channel:
     """One end of the conversation."""
 
     def __init__(self, sock: socket.socket):
         self.sock = sock
+        self.deadline = math.inf  # of receiving, on the clock time.monotonic
 
     def send(self, kind: str, fields: Mapping[str, Any] | None = None, parts: Sequence[bytes | memoryview] = ()) -> None:
         """Send one message. Raises WireError when the other side is gone."""
@@ -50,7 +57,7 @@ class Channel:
         """The next message: its header and parts.
 
         Raises WireError when the other side is gone or breaks the protocol, TimeoutError when the socket has a timeout
-        and nothing at all arrives for that long.
+        and nothing at all arrives for that long, Overdue when the deadline has passed.
         """
         (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
         if length > MAX_HEADER_BYTES:
@@ -59,7 +66,7 @@ class Channel:
             header = json.loads(bytes(self._exactly(length)))
             sizes = [int(size) for size in header["sizes"]]
             header["kind"].strip()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise WireError("a header is not a JSON object with kind and sizes") from error
         if len(sizes) > MAX_PARTS or any(size < 0 for size in sizes) or sum(sizes) > MAX_MESSAGE_BYTES:
             raise WireError(f"a message of {sum(sizes)} bytes in {len(sizes)} parts was announced")
@@ -70,6 +77,8 @@ class Channel:
         view = memoryview(data)
         done = 0
         while done < size:
+            if time.monotonic() > self.deadline:
+                raise Overdue
             try:
                 count = self.sock.recv_into(view[done:])
             except ConnectionResetError as error:

@@ -1,11 +1,9 @@
-"""What a run would cost, before it starts. Opens timed text, never a video, and sends nothing."""
+"""What a run would cost, before it starts. Opens timed text, in a process of its own, never a video, and sends nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from mediafm_ray.config import EmbedCatalogConfig
-from mediafm_ray.media import source, timed_text
+from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.rows import TitleRow
 from mediafm_ray.pipeline.stages import media_options, metadata_text
@@ -21,24 +19,26 @@ def describe_cost(plan: Plan, config: EmbedCatalogConfig) -> str:
 
     texts = requests = tokens = 0
     usd, exact = 0.0, True
-    for index in range(plan.pending.num_rows):
-        title = TitleRow(plan.pending.slice(index, 1)).title()
-        one = estimate(config.text, [*_cues(title, config), metadata_text(title.synopsis, list(title.tags))])
-        texts, requests, tokens = texts + one.texts, requests + one.requests, tokens + one.tokens
-        usd, exact = usd + one.usd, exact and one.exact
+    reader = IsolatedReader(config.frames, config.timed_text, config.media)
+    try:
+        for index in range(plan.pending.num_rows):
+            title = TitleRow(plan.pending.slice(index, 1)).title()
+            one = estimate(config.text, [*_texts(title, config, reader), metadata_text(title.synopsis, list(title.tags))])
+            texts, requests, tokens = texts + one.texts, requests + one.requests, tokens + one.tokens
+            usd, exact = usd + one.usd, exact and one.exact
+    finally:
+        reader.close()
     count = f"{tokens} tokens" if exact else f"at most {tokens} tokens (the vocabulary to count them is not at hand)"
     price = f"${usd:.4f} at ${config.text.price_per_million_tokens:g} a million"
     return f"{pending}; {texts} texts in {requests} requests, {count}, about {price}; subtitles inside the videos are not counted"
 
 
-def _cues(title: Title, config: EmbedCatalogConfig) -> Iterator[str]:
+def _texts(title: Title, config: EmbedCatalogConfig, reader: IsolatedReader) -> list[str]:
     """The texts of the sidecar that would be used; a title whose timed text cannot be read has none."""
-    for one in timed_text.by_fit(title.timed_text, config.timed_text):
-        try:
-            data = source.read_whole(one.uri, media_options(config.media, one.uri, config.storage), timed_text.MAX_BYTES)
-            cues, _ = timed_text.parse(data, source.file_name(one.uri), config.timed_text, one.language, one.kind)
-        except TitleError:  # the run will warn of it, and use the next
-            continue
-        if cues:
-            yield from (cue.text for cue in cues)
-            return
+    if not title.timed_text:
+        return []
+    reader.media = media_options(config.media, title.video, config.storage)
+    try:
+        return reader.texts(title)
+    except TitleError:  # the text is as hostile as a video: it took too long, or ended the process that parsed it
+        return []

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
 from mediafm_ray.media import child
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import Title, TitleError
+from mediafm_ray.spec import TimedTextSource, Title, TitleError, recipe_of
 from tests.videos import KnownCuts, flat, make_video
 
 
@@ -47,10 +50,16 @@ def test_process_starts_fast_and_without_torch_or_ray():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_decoder_does_not_get_keys_that_it_does_not_need(monkeypatch):
-    for name in ("OPENAI_API_KEY", "RAY_AUTH_TOKEN", "AWS_ACCESS_KEY_ID"):
+def test_decoder_gets_no_variable_that_it_does_not_need(monkeypatch):
+    """Whatever its name: an allow-list knows the object stores' variables, and no other."""
+    others = ["OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "GOOGLE_API_KEY", "AWS_BEARER_TOKEN_BEDROCK", "RAY_AUTH_TOKEN"]
+    others += ["DATABASE_URL", "SLACK_WEBHOOK", "PGPASS", "MY_OWN_THING", "GCS_LIKE"]
+    needed = ["AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_ACCOUNT_KEY", "FSSPEC_S3_KEY"]
+    needed += ["HTTPS_PROXY", "SSL_CERT_FILE", "TMPDIR", "STORE_OF_OUR_OWN"]
+    for name in [*others, *needed]:
         monkeypatch.setenv(name, "mark-of-a-key")
-    reader = IsolatedReader(FramesConfig(), TimedTextConfig(), MediaConfig())
+    monkeypatch.setenv("TMPDIR", "/tmp/mark-of-a-key/..")
+    reader = IsolatedReader(FramesConfig(), TimedTextConfig(), MediaConfig(environment=["STORE_OF_OUR_OWN"]))
     try:
         reader.start()
         environment = [b""]
@@ -58,7 +67,7 @@ def test_decoder_does_not_get_keys_that_it_does_not_need(monkeypatch):
             environment = Path(f"/proc/{reader.process.pid}/environ").read_bytes().split(b"\0")
     finally:
         reader.close()
-    assert [entry for entry in environment if b"mark-of-a-key" in entry] == [b"AWS_ACCESS_KEY_ID=mark-of-a-key"]
+    assert sorted(entry.split(b"=")[0].decode() for entry in environment if b"mark-of-a-key" in entry) == sorted(needed)
 
 
 @pytest.mark.parametrize("blow", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
@@ -205,3 +214,119 @@ def _executable(folder: Path, program: Path) -> Path:
     script.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
     script.chmod(0o755)
     return script
+
+
+# ------------------------------------------------------------------------------------------- limits of a title's size
+
+
+def endless_pictures(path: Path, count: int) -> Path:
+    """A file of a few hundred kB with very many tiny pictures: one key frame, then copies of a packet that changes nothing."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=120, options={"g": "600", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        packets = []
+        for number in range(10):
+            frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+            frame.pts = number
+            packets += stream.encode(frame)
+        for number in range(count):
+            packet = packets[0] if number % 600 == 0 else packets[-1]
+            again = av.Packet(bytes(packet))
+            again.stream, again.time_base, again.pts, again.dts = stream, Fraction(1, 120), number, number
+            again.is_keyframe = packet.is_keyframe
+            container.mux(again)
+    return path
+
+
+class EveryFrameAShot(KnownCuts):
+    """A detector that finds a cut at every other picture."""
+
+    def __init__(self):
+        super().__init__(list(range(2, 100_000, 2)))
+
+
+@pytest.mark.parametrize(
+    ("limit", "detector", "reason"),
+    [
+        ({"max_frames": 4000}, lambda: KnownCuts([]), r"endless\.mkv has more than 4000 pictures \(media\.max_frames\)"),
+        ({"max_shots": 500}, EveryFrameAShot, r"endless\.mkv has more than 500 shots \(media\.max_shots\)"),
+        ({"max_processing_s": 3.0}, lambda: Slow([]), r"endless\.mkv could not be read .* media\.max_processing_s=3 s"),
+    ],
+)
+def test_limits_of_a_title_are_its_own_failure(tmp_path, limit, detector, reason):
+    """A small file of which reading or detection has no end in sight fails with a reason, and the next is read."""
+    video = endless_pictures(tmp_path / "endless.mkv", 8000)
+    assert video.stat().st_size < 250_000
+    reader = reader_with(**limit)
+    try:
+        started = time.monotonic()
+        with pytest.raises(TitleError, match=reason):
+            reader.read(Title("a", str(video)), detector())
+        assert time.monotonic() - started < 20
+        short = make_video(tmp_path / "short.mp4", [50], size=(96, 64))
+        assert reader.read(Title("b", str(short.path)), KnownCuts([])).frame_count == 50
+    finally:
+        reader.close()
+
+
+class Slow(KnownCuts):
+    """A detector that takes its time, as a real one does on a slow machine."""
+
+    def push(self, frames_THWC):
+        time.sleep(0.2)
+        return super().push(frames_THWC)
+
+
+def test_child_that_only_says_it_is_alive_is_overdue(long_video, monkeypatch, tmp_path):
+    """A drip of bytes is no progress: the deadline holds within a message, too."""
+    fake = tmp_path / "fake.py"
+    fake.write_text(
+        "import socket, struct, sys, time\n"
+        "parent = socket.socket(fileno=int(sys.argv[3]))\n"
+        "parent.sendall(struct.pack('>I', 1 << 20))\n"
+        "while True:\n"
+        "    parent.sendall(b' ')\n"
+        "    time.sleep(0.2)\n"
+    )
+    reader = reader_with(max_processing_s=2.0, no_progress_timeout_s=60.0)
+    monkeypatch.setattr(sys, "executable", str(_executable(tmp_path, fake)))
+    try:
+        started = time.monotonic()
+        with pytest.raises(TitleError, match=r"media\.max_processing_s=2 s"):
+            reader.read(Title("a", str(long_video.path)), KnownCuts([]))
+        assert time.monotonic() - started < 20
+    finally:
+        reader.close()
+
+
+def test_limits_of_size_are_no_part_of_the_dataset_version():
+    assert set(recipe_of(MediaConfig())) == {"max_damage", "max_pixels", "max_hours"}
+
+
+# ----------------------------------------------------------------------------------------------------- text without video
+
+
+def test_texts_are_read_in_the_child(tmp_path):
+    """The text that the run would use, though there is no video; and none where no text can be read."""
+    (tmp_path / "deep.ttml").write_text(f"{'9' * 400}:00:01,000 --> {'9' * 400}:00:02,000\nmuch later\n")
+    (tmp_path / "good.srt").write_text("1\n00:00:00,100 --> 00:00:00,900\nWhere is\nshe?\n\n2\n00:00:01,000 --> 00:00:02,000\nHere.\n")
+    texts = [TimedTextSource(str(tmp_path / name)) for name in ("gone.srt", "deep.ttml", "good.srt")]
+    reader = reader_with()
+    try:
+        assert reader.texts(Title("a", "no/such/video.mp4", tuple(texts))) == ["Where is she?", "Here."]
+        child_process = reader.process
+        assert reader.texts(Title("a", "no/such/video.mp4", tuple(texts[:2]))) == []
+        assert reader.process is child_process
+    finally:
+        reader.close()
+
+
+def test_text_that_hangs_is_given_up(tmp_path):
+    os.mkfifo(tmp_path / "pipe.srt")
+    reader = reader_with(no_progress_timeout_s=3.0)
+    try:
+        with pytest.raises(TitleError, match="no progress for 3 s"):
+            reader.texts(Title("a", "no/such/video.mp4", (TimedTextSource(str(tmp_path / "pipe.srt")),)))
+        assert reader.texts(Title("a", "no/such/video.mp4")) == []
+    finally:
+        reader.close()

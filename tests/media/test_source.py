@@ -121,11 +121,15 @@ def test_small_objects_have_a_limit(tmp_path):
 
 @pytest.mark.parametrize(
     ("ending", "content", "cut"),
-    [("mkv", slice(None), False), ("mkv", slice(0, 20_000), True), ("mp4", slice(None), None)],
+    [
+        *[("mkv", slice(None), False), ("mkv", slice(0, 20_000), True)],
+        *[("avi", slice(None), False), ("avi", slice(0, -2), True), ("avi", slice(0, 20_000), True)],
+        ("mp4", slice(None), None),
+    ],
 )
-def test_whether_a_matroska_file_is_cut_off(tmp_path, ending, content, cut):
+def test_whether_a_file_is_cut_off(tmp_path, ending, content, cut):
     made = make_video(tmp_path / f"a.{ending}", [100])
     made.path.write_bytes(made.path.read_bytes()[content])
     with source.open_bytes(str(made.path), MediaConfig()) as stream:
-        assert source.matroska_is_cut_off(stream) is cut
+        assert source.is_cut_off(stream) is cut
         assert stream.tell() == 0

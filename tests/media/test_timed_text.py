@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,190 @@ def test_embedded_text_can_be_switched_off(tmp_path):
         assert reader.read(Title("a", str(made.path)), KnownCuts([])).shots[0].text == ""
     finally:
         reader.close()
+
+
+# --------------------------------------------------------------------------------- hostile text is a warning, and no more
+
+DEEP_TTML = '<tt xmlns="http://www.w3.org/ns/ttml"><body>' + "<div>" * 50_000 + "</div>" * 50_000 + "</body></tt>"
+JSON_EVENTS = r'{"info": {}, "styles": {}, "events": [{"start": 0, "end": 900, "text": "half \ud800 a character"}]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("hours.srt", f"1\n{'9' * 400}:00:01,000 --> {'9' * 400}:00:02,000\nmuch later\n"),
+        ("digits.srt", f"1\n{'9' * 9000}:00:01,000 --> {'9' * 9000}:00:02,000\nmuch later\n"),
+        (
+            "rate.ttml",
+            '<tt xmlns="http://www.w3.org/ns/ttml" xmlns:ttp="http://www.w3.org/ns/ttml#parameter" ttp:frameRate="0">'
+            '<body><div><p begin="00:00:00:00" end="00:00:00:20">a</p></div></body></tt>',
+        ),
+        ("deep.ttml", DEEP_TTML),
+        ("nested.json", "[" * 100_000),
+        ("surrogate.json", JSON_EVENTS),
+        ("cues.srt", "0:1-->0:2\n" * (timed_text.MAX_CUES + 1)),
+    ],
+    ids=lambda value: value if len(value) < 20 else "",
+)
+def test_hostile_text_is_a_warning_and_the_next_is_taken(tmp_path, read, name, content):
+    made = make_video(tmp_path / "a.mp4", [25], size=(96, 64))
+    (tmp_path / name).write_text(content)
+    (tmp_path / "good.srt").write_text("1\n00:00:00,100 --> 00:00:00,900\nWhere is she?\n")
+    media = read(made.path, sidecars=[TimedTextSource(str(tmp_path / name)), TimedTextSource(str(tmp_path / "good.srt"))])
+    assert media.shots[0].text == "Where is she?"
+    (warning,) = media.warnings
+    assert f"timed text {name}" in warning
+    assert len(warning) < 700
+
+
+def test_title_of_which_no_text_can_be_read_has_the_embedded_one(tmp_path, read):
+    made = make_video(tmp_path / "a.mp4", [25], cues=[(0.2, 0.8, "Where is she?")])
+    (tmp_path / "deep.ttml").write_text(f"{'9' * 400}:00:01,000 --> {'9' * 400}:00:02,000\nmuch later\n")
+    media = read(made.path, sidecars=[TimedTextSource(str(tmp_path / "deep.ttml"))])
+    assert media.shots[0].text == "Where is she?"
+    assert len(media.warnings) == 1
+
+
+def test_reference_to_no_character_is_one_character():
+    assert timed_text.plain(f"a &#{'1' * 10_000}; b &#xd800; c", TimedTextConfig()) == "a \ufffd b \ufffd c"
+
+
+def test_speaker_marks_take_no_quadratic_time():
+    config = TimedTextConfig(speakers=True)
+    started = time.process_time()
+    assert timed_text.plain("<v" + " " * 200_000, config) == "<v"
+    assert time.process_time() - started < 1
+    assert timed_text.plain("<v.loud   Roger Bingham >Hello", config) == "Roger Bingham: Hello"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("0:1-->0:2\n" * 90_000, "a.srt"),  # cues without blank lines between them
+        ("0:1-->0:2\na\n\n" + "a\n\n" * 300_000, "a.srt"),  # one cue with very many blank lines inside
+    ],
+)
+def test_subrip_takes_no_quadratic_time(text, name):
+    started = time.process_time()
+    timed_text.parse(text.encode(), name, TimedTextConfig())
+    assert time.process_time() - started < 10
+
+
+def test_too_much_text_is_left_out_with_a_warning():
+    """A cue of a million characters over all shots, and cues over cues."""
+    shots = [(float(index), index + 1.0) for index in range(3000)]
+    cues = [Cue(0.0, 3000.0, "x" * 1_000_000), *[Cue(0.0, 3000.0, f"cue {number}") for number in range(5000)], Cue(5.0, 5.9, "after")]
+    warnings: list[str] = []
+    started = time.process_time()
+    texts = timed_text.text_of_shots(cues, shots, warnings)
+    assert time.process_time() - started < 20
+    assert sum(len(text) for text, _ in texts) <= timed_text.MAX_TITLE_CHARACTERS
+    assert max(len(text) for text, _ in texts) <= timed_text.MAX_SHOT_CHARACTERS
+    assert ["too much timed text" in warning for warning in warnings] == [True]
+
+
+# ----------------------------------------------------------------------------------------------------------------- TTML
+
+
+def ttml_document(body: str, head: str = "", parameters: str = "") -> bytes:
+    namespaces = 'xmlns="http://www.w3.org/ns/ttml" xmlns:tts="http://www.w3.org/ns/ttml#styling" '
+    namespaces += 'xmlns:ttp="http://www.w3.org/ns/ttml#parameter" xmlns:ttm="http://www.w3.org/ns/ttml#metadata"'
+    return f'<?xml version="1.0"?><tt {namespaces} {parameters}><head>{head}</head>{body}</tt>'.encode()
+
+
+def test_ttml_takes_no_quadratic_time_and_gives_signs_of_life():
+    cues = "".join(f'<p begin="{i}s" end="{i}.9s">Line <span>{i}</span><br/>of text</p>' for i in range(20_000))
+    signs = 0
+
+    def alive() -> None:
+        nonlocal signs
+        signs += 1
+
+    started = time.process_time()
+    cues, warnings = timed_text.parse(ttml_document(f"<body><div>{cues}</div></body>"), "a.ttml", TimedTextConfig(), alive=alive)
+    assert time.process_time() - started < 10
+    assert (len(cues), warnings) == (20_000, [])
+    assert cues[-1] == Cue(19_999.0, 19_999.9, "Line 19999 of text")
+    assert signs > 1000
+
+
+def test_parent_hears_of_a_text_that_takes_long(tmp_path):
+    """Parsing longer than the limit of no progress is progress."""
+    made = make_video(tmp_path / "a.mp4", [25], size=(96, 64))
+    cues = "".join(f'<p begin="{i}s" end="{i}.9s">Line <span>{i}</span><br/>of text</p>' for i in range(90_000))
+    (tmp_path / "a.ttml").write_bytes(ttml_document(f"<body><div>{cues}</div></body>"))
+    reader = IsolatedReader(FramesConfig(per_shot=1), TimedTextConfig(), MediaConfig(no_progress_timeout_s=4.0))
+    try:
+        media = reader.read(Title("a", str(made.path), (TimedTextSource(str(tmp_path / "a.ttml")),)), KnownCuts([]))
+    finally:
+        reader.close()
+    assert media.shots[0].text == "Line 0 of text"
+
+
+@pytest.mark.parametrize(
+    ("body", "head", "parameters", "cues"),
+    [
+        # frames, ticks, units
+        ('<body><div><p begin="00:00:01:12" end="00:00:02">a</p></div></body>', "", 'ttp:frameRate="24"', [(1.5, 2.0, "a")]),
+        ('<body><div><p begin="48f" dur="500ms">a</p></div></body>', "", 'ttp:frameRate="24"', [(2.0, 2.5, "a")]),
+        ('<body><div><p begin="10000t" end="0.5m">a</p></div></body>', "", 'ttp:tickRate="10000"', [(1.0, 30.0, "a")]),
+        # SMPTE time codes of NTSC without and with dropped numbers: an hour of code is 3603.6 s and an hour
+        (
+            '<body><div><p begin="01:00:00:00" end="01:00:01:00">a</p></div></body>',
+            "",
+            'ttp:frameRate="30" ttp:frameRateMultiplier="1000 1001" ttp:timeBase="smpte"',
+            [(3603.6, 3604.601, "a")],
+        ),
+        (
+            '<body><div><p begin="01:00:00:00" end="01:00:01:00">a</p></div></body>',
+            "",
+            'ttp:frameRate="30" ttp:frameRateMultiplier="1000 1001" ttp:timeBase="smpte" ttp:dropMode="dropNTSC"',
+            [(3599.9964, 3600.9974, "a")],
+        ),
+        # times within times, and one after the other
+        ('<body begin="10s"><div begin="1s" end="5s"><p begin="1s" end="30s">a</p></div></body>', "", "", [(12.0, 15.0, "a")]),
+        (
+            '<body><div timeContainer="seq"><p dur="1s">a</p><p begin="1s" dur="2s">b</p></div></body>',
+            "",
+            "",
+            [(0.0, 1.0, "a"), (2.0, 4.0, "b")],
+        ),
+        # what is on screen together, in the order of the document; a neighbour that changes nothing
+        (
+            '<body><div><p begin="2s" end="3s">b</p><p begin="1s" end="4s">c</p></div></body>',
+            "",
+            "",
+            [(1.0, 2.0, "c"), (2.0, 3.0, "b c"), (3.0, 4.0, "c")],
+        ),
+        ('<body><div><p begin="1s" end="2s">a</p><p begin="2s" end="3s">a</p></div></body>', "", "", [(1.0, 3.0, "a")]),
+        (
+            '<body><div><p>a<span begin="1s" end="2s"> b</span></p></div></body>',
+            "",
+            "",
+            [(0.0, 1.0, "a"), (1.0, 2.0, "a b"), (2.0, 12.0, "a")],
+        ),
+        # regions in their order and time, hidden ones, text outside of all
+        (
+            '<body><div><p region="low" begin="1s" end="9s">b</p><p region="top" begin="1s" end="9s">a</p><p>c</p>'
+            '<p region="off" begin="1s">d</p></div></body>',
+            '<layout><region xml:id="top" end="5s"/><region xml:id="low"/>'
+            '<region xml:id="off"><style tts:display="none"/></region></layout>',
+            "",
+            [(1.0, 5.0, "a b"), (5.0, 9.0, "b")],
+        ),
+        # hidden by attribute and style; metadata and other namespaces are no text
+        (
+            '<body><div><p begin="1s" end="2s">a<span tts:display="none">b</span><span style="s">c</span><metadata>d</metadata>'
+            '<ttm:desc>e</ttm:desc><x xmlns="http://example.org">f</x></p></div></body>',
+            '<styling><style xml:id="s" tts:display="none"/></styling>',
+            "",
+            [(1.0, 2.0, "a")],
+        ),
+        # a time that is none
+        ('<body><div><p begin="soon" end="2s">a</p><p begin="1s" end="2s">b</p></div></body>', "", "", [(1.0, 2.0, "b")]),
+    ],
+)
+def test_ttml_by_the_standard(body, head, parameters, cues):
+    found, _ = cues_of(ttml_document(body, head, parameters), "a.ttml")
+    assert [text for _, _, text in found] == [text for _, _, text in cues]
+    assert [times[:2] for times in found] == [pytest.approx(times[:2], abs=1e-5) for times in cues]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -230,6 +231,17 @@ def test_a_dry_run_says_what_the_text_would_cost(config, tmp_path):
     assert "1 requests" in said
     dollars = float(re.search(r"\$([0-9.]+)", said).group(1))
     assert 3 <= dollars <= len("Hello thereByeA film.")
+
+
+def test_a_dry_run_survives_text_that_would_end_or_hold_up_the_run(config, tmp_path):
+    """Texts are parsed where videos are, in a process under limits: a pipe that nobody writes to, and numbers without end."""
+    os.mkfifo(tmp_path / "videos" / "a.srt")
+    (tmp_path / "videos" / "b.srt").write_text(f"1\n{'9' * 400}:00:01,000 --> {'9' * 400}:00:02,000\nmuch later\n")
+    text = dataclasses.replace(config.text, encoder="openai", price_per_million_tokens=1e6)
+    api = dataclasses.replace(config, text=text, media=dataclasses.replace(config.media, no_progress_timeout_s=3.0))
+    started = time.monotonic()
+    assert "0 texts" in describe_cost(make_plan(api), api)
+    assert time.monotonic() - started < 60
 
 
 def test_what_is_written_carries_the_facts(config):
