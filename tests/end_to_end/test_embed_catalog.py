@@ -14,7 +14,7 @@ import pytest
 
 from mediafm_ray.config import EmbedCatalogConfig, read_config
 from mediafm_ray.pipeline import loop
-from mediafm_ray.pipeline.plan import describe_model, make_plan, prepare_output
+from mediafm_ray.pipeline.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
 from mediafm_ray.storage.dataset import EmbeddingDataset, read_failures, title_facts
 from mediafm_ray.storage.schemas import embedding_values
 from tests.end_to_end.clips import PROFILE, RATE, ROOT, embed, embed_and_kill, make_clip, objects, run_job
@@ -144,7 +144,9 @@ def test_contextualising_what_is_stored_gives_the_same_bytes_without_a_video(und
     assert objects(output) == objects(undisturbed[0])
 
 
-@pytest.mark.parametrize(("overrides", "part"), [([], "output.uri"), (["output.uri=OUT"], "contextualiser.checkpoint")])
+@pytest.mark.parametrize(
+    ("overrides", "part"), [([], "output.uri"), (["output.uri=OUT", "contextualiser.checkpoint="], "contextualiser.checkpoint")]
+)
 def test_contextualising_nothing_exits_with_2(undisturbed, overrides, part):
     done = run_job("contextualise_catalog", *(override.replace("OUT", str(undisturbed[0])) for override in overrides))
     assert done.returncode == 2, done.stdout + done.stderr
@@ -233,7 +235,7 @@ def make_audio_only(path):
 def test_bad_titles_are_recorded_and_the_others_done(mixed):
     _, output, first = mixed
     assert first.returncode == 1, first.stdout + first.stderr
-    assert "writing fused (raw) embeddings only" in first.stdout
+    assert BUILTIN_DATASET in EmbeddingDataset(str(output)).names()  # context without training is the default
     dataset = EmbeddingDataset(str(output))
     assert set(dataset.dataset().to_table()["title_id"].to_pylist()) == {"good", "legacy encoding"}
     records = {record["title_id"]: record for record in read_failures(dataset.output)}
