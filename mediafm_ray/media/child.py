@@ -11,6 +11,7 @@ It limits its own address space, writes no core dump, and ends when its parent d
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import resource as limits
 import signal
@@ -139,6 +140,7 @@ def confine(parent: int, memory_limit_gb: float) -> None:
 def main() -> None:
     descriptor, parent, memory_limit_gb = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     confine(parent, memory_limit_gb)
+    logging.disable(logging.CRITICAL)  # what parsers of text log would stand among FFmpeg's lines, and count as trouble of the picture
     av.logging.restore_default_callback()  # in C: see DecoderLog
     av.logging.set_libav_level(av.logging.INFO)
     serve(Channel(socket.socket(fileno=descriptor)))
