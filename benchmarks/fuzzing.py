@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import logging
 import multiprocessing
@@ -119,14 +120,14 @@ def run(arguments: tuple[list[bytes], int, int]) -> tuple[collections.Counter[st
             header = mutated(json.dumps(chance.choice(HEADERS)).encode(), chance)
             data = LENGTH.pack(len(header)) + header + bytes(14)
             data = data if chance.random() < 0.8 else mutated(data, chance)
-            deed = lambda data=data: read_message(data[:100_000])  # noqa: E731
+            deed = functools.partial(read_message, data[:100_000])
         else:
             content = chance.choice(files)
             if chance.random() < LARGE_SHARE:
                 content *= MEGABYTE // max(len(content), 1) + 1
             data = mutated(content, chance)
             config = TimedTextConfig(speakers=chance.random() < 0.5, sound_cues=chance.random() < 0.5)
-            deed = lambda data=data, config=config: read_text(data, config)  # noqa: E731
+            deed = functools.partial(read_text, data, config)
         started = time.process_time()
         try:
             counts[deed()] += 1

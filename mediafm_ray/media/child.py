@@ -11,6 +11,7 @@ It limits its own address space, writes no core dump, and ends when its parent d
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import resource as limits
 import signal
@@ -82,6 +83,8 @@ def serve(channel: Channel) -> None:
             header, _ = channel.receive()
         except WireError:
             return
+        if header["kind"] == "spans":  # of pictures of a title that has failed meanwhile
+            continue
         try:
             if header["kind"] == "texts":
                 channel.send("end", {}, _texts(header, channel))
@@ -139,6 +142,7 @@ def confine(parent: int, memory_limit_gb: float) -> None:
 def main() -> None:
     descriptor, parent, memory_limit_gb = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     confine(parent, memory_limit_gb)
+    logging.disable(logging.CRITICAL)  # what parsers of text log would stand among FFmpeg's lines, and count as trouble of the picture
     av.logging.restore_default_callback()  # in C: see DecoderLog
     av.logging.set_libav_level(av.logging.INFO)
     serve(Channel(socket.socket(fileno=descriptor)))

@@ -441,6 +441,8 @@ class _Pass:
         if self.track is not None:
             for samples_N in self.track.finish():
                 self.exchange.sound(samples_N)
+            if self.track.unusable:
+                self.warnings.append(f"{self.track.unusable} frames of sound in a form that cannot be converted; silence in their place")
             if self.track.jumps:
                 self.warnings.append(f"{self.track.jumps} time stamps of the sound that jump back or beyond the limit; counted on")
         duration_s = self.shot_times[-1]

@@ -29,6 +29,7 @@ class SoundTrack:
         self.zero_s = zero_s  # on the container's clock
         self.limit = round(max_hours * 3600 * SAMPLE_RATE)
         self.jumps = 0  # time stamps not followed
+        self.unusable = 0  # frames that cannot be converted
         self.written = 0  # samples handed over: the position on the time line
         self.to_drop = 0  # samples of the coming output that lie before the position or before zero
         self.expected = Fraction(0)  # where the next frame starts, in samples of the time line, if nothing is missing
@@ -62,7 +63,13 @@ class SoundTrack:
         assert self.resampler is not None
         self.expected += Fraction(frame.samples * SAMPLE_RATE, frame.sample_rate)
         frame.pts = None  # the resampler must count samples, not repair time stamps: that is done here
-        pieces += self._take(self.resampler.resample(frame))
+        try:
+            pieces += self._take(self.resampler.resample(frame))
+        except av.error.MemoryError:
+            raise
+        except av.error.FFmpegError:  # a layout or rate that damage made up: what it covers becomes silence
+            self.unusable += 1
+            self.resampler = self.layout = None
         return pieces
 
     def finish(self) -> list[np.ndarray]:

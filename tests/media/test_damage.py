@@ -8,11 +8,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 
 from mediafm_ray.media.damage import Damage
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
+from mediafm_ray.media.sound import SoundTrack
 from mediafm_ray.spec import Title
 from tests.videos import KnownCuts, Made, make_video
 
@@ -70,6 +72,23 @@ def test_bad_sound_in_a_transport_stream_is_no_loss_of_pictures(tmp_path, read):
     media = read(made.path)
     assert any("corrupt audio packets" in warning for warning in media.warnings)
     assert media.facts["damage"] == before
+
+
+def test_sound_that_cannot_be_converted_becomes_silence():
+    """Damage makes up layouts that nothing can mix."""
+    track, pieces = SoundTrack(Fraction(0), 1.0), []
+    for number, layout in enumerate(["stereo", "stereo", "30 channels", "stereo", "stereo"]):
+        frame = av.AudioFrame(format="s16", layout=layout, samples=1600)
+        for plane in frame.planes:
+            plane.update(np.full(plane.buffer_size // 2, 1000, np.int16).tobytes())
+        frame.sample_rate, frame.pts, frame.time_base = 16_000, number * 1600, Fraction(1, 16_000)
+        pieces += track.add(frame)
+    samples = np.concatenate(pieces + track.finish())
+    assert track.unusable == 1
+    assert len(samples) == 5 * 1600
+    assert not samples[3200:4800].any()
+    assert samples[:3200].all()
+    assert samples[4800:].all()
 
 
 @pytest.mark.parametrize("name", ["slides.mkv", "slides.mp4"])

@@ -126,6 +126,23 @@ def test_memory_beyond_the_limit_is_the_titles_error(tmp_path, long_video):
         reader.close()
 
 
+def test_title_that_fails_midway_leaves_the_child_ready_for_the_next(tmp_path, long_video):
+    """The child fails while answers of the detector are on their way: they must not be taken for the next title."""
+    small = make_video(tmp_path / "small.ts", [200], size=(320, 180), time_base=Fraction(1, 90_000))
+    large = make_video(tmp_path / "large.ts", [10], size=(640, 360), time_base=Fraction(1, 90_000))
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(small.path.read_bytes() + large.path.read_bytes())
+    reader = reader_with(max_pixels=400 * 300)
+    try:
+        with pytest.raises(TitleError, match="640x360"):
+            reader.read(Title("a", str(joined)), Slow([]))
+        child_process = reader.process
+        assert reader.read(Title("b", str(long_video.path)), KnownCuts([])).frame_count == 600
+        assert reader.process is child_process
+    finally:
+        reader.close()
+
+
 def test_error_of_the_detector_passes_through_and_the_reader_goes_on(long_video):
     reader = reader_with()
 
