@@ -34,7 +34,9 @@ from mediafm_ray.config import (
     read_config,
 )
 from mediafm_ray.pipeline.command import run_job
-from mediafm_ray.storage.dataset import EmbeddingDataset, contextual
+from mediafm_ray.pipeline.derived import contextual_dataset
+from mediafm_ray.pipeline.plan import BUILTIN_DATASET
+from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.schemas import embedding_values
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -61,18 +63,7 @@ SHOTS_OF_A_SCENE = 8
 REEL_RATE = 25  # frames a second
 REEL_SIZE = (360, 204)  # pixels
 SHOT_FRAMES = (26, 32)  # fewest and most of a reel's shot
-TRAINING = (  # windows shorter than the reels: whole reels are too few, and would be learned by heart
-    "model.hidden_size=128",
-    "model.num_hidden_layers=3",
-    "model.intermediate_size=512",
-    "model.max_shots=8",
-    "training.steps=500",
-    "training.windows_per_step=32",
-    "training.warmup_steps=20",
-    "training.evaluate_every=100",
-    "training.save_every=250",
-    "training.held_out_fraction=0.2",
-)
+TRAINING = ("training.steps=150", "training.windows_per_step=8", "training.held_out_fraction=0.2")
 QUERY = """
     SELECT title_id, shot_index AS shot, round(start_s, 2) AS start_s, round(end_s, 2) AS end_s, boundary_kind AS boundary,
            round(boundary_probability, 3) AS probability, has_audio AS audio, has_text AS text, len(fused_embedding) AS dim
@@ -129,21 +120,21 @@ def say(step: str, command: str) -> None:
 
 def print_changes(dataset: EmbeddingDataset) -> None:
     """How near the shots of a reel's scene are to one another and to those of its other scene, before and after."""
-    (name,) = (name for name in dataset.names() if name.startswith(contextual("")))
-    print(f"{'mean cosine between shots of a reel':<40}{'fused':>12}{'contextual':>12}")
+    trained = contextual_dataset(dataset, "vectors.checkpoint", "", "")
+    print(f"{'mean cosine between shots of a reel':<40}{'fused':>12}{'neighbours':>12}{'trained':>12}")
     rows: dict[str, list[list[float]]] = {"the same scene, the same take": [], "the same scene, the other take": [], "the other scene": []}
     for number in range(REELS):
         title = f"reels/reel-{number}"
-        shots, context = dataset.title(title), dataset.title(title, name)
+        shots = dataset.title(title)
         takes_S, scenes_S = truth_of(shots["start_s"].to_numpy(), shots["end_s"].to_numpy(), number)
         pairs = ~np.eye(len(takes_S), dtype=bool)
         same_scene, same_take = scenes_S[:, None] == scenes_S, takes_S[:, None] == takes_S
-        cosines = [cosine(embedding_values(shots["fused_embedding"])), cosine(embedding_values(context["contextual_embedding"]))]
+        in_context = [dataset.title(title, name)["contextual_embedding"] for name in (BUILTIN_DATASET, trained)]
+        cosines = [cosine(embedding_values(vectors)) for vectors in (shots["fused_embedding"], *in_context)]
         for row, chosen in zip(rows.values(), (same_scene & same_take, same_scene & ~same_take, ~same_scene), strict=True):
             row.append([float(one[chosen & pairs].mean()) for one in cosines])
     for kind, means in rows.items():
-        fused, after = np.mean(means, axis=0)
-        print(f"{kind:<40}{fused:>12.3f}{after:>12.3f}")
+        print(f"{kind:<40}" + "".join(f"{mean:>12.3f}" for mean in np.mean(means, axis=0)))
 
 
 def cosine(vectors_SD: np.ndarray) -> np.ndarray:
