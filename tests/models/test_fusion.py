@@ -8,7 +8,7 @@ import pytest
 from mediafm_ray.models.fusion import fuse, spans, split
 from mediafm_ray.models.options import FusionConfig
 
-RECIPE = FusionConfig()
+RECIPE = FusionConfig(modality_norm="none")
 EQUAL = FusionConfig(modality_norm="l2")
 
 

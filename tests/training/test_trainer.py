@@ -282,7 +282,7 @@ def test_two_workers_do_what_one_does(tmp_path):
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert parts[0]["rows"] == parts[1]["rows"]
     for alone, together in zip(memory.rows, parts[0]["rows"], strict=True):
-        assert together == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in alone.items()}
+        assert together == {name: pytest.approx(value, rel=1e-3, abs=1e-3) for name, value in alone.items()}
     for name, tensor in parts[0]["model"].items():
         assert torch.equal(tensor, parts[1]["model"][name])
         assert (tensor - memory.models[-1][name]).norm() < 0.1 * tensor.norm(), name  # Muon gives directions of rounding full steps
