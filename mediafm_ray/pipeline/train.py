@@ -23,7 +23,7 @@ from mediafm_ray.storage.store import StorageConfig, absolute
 from mediafm_ray.training.baselines import BASELINES
 from mediafm_ray.training.batches import UnusableTitle
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
-from mediafm_ray.training.trainer import StateError, Trainer, TrainingError, new_model
+from mediafm_ray.training.trainer import FIGURES, StateError, Trainer, TrainingError, new_model
 
 GB = 10**9
 SECONDS_BETWEEN_WRITES = 5.0  # of the metrics, at least; a state always brings them along
@@ -406,7 +406,7 @@ def describe_cosines(row: Mapping[str, float]) -> str:
 
 def advise(ending: Mapping[str, Any], checkpoint_uri: str) -> list[str]:
     """The figures of the served vectors beside those of ``builtin:neighbours``, and which of the two to use."""
-    names = [name for name in ("identity", "context") if f"held_out_{name}" in ending and f"held_out_{name}_neighbours" in ending]
+    names = [name for name in FIGURES if f"held_out_{name}" in ending and f"held_out_{name}_neighbours" in ending]
     if not names:
         return [f"use it with contextualiser.checkpoint={checkpoint_uri}"]
     own, formula = ([ending[f"held_out_{name}{kind}"] for name in names] for kind in ("", "_neighbours"))
