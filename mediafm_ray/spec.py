@@ -10,8 +10,11 @@ Conventions
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,8 +33,46 @@ BOUNDARY_GRADUAL = "gradual"  # a dissolve, fade or wipe; the shot starts in its
 BOUNDARY_SPLIT = "split"  # no transition: a shot longer than the maximum was divided
 
 
+OUTAGES = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.ENETDOWN])
+
+
 class TitleError(Exception):
     """A reason, written for a person, why one title cannot be done. It ends that title, never the job."""
+
+
+class OutageError(Exception):
+    """A reason, written for a person, why one title cannot be done now, and that is no fault of the title's: it costs it no attempt."""
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether a network, a server, a disk or a right that is missing failed, whatever title was at hand."""
+    if type(error).__module__.startswith("av."):  # FFmpeg's codes are PyAV's OSErrors, whatever in the media they come from
+        return False
+    passing = (OutageError, ConnectionError, TimeoutError, PermissionError)
+    return isinstance(error, passing) or (isinstance(error, OSError) and error.errno in OUTAGES)
+
+
+def says_absent(error: FileNotFoundError) -> bool:
+    """Whether an error of fsspec means what it says: of HTTP it is raised, too, where the server failed or was not reached."""
+    cause = error.__cause__
+    status = getattr(cause, "status", None)
+    if isinstance(status, int):
+        return status in (404, 410)
+    return cause is None or not (isinstance(cause, (ConnectionError, TimeoutError)) or type(cause).__module__.startswith("aiohttp"))
+
+
+def local_path(uri: str) -> str | None:
+    """The path that a plain path or a ``file://`` URI (RFC 8089) names, as it was written; None for an object of another scheme.
+
+    Percent-encoding is undone in a URI and means nothing in a plain path; '#' and '?' are characters of a file's name in both.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return uri
+    if scheme.lower() != "file":
+        return None
+    path = os.fsdecode(urllib.parse.unquote_to_bytes(rest))
+    return path.removeprefix("localhost") if path.startswith("localhost/") else path
 
 
 # ---------------------------------------------------------------------------------------------------------- options
