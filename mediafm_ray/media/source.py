@@ -62,9 +62,7 @@ def open_bytes(uri: str, media: MediaConfig) -> BinaryIO:
             if os.path.isdir(path):
                 raise TitleError(f"{name} is a folder, not a file")
             return open(path, "rb", buffering=0)
-        kind = fsspec.get_filesystem_class(
-            uri.partition("://")[0].lower()
-        )  # not url_to_fs: '::' would be a chain of them
+        kind = fsspec.get_filesystem_class(uri.partition("://")[0].lower())  # not url_to_fs: '::' would be a chain of them
         found = {} if uri.startswith("s3:") else kind._get_kwargs_from_urls(uri)  # of s3: a version, where a key holds '?versionId='
         filesystem, path_there = kind(**{**found, **media.storage_options}), kind._strip_protocol(uri)
 
