@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,16 @@ GB = 10**9
 START_TIMEOUT_S = 600  # for the actors of a Ray of our own to load their models
 IDLE_WORKER_MS = 60_000  # a task's process takes 2 s of a core to start, and Ray ends it after one idle second
 LEAST_CPUS = 2  # logical CPUs of a Ray of our own: on one core the stages still have to take turns
+CONFIG_FAULT = re.compile(rf"^{ConfigError.__module__}\.{ConfigError.__name__}: (.+)$", re.MULTILINE)  # at the end of a traceback
 
 
 @contextmanager
 def connected(resources: ResourcesConfig) -> Iterator[None]:
     """Join the configured cluster, or start and stop a Ray of our own, and prepare Ray Data for the graph."""
     address = resources.ray_address or os.environ.get("RAY_ADDRESS", "")
-    for name in ("ray", "ray.data"):  # Ray's notes about itself; its errors still come through
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # no notes of Ray about itself; its errors still come through
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error, it raises as well
+    os.environ.setdefault("RAY_enable_output_error_log_if_still_retry", "0")  # else Ray prints a traceback for every call it repeats
     if address:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     else:
@@ -84,6 +87,22 @@ def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> Non
             f"{available.get('GPU', 0):g}: "
             "lower resources.*.min_actors, num_cpus or num_gpus"
         )
+
+
+def configuration_fault(error: BaseException) -> ConfigError | None:
+    """Return the ConfigError that an actor raised and Ray carried to the driver, or None where the error began otherwise.
+
+    Ray keeps the exception of a call as ``cause``, and of a constructor's exception the text of its traceback alone.
+    """
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, ray.exceptions.ActorDiedError):
+            said = CONFIG_FAULT.findall(str(at)) if at.actor_init_failed else []
+            return ConfigError(said[-1]) if said else None
+        if isinstance(at, ConfigError) and not isinstance(at, ray.exceptions.RayError):
+            return at
+        at = getattr(at, "cause", None) or at.__cause__
+    return None
 
 
 def runs_alone() -> bool:

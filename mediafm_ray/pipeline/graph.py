@@ -19,10 +19,11 @@ from ray.data._internal.execution.backpressure_policy import (
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from mediafm_ray.config import ContextualiseCatalogConfig, EmbedCatalogConfig, StageConfig
+from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig, StageConfig
+from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline import stages, stored
 from mediafm_ray.pipeline.allowance import SharedAllowance
-from mediafm_ray.pipeline.cluster import runs_alone
+from mediafm_ray.pipeline.cluster import configuration_fault, runs_alone
 from mediafm_ray.pipeline.deaths import DeathGuard
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.rows import Stage
@@ -189,7 +190,10 @@ def _in_actor(stage: Any, niceness: int, guard: DeathGuard) -> Any:
 
     def begin(self: Any, *arguments: Any) -> None:
         os.nice(niceness)
-        stage.__init__(self, *arguments)
+        try:
+            stage.__init__(self, *arguments)
+        except (ConfigError, WeightsError, ValueError, ImportError) as error:  # the next process would fail alike
+            raise ConfigError(f"stage {stage.name}: {' '.join(str(error).split())}") from error
 
     def call(self: Any, table: pa.Table) -> pa.Table:
         return guard.run(self, lambda titles: stage.__call__(self, titles), table)
@@ -210,16 +214,22 @@ def pools(plan: Plan, config: EmbedCatalogConfig) -> dict[str, StageConfig]:
 
 
 def blocks(titles: Dataset) -> Iterator[pa.Table]:
-    """Run the graph; the blocks of its last stage as they come, none kept.
+    """Run the graph; the blocks of its last stage as they come, none kept. Raises ConfigError where an actor found that it cannot work.
 
     Not iter_batches: every five seconds it sends statistics of all blocks so far to an actor; after 4,000 titles that was a fifth of
     what a profile saw of the driver.
     """
     if SparesTheDriver not in titles.context.custom_execution_callback_classes:
         titles.context.custom_execution_callback_classes.append(SparesTheDriver)
-    for bundle in titles.iter_internal_ref_bundles():
-        for entry in bundle.blocks:
-            yield ray.get(entry.ref)
+    try:
+        for bundle in titles.iter_internal_ref_bundles():
+            for entry in bundle.blocks:
+                yield ray.get(entry.ref)
+    except Exception as error:
+        fault = configuration_fault(error)
+        if fault is None:
+            raise
+        raise fault from None
 
 
 class SparesTheDriver(ExecutionCallback):
