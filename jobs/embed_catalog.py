@@ -73,7 +73,7 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally
         titles = graph.encode_text(titles, config)
         titles = graph.fuse(titles, plan, config)
         titles = graph.contextualise(titles, plan, config)
-        results = graph.blocks(graph.write(titles, plan, config))
+        results = graph.blocks(graph.write(titles, plan, config), console.say)
         metrics = Metrics(plan.model.dataset_version)
         follow(budget.follow(results, tally, limits.interrupted) if budget and limits else results, tally, begun, console, metrics)
 

@@ -6,9 +6,11 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.data import DataContext
@@ -19,6 +21,8 @@ from mediafm_ray.config import ConfigError, ResourcesConfig, StageConfig
 GB = 10**9
 START_TIMEOUT_S = 600  # for the actors of a Ray of our own to load their models
 IDLE_WORKER_MS = 60_000  # a task's process takes 2 s of a core to start, and Ray ends it after one idle second
+STARVED_S = 60.0  # without an actor that works, until it is said which resources a stage waits for
+MAX_SILENCE_S = 3600.0  # between two such lines; the pauses double until then
 LEAST_CPUS = 2  # logical CPUs of a Ray of our own: on one core the stages still have to take turns
 CONFIG_FAULT = re.compile(rf"^{ConfigError.__module__}\.{ConfigError.__name__}: (.+)$", re.MULTILINE)  # at the end of a traceback
 
@@ -78,6 +82,9 @@ def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> Non
     if resources.ray_address or os.environ.get("RAY_ADDRESS"):
         return
     available = ray.cluster_resources()
+    for name, pool in pools.items():
+        if pool.node_resource and pool.node_resource not in available:
+            raise ConfigError(f"resources.{name}.node_resource={pool.node_resource}: a local Ray has no such resource; leave it empty")
     cpus = sum(pool.min_actors * pool.num_cpus for pool in pools.values())
     gpus = sum(pool.min_actors * pool.num_gpus for pool in pools.values())
     if cpus > available.get("CPU", 0) or gpus > available.get("GPU", 0):
@@ -103,6 +110,51 @@ def configuration_fault(error: BaseException) -> ConfigError | None:
             return at
         at = getattr(at, "cause", None) or at.__cause__
     return None
+
+
+class StarvationClock:
+    """Decides when to say that something waits for resources: after STARVED_S, then at doubling intervals until it waits no more."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        self.since = self.next = float("inf")
+
+    def is_due(self, waits: bool) -> bool:
+        """Note whether it waits now; return whether to say so."""
+        now = self.clock()
+        if not waits:
+            self.since = float("inf")
+        elif self.since == float("inf"):
+            self.since, self.next = now, now + STARVED_S
+        if not waits or now < self.next:
+            return False
+        self.next = now + min(now - self.since, MAX_SILENCE_S)
+        return True
+
+    def describe(self, name: str, wanted: Mapping[str, float]) -> str:
+        """Say who waits for which resources, and what the cluster has of them."""
+        minutes = (self.clock() - self.since) / 60
+        return f"{name} has waited for resources for {minutes:.0f} min: {room_for(wanted, ray.nodes(), ray.available_resources())}"
+
+
+def room_for(wanted: Mapping[str, float], nodes: Iterable[Mapping[str, Any]], free: Mapping[str, float]) -> str:
+    """Say why there is no room for an actor that wants these resources. ``nodes``: as ray.nodes() gives them."""
+    sizes = [node["Resources"] for node in nodes if node["Alive"]]
+    each = " and ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    if not any(all(size.get(name, 0) >= amount for name, amount in wanted.items()) for size in sizes):
+        largest = ", ".join(f"{max((size.get(name, 0) for size in sizes), default=0):g} {name}" for name in wanted)
+        return (
+            f"an actor needs {each}, and no node of the cluster has that (at most {largest} on one): "
+            "unless the cluster is growing, lower what the stage asks for (resources.*)"
+        )
+    there = ", ".join(f"{free.get(name, 0):g} of {sum(size.get(name, 0) for size in sizes):g} {name}" for name in wanted)
+    return f"an actor needs {each}, and free are {there}: other jobs or stages hold the rest (see ray status)"
+
+
+def has_no_node(actor: Any) -> bool:
+    """Whether an actor is not placed yet, rather than that its constructor runs."""
+    found = ray._private.state.actors(actor._actor_id.hex())
+    return not found.get("Address", {}).get("IPAddress")
 
 
 def runs_alone() -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCat
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline import stages, stored
 from mediafm_ray.pipeline.allowance import SharedAllowance
-from mediafm_ray.pipeline.cluster import configuration_fault, runs_alone
+from mediafm_ray.pipeline.cluster import StarvationClock, configuration_fault, has_no_node, runs_alone
 from mediafm_ray.pipeline.deaths import DeathGuard
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.rows import Stage
@@ -213,14 +214,18 @@ def pools(plan: Plan, config: EmbedCatalogConfig) -> dict[str, StageConfig]:
     return found | ({"contextualise": resources.contextualise} if plan.checkpoint else {}) | {"write": resources.write}
 
 
-def blocks(titles: Dataset) -> Iterator[pa.Table]:
+def blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> Iterator[pa.Table]:
     """Run the graph; the blocks of its last stage as they come, none kept. Raises ConfigError where an actor found that it cannot work.
+
+    ``say``: hears, from another thread, which stage waits for which resource of the cluster.
 
     Not iter_batches: every five seconds it sends statistics of all blocks so far to an actor; after 4,000 titles that was a fifth of
     what a profile saw of the driver.
     """
     if SparesTheDriver not in titles.context.custom_execution_callback_classes:
         titles.context.custom_execution_callback_classes.append(SparesTheDriver)
+    if say:  # Ray Data makes the object, without arguments
+        titles.context.custom_execution_callback_classes.append(type("SaysStarvation", (StarvationCallback,), {"say": staticmethod(say)}))
     try:
         for bundle in titles.iter_internal_ref_bundles():
             for entry in bundle.blocks:
@@ -249,3 +254,26 @@ class SparesTheDriver(ExecutionCallback):
             getattr(operator, "_output_blocks_stats", []).clear()
         time.sleep(max(0.0, self.last_step + LEAST_STEP_S - time.monotonic()))
         self.last_step = time.monotonic()
+
+
+class StarvationCallback(ExecutionCallback):
+    """Say which stage has had no actor for a while, for lack of a node with room for one."""
+
+    say: Callable[[str], None]
+
+    def __init__(self) -> None:
+        self.clocks: dict[Any, StarvationClock] = defaultdict(StarvationClock)
+
+    def on_execution_step(self, executor: Any) -> None:
+        """See ExecutionCallback."""
+        for operator in executor._topology or ():
+            pool = getattr(operator, "_actor_pool", None)
+            if pool is None:
+                continue
+            coming = [*pool._pending_actors.values(), *(pool._running_actors if pool.num_restarting_actors() else ())]
+            working = pool.num_running_actors() - pool.num_restarting_actors()
+            if self.clocks[operator].is_due(waits=bool(coming) and not working) and any(map(has_no_node, coming)):
+                wants = operator._ray_remote_args
+                wanted = {"CPU": wants.get("num_cpus"), "GPU": wants.get("num_gpus"), **(wants.get("resources") or {})}
+                described = self.clocks[operator].describe(operator.name, {name: amount for name, amount in wanted.items() if amount})
+                self.say(described)
