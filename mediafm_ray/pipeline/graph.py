@@ -135,7 +135,11 @@ def write(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
     )
 
 
-def contextualise_stored(plan: Plan, config: ContextualiseCatalogConfig | EmbedCatalogConfig) -> Dataset:
+def contextualise_stored(
+    plan: Plan,
+    config: ContextualiseCatalogConfig | EmbedCatalogConfig,
+    stage: type[stored.ContextualiseStored] = stored.ContextualiseStored,
+) -> Dataset:
     """Embed the committed shots of each pending title in context and commit them; what is left is how each title ended.
 
     One stage, in actors: vectors that are read anyway need not travel between processes.
@@ -147,7 +151,7 @@ def contextualise_stored(plan: Plan, config: ContextualiseCatalogConfig | EmbedC
     titles = ray.data.from_blocks([pa.Table.from_pylist(rows[start:end], plan.pending.schema) for start, end in itertools.pairwise(bounds)])
     titles.context.target_max_block_size = 1  # byte: every title that is done is heard of at once, not when its call ends
     return titles.map_batches(
-        stored.ContextualiseStored,
+        _in_actor(stage, 0, DeathGuard(config.resources.max_deaths_per_title)),
         fn_constructor_args=(config.output.uri, plan.model, plan.checkpoint, with_threads(config.contextualiser, pool), config.storage),
         batch_size=None,
         **_in_pool(pool),
@@ -199,7 +203,12 @@ def _in_actor(stage: Any, niceness: int, guard: DeathGuard) -> Any:
     def call(self: Any, table: pa.Table) -> pa.Table:
         return guard.run(self, lambda titles: stage.__call__(self, titles), table)
 
-    return type(stage.__name__, (stage,), {"__init__": begin, "__call__": call})
+    def call_for_each(self: Any, table: pa.Table) -> Iterator[pa.Table]:
+        for part in guard.parts(self, table):
+            yield from stage.__call__(self, part)
+
+    several = issubclass(stage, stored.ContextualiseStored)
+    return type(stage.__name__, (stage,), {"__init__": begin, "__call__": call_for_each if several else call})
 
 
 def pools(plan: Plan, config: EmbedCatalogConfig) -> dict[str, StageConfig]:
