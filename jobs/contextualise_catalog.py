@@ -46,7 +46,7 @@ def contextualise(plan: Plan, config: ContextualiseCatalogConfig, console: Conso
     with connected(config.resources):
         check_room(config.resources, {"contextualise": config.resources.contextualise})
         results = graph.contextualise_stored(plan, config)
-        follow(graph.blocks(results), tally, begun, console, Metrics(plan.model.dataset_version))
+        follow(graph.blocks(results, console.say), tally, begun, console, Metrics(plan.model.dataset_version))
 
 
 def say_plan(plan: Plan, console: Console) -> None:

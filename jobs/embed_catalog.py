@@ -44,13 +44,15 @@ def main(config: EmbedCatalogConfig) -> int:
 
 
 def run(plan: Plan, tally: Tally, work: Callable[[], None]) -> None:
-    """Do the work, if anything is pending; what ends it early is kept in ``tally``. Raises ConfigError."""
+    """Do the work, if anything is pending; what ends it early is kept in ``tally``. Raises ConfigError, unless titles were done."""
     if not plan.pending.num_rows:
         return
     try:
         work()
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        if not tally.finished:
+            raise
+        tally.aborted, tally.retry_helps = str(error), False
     except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
         traceback.print_exc()
         tally.aborted = reason_of(error)
@@ -73,7 +75,7 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally
         titles = graph.encode_text(titles, config, budget)
         titles = graph.fuse(titles, plan, config)
         titles = graph.contextualise(titles, plan, config)
-        results = graph.blocks(graph.write(titles, plan, config))
+        results = graph.blocks(graph.write(titles, plan, config), console.say)
         metrics = Metrics(plan.model.dataset_version)
         follow(budget.follow(results, tally, limits.interrupted), tally, begun, console, metrics)
 
@@ -135,7 +137,8 @@ def report(
         console.say(f"error: the run's summary could not be written: {error}")
         return EXIT_ABORTED
     if tally.aborted:
-        console.say(f"error: the run ended early, {tally.lost} titles were not done: {tally.aborted}; run the same command again")
+        hint = "; run the same command again" if tally.retry_helps else ""
+        console.say(f"error: the run ended early, {tally.lost} titles were not done: {tally.aborted}{hint}")
         return EXIT_ABORTED
     if tally.lost:
         console.say(f"error: {tally.lost} titles were planned and never came back; run the same command again")

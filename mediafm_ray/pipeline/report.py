@@ -80,6 +80,7 @@ class Tally:
     bytes_written: int = 0
     ended_by: str = ""  # the limit that kept the run from taking the titles that are left
     aborted: str = ""  # why the run ended before its titles did
+    retry_helps: bool = True  # whether the same command may do better than a run that was aborted
     startup_s: float = 0.0  # until the first title could have begun: Ray, its actors, their models
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     measures: dict[str, float] = field(default_factory=lambda: defaultdict(float))
