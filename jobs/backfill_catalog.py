@@ -28,7 +28,7 @@ from mediafm_ray.pipeline.backfill import (
     plan_backfill,
     summary_part,
 )
-from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, holder_of_lease, run_job
+from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.plan import describe_model, prepare_output
 from mediafm_ray.pipeline.report import Console, Tally
@@ -54,12 +54,13 @@ def main(config: BackfillCatalogConfig) -> int:
         console.say(describe(backfill, config))
         prepare_output(backfill.plan, config)
         pace = last_pace(store)
-        deleted = delete(backfill, config, console)
-        tally, budget = Tally.of(backfill.plan), limits(backfill, config, start, lease)
-        run(backfill.plan, tally, lambda: embed(backfill.plan, config, console, tally, budget))
-        wall_s = time.monotonic() - start
-        part = summary_part(backfill, tally, wall_s, deleted, pace)
-        code = report(backfill.plan, tally, wall_s, config, console, more={"backfill": part})
+        with working():
+            deleted = delete(backfill, config, console)
+            tally, budget = Tally.of(backfill.plan), limits(backfill, config, start, lease)
+            run(backfill.plan, tally, console, lambda: embed(backfill.plan, config, console, tally, budget))
+            wall_s = time.monotonic() - start
+            part = summary_part(backfill, tally, wall_s, deleted, pace)
+            code = report(backfill.plan, tally, wall_s, config, console, more={"backfill": part})
     if tally.ended_by == LEASE_LOST:
         console.say(
             "error: the run took no more titles because its lease was lost: another may be at work; look, and run the same command again"

@@ -18,7 +18,7 @@ from typing import Any
 
 from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.pipeline.backfill import Limits
-from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, run_job
+from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, debugging, run_job, working
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
@@ -36,12 +36,13 @@ def main(config: EmbedCatalogConfig) -> int:
         console.say(describe_cost(plan, config))
         return EXIT_OK
     prepare_output(plan, config)
-    tally = Tally.of(plan)
-    run(plan, tally, lambda: embed(plan, config, console, tally))
-    return report(plan, tally, time.monotonic() - start, config, console)
+    with working():
+        tally = Tally.of(plan)
+        run(plan, tally, console, lambda: embed(plan, config, console, tally))
+        return report(plan, tally, time.monotonic() - start, config, console)
 
 
-def run(plan: Plan, tally: Tally, work: Callable[[], None]) -> None:
+def run(plan: Plan, tally: Tally, console: Console, work: Callable[[], None]) -> None:
     """Do the work, if anything is pending; what ends it early is kept in ``tally``. Raises ConfigError."""
     if not plan.pending.num_rows:
         return
@@ -50,7 +51,7 @@ def run(plan: Plan, tally: Tally, work: Callable[[], None]) -> None:
     except ConfigError:
         raise
     except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
-        traceback.print_exc()
+        console.keep(traceback.format_exc(), shown=debugging())
         tally.aborted = reason_of(error)
 
 

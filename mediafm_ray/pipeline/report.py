@@ -54,6 +54,13 @@ class Console:
         self.lines.write(f"{stamp} {line}\n")
         self.titles.write(_json_line(record))
 
+    def keep(self, lines: str, shown: bool = False) -> None:
+        """Put lines into the log that a person wants who looks for a cause, such as a traceback; on the terminal only if ``shown``."""
+        stamp = time.strftime(TIME_FORMAT)
+        self.lines.writelines(f"{stamp} {line}\n" for line in lines.splitlines())
+        if shown:
+            print(lines, file=sys.stderr)
+
     def write_log(self, store: Store, names: tuple[str, str] = (LOG, TITLES_LOG)) -> None:
         """Put the logs of this run into the output: what was said, and a JSON line for each title that ended."""
         for name, kept in zip(names, (self.lines, self.titles), strict=True):

@@ -48,7 +48,7 @@ from mediafm_ray.pipeline.rows import (
     was_left,
 )
 from mediafm_ray.spec import MODALITIES
-from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name
+from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name, parse_failure
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import StorageConfig, fsspec_options, public_uri
@@ -425,8 +425,8 @@ def contextual_file(
 def record_failure(output: Output, name: str, title: Mapping[str, Any], error: Mapping[str, str]) -> None:
     """Put, or count up, the failure record of that name. ``title``: what it says of the title; ``error``: what went wrong."""
     try:
-        attempts = json.loads(output.store.read(name))["attempts"]
-    except FileNotFoundError:
+        attempts = parse_failure(output.store.read(name))["attempts"]
+    except (FileNotFoundError, ValueError):  # ValueError: what stands there is no failure record, and is replaced by one
         attempts = 0
     record = {
         **title,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import math
 import os
@@ -28,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mediafm_ray.spec import TimedTextSource, Title, digest_of
+from mediafm_ray.spec import TimedTextSource, Title, digest_of, parse_json
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig
 from mediafm_ray.storage.errors import StorageError, code_of, may_pass
 from mediafm_ray.storage.s3 import S3Objects, hasty
@@ -141,6 +140,8 @@ def _read_folder(store: Store) -> list[Entry]:
     if not by_stem:
         raise CatalogError(uri, [f"no video file below this folder (endings known: {' '.join(sorted(VIDEO_ENDINGS))})"])
     sidecars = _sidecars_of(by_stem, objects)
+    names = (name for texts in sidecars.values() for name, _, _ in texts)
+    problems.extend(f"{name}: the name has control characters or is not valid Unicode; rename it" for name in names if not _is_clean(name))
     described = [stem for stem in by_stem if f"{stem}.json" in objects]
     with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
         found_metadata = dict(
@@ -193,7 +194,7 @@ def _sidecars_of(by_stem: Mapping[str, str], objects: Iterable[str]) -> dict[str
 
 def _read_metadata(store: Store, name: str, problems: list[str]) -> dict[str, Any]:
     try:
-        content = json.loads(store.read(name))
+        content = parse_json(store.read(name))
     except ValueError as error:
         problems.append(f"{name}: not valid JSON: {error}")
         return {}
@@ -322,7 +323,7 @@ def _problems_of_duration(value: Any) -> list[str]:
     """Of a number, or of its text in a CSV; nothing, or 0, is a duration that is not known."""
     try:
         seconds = float(value or 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # OverflowError: an integer of hundreds of digits
         seconds = math.nan
     return [] if 0 <= seconds < math.inf else [f"duration_s must be a number of seconds, is {value!r}"]
 
@@ -376,7 +377,7 @@ def _jsonl_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             problems.append(f"line {number}: not valid JSON: {error}")
             continue

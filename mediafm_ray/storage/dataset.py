@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from mediafm_ray.spec import MODALITIES, digest_of
+from mediafm_ray.spec import MODALITIES, digest_of, parse_json
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, scenes_schema, shots_schema, titles_schema
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig, Store, percent_encode
 
@@ -118,7 +118,7 @@ class Model:
     @classmethod
     def from_json(cls, content: bytes) -> Model:
         """The inverse of ``to_json``."""
-        fields = json.loads(content)
+        fields = parse_json(content)
         spans = {name: (span[0], span[1]) for name, span in fields["spans"].items()}
         return cls(fields["dataset_version"], fields["recipe"], fields["dims"], spans)
 
@@ -185,7 +185,7 @@ class EmbeddingDataset:
         self.output = Output(uri, version or versions[0], config)
         try:
             self.model = Model.from_json(self.output.store.read(MODEL))
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:  # absent; not JSON; JSON of something else
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:  # absent; not JSON; JSON of something else
             reason = f"{type(error).__name__}: {error}"
             raise DatasetError(f"{self.output.store.uri}/{MODEL} cannot be read ({reason}): embedding any title again writes it") from error
 
@@ -267,7 +267,18 @@ def title_facts(table: pa.Table) -> dict[str, Any]:
 def read_failures(output: Output) -> Iterator[dict[str, Any]]:
     """The failure records of a dataset version, in the order of their names."""
     for infos in _sorted_objects(output.list(FAILURES)):
-        yield json.loads(output.store.read(infos.name))
+        yield parse_json(output.store.read(infos.name))
+
+
+def parse_failure(content: bytes) -> dict[str, Any]:
+    """A failure record. Raises ValueError where it is none."""
+    record = parse_json(content)
+    if not isinstance(record, dict) or not isinstance(record.get("title_id"), str):
+        raise ValueError("it is no JSON object with a title_id")
+    attempts = record.get("attempts")
+    if type(attempts) is not int or attempts < 1:
+        raise ValueError("its attempts are no number from 1 on")
+    return record
 
 
 def newest_objects(objects: Mapping[tuple[str, str], list[ObjectInfo]]) -> list[ObjectInfo]:
