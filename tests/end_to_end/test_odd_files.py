@@ -1,4 +1,4 @@
-"""Odd files and unforeseen errors, met by real jobs: one line for a person, an exit code that is documented, no traceback on the terminal."""
+"""Odd files and unforeseen errors, met by real jobs: one line for a person, a documented exit code, no traceback on the terminal."""
 
 import json
 import os

@@ -375,6 +375,13 @@ def test_nothing_to_do_is_done_without_ray_and_reported(config, tmp_path, monkey
     summary = json.loads((tmp_path / "out" / "run-summary.json").read_text())
     assert summary["titles"]["skipped"] == 4
     assert summary["backfill"]["planned"] == 0
+    first = (tmp_path / "out" / summary["run"] / "run.log").read_bytes()
+    assert backfill_catalog.main(config) == 0
+    runs = sorted(path.name for path in (tmp_path / "out" / "runs").iterdir())
+    assert len(runs) == 2, "a run of its own each"
+    assert (tmp_path / "out" / summary["run"] / "run.log").read_bytes() == first
+    assert json.loads((tmp_path / "out" / "run-summary.json").read_text())["run"] != summary["run"]
+    assert all((tmp_path / "out" / "runs" / run / "run-summary.json").exists() for run in runs)
 
 
 @pytest.mark.parametrize(
