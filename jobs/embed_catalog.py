@@ -23,6 +23,7 @@ from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
 from mediafm_ray.pipeline.report import LOG, SUMMARY, TITLES_LOG, Console, Tally, follow, reason_of, summary, summary_table, write_summary
+from mediafm_ray.spec import public_lines
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.store import Store
 
@@ -50,7 +51,7 @@ def run(plan: Plan, tally: Tally, work: Callable[[], None]) -> None:
     except ConfigError:
         raise
     except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
-        traceback.print_exc()
+        print(public_lines(traceback.format_exc()), file=sys.stderr)
         tally.aborted = reason_of(error)
 
 

@@ -29,6 +29,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from mediafm_ray.spec import PublicError
+
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hub:"
 MARK = re.compile("#(?=(?:sha256|endpoint_url)=)")  # where the marks of an address begin
@@ -45,7 +47,7 @@ SAFE_TENSORS = ("*.safetensors",)
 TORCH_TENSORS = ("pytorch_model*.bin",)  # used where there are no safetensors
 
 
-class WeightsError(Exception):
+class WeightsError(PublicError):
     """Weights that are not there or cannot be used; the message says what to do."""
 
 

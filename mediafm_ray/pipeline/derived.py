@@ -30,7 +30,7 @@ from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.pipeline.plan import BUILTIN_DATASET
 from mediafm_ray.pipeline.report import MAX_FAILURES_SHOWN, Console
 from mediafm_ray.pipeline.stored import read_shots
-from mediafm_ray.spec import TitleError
+from mediafm_ray.spec import TitleError, public_line
 from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, contextual, newest_objects, object_key, sibling
 from mediafm_ray.storage.schemas import embedding_values, encode_parquet, read_facts
 
@@ -220,7 +220,7 @@ def derive_titles(plan: DerivedPlan, make: Callable[[PendingTitle], Derived], co
             if isinstance(error, TitleError):
                 return pending, None, str(error)
             log.exception("title %s failed", pending.title)
-            return pending, None, f"{type(error).__name__}: {error}"
+            return pending, None, public_line(f"{type(error).__name__}: {error}")
 
     with threadpool_limits(limits=1):  # a core a title: threads of threads would wait for each other
         return _follow(in_order(attempt, plan.pending, config.threads), len(plan.pending), console)

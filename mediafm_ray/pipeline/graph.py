@@ -25,6 +25,7 @@ from mediafm_ray.pipeline.allowance import SharedAllowance
 from mediafm_ray.pipeline.cluster import runs_alone
 from mediafm_ray.pipeline.deaths import DeathGuard
 from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.report import clean_logs
 from mediafm_ray.pipeline.rows import Stage
 from mediafm_ray.pipeline.stages import max_actors, with_threads
 
@@ -189,6 +190,7 @@ def _in_actor(stage: Any, niceness: int, guard: DeathGuard) -> Any:
 
     def begin(self: Any, *arguments: Any) -> None:
         os.nice(niceness)
+        clean_logs()
         stage.__init__(self, *arguments)
 
     def call(self: Any, table: pa.Table) -> pa.Table:

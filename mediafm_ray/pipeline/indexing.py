@@ -27,7 +27,7 @@ from mediafm_ray.downstream.similarity import unit_vectors
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.pipeline.derived import PROGRESS_S, in_order, read_vectors, say_failures
 from mediafm_ray.pipeline.report import Console
-from mediafm_ray.spec import MODALITIES, TitleError
+from mediafm_ray.spec import MODALITIES, TitleError, public_line
 from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, encode_title, newest_objects, object_key
 from mediafm_ray.storage.index import (
     EMBEDDING,
@@ -142,7 +142,7 @@ def add_titles(dataset: EmbeddingDataset, plan: IndexPlan, writer: IndexWriter, 
         except Exception as error:  # a title's failure is a value, the job goes on
             if not isinstance(error, TitleError):
                 log.exception("%s cannot be read", name)
-            return name, None, str(error) if isinstance(error, TitleError) else f"{type(error).__name__}: {error}"
+            return name, None, str(error) if isinstance(error, TitleError) else public_line(f"{type(error).__name__}: {error}")
 
     def rows() -> Iterator[pa.Table]:
         begun = said = time.monotonic()

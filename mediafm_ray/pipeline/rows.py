@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.spec import Packed, TimedTextSource, Title, TitleError
+from mediafm_ray.spec import Packed, TimedTextSource, Title, TitleError, public_line, public_lines
 
 log = logging.getLogger(__name__)
 MAX_TRACEBACK_PARTS = 6  # the last frames and the error itself
@@ -240,7 +240,7 @@ def error_value(stage: str, failure: BaseException) -> dict[str, str]:
     if not isinstance(failure, TitleError):  # a defect, or trouble outside the title: where it was matters, too
         message = f"{type(failure).__name__}: {message}"
         frames = "".join(traceback.format_exception(failure)[-MAX_TRACEBACK_PARTS:])
-    return {"stage": stage, "type": type(failure).__name__, "message": message, "traceback": frames}
+    return {"stage": stage, "type": type(failure).__name__, "message": public_line(message), "traceback": public_lines(frames)}
 
 
 def failed(title: pa.Table, stage: str, failure: BaseException) -> pa.Table:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mediafm_ray.config import ConfigError, ResourcesConfig, TrainContextualiserConfig
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS
-from mediafm_ray.pipeline.report import Console, clock, reason_of
+from mediafm_ray.pipeline.report import Console, clean_logs, clock, reason_of
 from mediafm_ray.pipeline.stored_titles import StoredTitles, TitleList, list_titles
 from mediafm_ray.pipeline.training_folder import CURVES, EVENTS, FINISHED, PLAN, TrainingFolder
 from mediafm_ray.spec import recipe_of
@@ -136,6 +136,7 @@ def train_worker(given: Mapping[str, Any]) -> None:
     import ray.train
     import torch
 
+    clean_logs()
     task: WorkerTask = given["task"]
     context = ray.train.get_context()
     first = context.get_world_rank() == 0

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from botocore import exceptions as boto
 
+from mediafm_ray.spec import PublicError
+
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.5  # the longest pause before the second attempt; it doubles with every further one
@@ -42,7 +44,7 @@ NO_CREDENTIALS = (
 Result = TypeVar("Result")
 
 
-class StorageError(Exception):
+class StorageError(PublicError):
     """A location that cannot be read or written; the message is one line and says which and what to do."""
 
 
