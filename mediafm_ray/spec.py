@@ -10,9 +10,12 @@ Conventions
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,8 +44,12 @@ WORD = re.compile(r"[^ \t\r\n\"<>]+")  # what none of those characters interrupt
 SEPARATOR = re.compile(r"(?::|%(?:25)*3a)(?:\\*/|%(?:25)*2f)+", re.IGNORECASE)  # between the scheme of an address and its rest
 USER = re.compile(r"[^/?#]*@")  # user and password, right after it
 USER_ENCODED = re.compile(r"(?:(?!%(?:25)*(?:2f|3f|23))[^/?#])*(?:@|%(?:25)*40)", re.IGNORECASE)
+AT = re.compile(r"@|%(?:25)*40", re.IGNORECASE)
 COLON = re.compile(r":|%(?:25)*3a", re.IGNORECASE)
-NO_PORT = re.compile(r"[^/?#@\[:]+:(?!\d*(?:[/?#]|$))")  # a host and what cannot be its port: a password that is not encoded
+NO_PORT = re.compile(r"[^/?#@\[:]*:(?!\d*(?:[/?#]|$))")  # a host and what cannot be its port: a password as people paste it
+NO_PORT_ENCODED = re.compile(
+    r"(?:(?!%(?:25)*(?:2f|3f|23|40|5b|3a))[^/?#@\[:])*(?::|%(?:25)*3a)(?!\d*(?:[/?#]|%(?:25)*(?:2f|3f|23)|$))", re.IGNORECASE
+)
 QUERY = re.compile(r"\?|%(?:25)*3f", re.IGNORECASE)
 EQUALS = re.compile(r"=|%(?:25)*3d", re.IGNORECASE)
 WEB = ("http", "https")
@@ -94,7 +101,8 @@ def _public_word(word: str, closing: str) -> str:
     """A text that is at most one address, or several without a space between, without secrets. ``closing``: kept at its end."""
     if not any(mark in word for mark in "@?%"):
         return word
-    kept, position, last_at = [], 0, word.rfind("@")
+    kept, position = [], 0
+    last_at = max((found.end() for found in AT.finditer(word)), default=0)
     web = web_encoded = len(word)  # where the first address of the web begins, in the text that is kept
     length = 0
     for separator in SEPARATOR.finditer(word):
@@ -110,8 +118,8 @@ def _public_word(word: str, closing: str) -> str:
         user = (USER_ENCODED if encoded else USER).match(word, end)
         if user and (on_web or COLON.search(user[0])):
             position = user.end()
-        elif not user and last_at > end and end - start > 2 and NO_PORT.match(word, end):
-            position = last_at + 1
+        elif not user and last_at > end and end - start > 2 and (NO_PORT_ENCODED if encoded else NO_PORT).match(word, end):
+            position = last_at
         else:
             position = end
     kept.append(word[position:])
@@ -127,8 +135,46 @@ def _public_word(word: str, closing: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
+OUTAGES = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.ENETDOWN])
+
+
 class TitleError(PublicError):
     """A reason, written for a person, why one title cannot be done. It ends that title, never the job."""
+
+
+class OutageError(PublicError):
+    """A reason, written for a person, why one title cannot be done now, and that is no fault of the title's: it costs it no attempt."""
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether a network, a server, a disk or a right that is missing failed, whatever title was at hand."""
+    if type(error).__module__.startswith("av."):  # FFmpeg's codes are PyAV's OSErrors, whatever in the media they come from
+        return False
+    passing = (OutageError, ConnectionError, TimeoutError, PermissionError)
+    return isinstance(error, passing) or (isinstance(error, OSError) and error.errno in OUTAGES)
+
+
+def says_absent(error: FileNotFoundError) -> bool:
+    """Whether an error of fsspec means what it says: of HTTP it is raised, too, where the server failed or was not reached."""
+    cause = error.__cause__
+    status = getattr(cause, "status", None)
+    if isinstance(status, int):
+        return status in (404, 410)
+    return cause is None or not (isinstance(cause, (ConnectionError, TimeoutError)) or type(cause).__module__.startswith("aiohttp"))
+
+
+def local_path(uri: str) -> str | None:
+    """The path that a plain path or a ``file://`` URI (RFC 8089) names, as it was written; None for an object of another scheme.
+
+    Percent-encoding is undone in a URI and means nothing in a plain path; '#' and '?' are characters of a file's name in both.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return uri
+    if scheme.lower() != "file":
+        return None
+    path = os.fsdecode(urllib.parse.unquote_to_bytes(rest))
+    return path.removeprefix("localhost") if path.startswith("localhost/") else path
 
 
 # ---------------------------------------------------------------------------------------------------------- options

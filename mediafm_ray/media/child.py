@@ -31,7 +31,7 @@ from mediafm_ray.media.damage import DecoderLog
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
 from mediafm_ray.media.wire import Channel, WireError
-from mediafm_ray.spec import ShotSpan, TimedTextSource, Title, TitleError
+from mediafm_ray.spec import OutageError, ShotSpan, TimedTextSource, Title, TitleError, is_outage
 
 OUTSTANDING_BLOCKS = 2  # blocks the detector may lag behind the decoder: replies are awaited at fixed places, whatever the timing
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -90,8 +90,8 @@ def serve(channel: Channel) -> None:
                 channel.send("end", {}, _texts(header, channel))
             else:
                 channel.send("end", _read(header, channel))
-        except TitleError as error:
-            channel.send("error", {"reason": str(error)})
+        except (TitleError, OutageError) as error:
+            channel.send("error", {"reason": str(error), "outage": isinstance(error, OutageError)})
         except MemoryError:
             name = file_name(header["title"]["video"])
             limit_gb = header["media"]["memory_limit_gb"]
@@ -101,7 +101,8 @@ def serve(channel: Channel) -> None:
         except Exception as error:
             traceback.print_exc()
             name = file_name(header["title"]["video"])
-            channel.send("error", {"reason": f"{name}: the reader failed: {error.__class__.__name__}: {error}"})
+            reason = f"{name}: the reader failed: {error.__class__.__name__}: {error}"
+            channel.send("error", {"reason": reason, "outage": is_outage(error)})
 
 
 def _title(header: dict[str, Any]) -> Title:

@@ -22,7 +22,18 @@ from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
 from mediafm_ray.media.spool import Spool
 from mediafm_ray.media.wire import Channel, Gone, Overdue, WireError
-from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH, SAMPLE_RATE, ShotMedia, ShotSpan, ShotStream, Title, TitleError, TitleMedia
+from mediafm_ray.spec import (
+    DETECTOR_HEIGHT,
+    DETECTOR_WIDTH,
+    SAMPLE_RATE,
+    OutageError,
+    ShotMedia,
+    ShotSpan,
+    ShotStream,
+    Title,
+    TitleError,
+    TitleMedia,
+)
 
 Result = TypeVar("Result")
 
@@ -87,7 +98,7 @@ class IsolatedReader:
     def texts(self, title: Title) -> list[str]:
         """The text of the cues of the sidecar that would be used; empty where none can be read. The video is not opened.
 
-        Raises TitleError as ``read`` does.
+        Raises what ``read`` raises.
         """
         return self._guarded(title, lambda: self._ask_for_texts(title))
 
@@ -101,7 +112,7 @@ class IsolatedReader:
             return result
         except _Refused as error:  # the child is well, the title is not
             finished = True
-            raise TitleError(str(error)) from None
+            raise (OutageError if error.outage else TitleError)(str(error)) from None
         except TimeoutError:
             raise TitleError(
                 f"{file_name(title.video)}: reading made no progress for {self.media.no_progress_timeout_s:g} s and was stopped"
@@ -148,7 +159,7 @@ class IsolatedReader:
                 except ValueError as error:
                     raise WireError("texts are not UTF-8") from error
             if header["kind"] == "error":
-                raise _Refused(_text(header.get("reason", "")))
+                raise _Refused(header)
             if header["kind"] != "alive":
                 raise WireError(f"unknown message {header['kind']}")
 
@@ -171,7 +182,7 @@ class IsolatedReader:
                 elif kind == "end":
                     return assembly.finish(header)
                 elif kind == "error":
-                    raise _Refused(_text(header["reason"]))
+                    raise _Refused(header)
                 elif kind not in ("no more pictures", "alive"):
                     raise WireError(f"unknown message {kind}")
             except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
@@ -237,7 +248,11 @@ class IsolatedReader:
 
 
 class _Refused(Exception):
-    """The child's reason why it cannot read the title."""
+    """The child's reason why it cannot read the title, and whether that is no fault of the title's."""
+
+    def __init__(self, header: dict[str, Any]):
+        super().__init__(_text(header.get("reason", "")))
+        self.outage = header.get("outage") is True
 
 
 def _text(value: Any) -> str:

@@ -11,16 +11,15 @@ import os
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import av
 import av.container
 import fsspec
 
 from mediafm_ray.media.options import MediaConfig
-from mediafm_ray.spec import TitleError
+from mediafm_ray.spec import OutageError, TitleError, is_outage, local_path, public_line, public_uri, says_absent
 
 LOCAL_BUFFER_BYTES = 1 << 20  # what FFmpeg reads at once from a local file; small reads cost a Python call each
 READ_ATTEMPTS = 4  # of reading on in a remote file, each after what the file system tries by itself
@@ -36,30 +35,34 @@ ALLOWED_FORMATS = VIDEO_FORMATS + ELEMENTARY_FORMATS + AUDIO_FORMATS
 
 
 def file_name(uri: str) -> str:
-    """The last part of a URI or path, for messages: no folders, no query."""
-    path = urlsplit(uri).path if "://" in uri else uri
-    return unquote(path.rstrip("/").rsplit("/", 1)[-1]) or uri
+    """The last part of a URI or path, for messages: no folders, no secrets, no control characters."""
+    path = local_path(uri)
+    if path is None:
+        path = public_uri(uri).partition("://")[2]
+        if uri.lower().startswith(("http://", "https://")):
+            path = unquote(path)
+    return public_line(path.rstrip("/").rsplit("/", 1)[-1] or path)
 
 
 def is_local(uri: str) -> bool:
     """Whether a URI names a file of this machine."""
-    return "://" not in uri or uri.startswith("file://")
+    return local_path(uri) is not None
 
 
 def open_bytes(uri: str, media: MediaConfig) -> BinaryIO:
     """A seekable binary stream of the object at ``uri``: a local path, ``file://``, ``s3://``, anything fsspec opens.
 
-    Remote objects are read by range requests with read-ahead, never downloaded whole. Raises TitleError when there is
-    no such object or it cannot be read.
+    Remote objects are read by range requests with read-ahead, never downloaded whole. Raises TitleError when there is no such object or
+    it cannot be read, and OutageError where that is no fault of the object's.
     """
     name = file_name(uri)
     try:
-        if is_local(uri):
-            path = Path(unquote(urlsplit(uri).path)) if uri.startswith("file://") else Path(uri)
-            if path.is_dir():
+        path = local_path(uri)
+        if path is not None:
+            if os.path.isdir(path):
                 raise TitleError(f"{name} is a folder, not a file")
-            return path.open("rb", buffering=0)
-        kind = fsspec.get_filesystem_class(urlsplit(uri).scheme)  # not url_to_fs: that takes a '::' in a name for a chain of file systems
+            return open(path, "rb", buffering=0)
+        kind = fsspec.get_filesystem_class(uri.partition("://")[0].lower())  # not url_to_fs: '::' would be a chain of them
         found = {} if uri.startswith("s3:") else kind._get_kwargs_from_urls(uri)  # of s3: a version, where a key holds '?versionId='
         filesystem, path_there = kind(**{**found, **media.storage_options}), kind._strip_protocol(uri)
 
@@ -74,12 +77,15 @@ def open_bytes(uri: str, media: MediaConfig) -> BinaryIO:
 
         opened = open_there()
         return cast(BinaryIO, RemoteStream(name, open_there, opened) if opened.size is not None else opened)  # a web server without ranges
-    except FileNotFoundError:
-        raise TitleError(f"{name} does not exist") from None
+    except FileNotFoundError as error:
+        if says_absent(error):
+            raise TitleError(f"{name} does not exist") from None
+        raise OutageError(f"{name} cannot be opened: {_without_path(str(error.__cause__), uri)}") from error
     except PermissionError:
-        raise TitleError(f"{name} may not be read: permission denied") from None
+        raise OutageError(f"{name} may not be read: permission denied") from None
     except (OSError, ValueError, ImportError) as error:
-        raise TitleError(f"{name} cannot be opened: {error.__class__.__name__}: {_without_path(str(error), uri)}") from error
+        kind = OutageError if is_outage(error) else TitleError
+        raise kind(f"{name} cannot be opened: {error.__class__.__name__}: {_without_path(str(error), uri)}") from error
 
 
 class RemoteStream:
@@ -94,24 +100,31 @@ class RemoteStream:
         self._version = _version_of(opened)
 
     def read(self, size: int = -1) -> bytes:
-        """Up to ``size`` bytes; fewer only at the end. Raises TitleError where the object changed meanwhile or cannot be read on."""
+        """Up to ``size`` bytes; fewer only at the end. Raises TitleError where the object changed meanwhile, OutageError where it cannot
+        be read on."""
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
                 return self._read(size)
-            except TitleError:
+            except (TitleError, OutageError):
                 raise
-            except FileNotFoundError:
-                raise TitleError(f"{self.name} was removed while it was read") from None
+            except FileNotFoundError as error:
+                if says_absent(error):
+                    raise TitleError(f"{self.name} was removed while it was read") from None
+                self._pause(attempt, error.__cause__ or error)
             except PermissionError as error:
-                raise TitleError(f"{self.name} may not be read any more: {error}") from error
+                raise OutageError(f"{self.name} may not be read any more: {error}") from error
             except Exception as error:  # every file system raises its own
-                if attempt == READ_ATTEMPTS:
-                    raise TitleError(f"{self.name} cannot be read on at byte {self._position}: {type(error).__name__}: {error}") from error
-                time.sleep(random.uniform(0, READ_PAUSE_S * 2**attempt))  # jitter: other readers met the same fault
-                with contextlib.suppress(Exception):  # a stream that failed may fail to close, too
-                    self._file.close()
-                self._file = None
+                self._pause(attempt, error)
         raise AssertionError("the last attempt returns or raises")
+
+    def _pause(self, attempt: int, error: BaseException) -> None:
+        """Wait before the object is opened again. Raises OutageError after the last attempt."""
+        if attempt == READ_ATTEMPTS:
+            raise OutageError(f"{self.name} cannot be read on at byte {self._position}: {type(error).__name__}: {error}") from error
+        time.sleep(random.uniform(0, READ_PAUSE_S * 2**attempt))  # jitter: other readers met the same fault
+        with contextlib.suppress(Exception):  # a stream that failed may fail to close, too
+            self._file.close()
+        self._file = None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move; the position from the start. Raises ValueError before the start."""
@@ -151,12 +164,12 @@ class RemoteStream:
 
 
 def _version_of(opened: Any) -> str:
-    """The ETag of an open file, where the file system tells it."""
-    return str(opened.details.get("ETag", ""))
+    """What tells the versions of an open file apart, where the file system says it."""
+    return str(opened.details.get("ETag") or opened.details.get("Last-Modified", ""))
 
 
 def read_whole(uri: str, media: MediaConfig, max_bytes: int) -> bytes:
-    """All bytes of a small object. Raises TitleError when it is missing, unreadable or larger than ``max_bytes``."""
+    """All bytes of a small object. Raises TitleError where it is missing or larger than ``max_bytes``, and what ``open_bytes`` raises."""
     with open_bytes(uri, media) as stream:
         pieces: list[bytes] = []
         size = 0

@@ -42,3 +42,11 @@ class ObjectInfo:
     size: int  # bytes
     version: str  # ETag, or the modification time in nanoseconds: changes when the content does
     modified: float  # seconds since the epoch
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """An object that could not be looked at: neither there nor gone."""
+
+    reason: str  # for a person
+    may_pass: bool

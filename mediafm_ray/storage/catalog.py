@@ -29,10 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.spec import PublicError, TimedTextSource, Title, digest_of
-from mediafm_ray.storage.base import ObjectInfo, StorageConfig
-from mediafm_ray.storage.errors import StorageError, code_of, may_pass
+from mediafm_ray.storage.base import ObjectInfo, StorageConfig, Unknown
+from mediafm_ray.storage.errors import StorageError, may_pass
 from mediafm_ray.storage.s3 import S3Objects, hasty
-from mediafm_ray.storage.store import ALLOWED_SCHEMES, Store, join, scheme_of
+from mediafm_ray.storage.store import ALLOWED_SCHEMES, Store, absolute, join, scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ CSV_LIST_SEPARATOR = ";"
 MAX_TITLE_ID_BYTES = 1024  # of UTF-8
 MAX_PROBLEMS_SHOWN = 50
 LOOK_UP_THREADS = 16
+MAX_FAILED_LOOK_UPS = 16  # of a server that has answered none: it is down, or its address is wrong
 SOURCE_DIGITS = 16  # hex digits of a source digest
 
 
@@ -79,13 +80,16 @@ class Entry:
     size: int = 0  # bytes of the video; 0 = unknown
     modified: float = 0.0  # of the video, seconds since the epoch; 0 = unknown
     duration_s: float | None = None  # seconds of video, where the catalog says so
+    unknown: str = ""  # why one of its objects could not be looked at: ``source`` is then neither the old one nor a new one
+    is_outage: bool = False  # whether that may pass
 
 
 def read_catalog(uri: str, config: StorageConfig | None = None) -> list[Entry]:
     """The titles of a catalog in the order of their ids, each with its source digest.
 
-    A video or timed text that is not there is no problem of the catalog: that title fails when its turn comes.
-    Raises CatalogError with every problem found, and StorageError when the catalog cannot be opened.
+    A video or timed text that is not there is no problem of the catalog: that title fails when its turn comes. One that may be there and
+    cannot be looked at makes its entry ``unknown``. Raises CatalogError with every problem found, and StorageError where the catalog, or
+    a store that holds its videos, cannot be read: a listing that is not complete says nothing about what is gone.
     """
     config = config or StorageConfig()
     if not uri:
@@ -106,19 +110,25 @@ def read_catalog(uri: str, config: StorageConfig | None = None) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.title.title_id)
 
 
-def source_digest(title: Title, objects: Mapping[str, ObjectInfo | None]) -> str:
+def source_digest(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None]) -> str:
     """The identity of a title's source objects: changes when one of them is replaced."""
     identity = []
-    for uri in [title.video, *(text.uri for text in title.timed_text)]:
+    for uri in _uris(title):
         info = objects.get(uri)
-        identity.append([uri, info.size, info.version] if info else [uri, None, None])
+        identity.append([uri, info.size, info.version] if isinstance(info, ObjectInfo) else [uri, None, None])
     return digest_of(identity)[:SOURCE_DIGITS]
 
 
-def _entry(title: Title, objects: Mapping[str, ObjectInfo | None], position: int, duration_s: float | None = None) -> Entry:
+def _uris(title: Title) -> list[str]:
+    return [title.video, *(text.uri for text in title.timed_text)]
+
+
+def _entry(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None], position: int, duration_s: float | None = None) -> Entry:
     video = objects.get(title.video)
-    size, modified = (video.size, video.modified) if video else (0, 0.0)
-    return Entry(title, source_digest(title, objects), position, size, modified, duration_s)
+    size, modified = (video.size, video.modified) if isinstance(video, ObjectInfo) else (0, 0.0)
+    unknown = [found for uri in _uris(title) if isinstance(found := objects.get(uri), Unknown)]
+    reason, may_pass = (unknown[0].reason, any(one.may_pass for one in unknown)) if unknown else ("", False)
+    return Entry(title, source_digest(title, objects), position, size, modified, duration_s, reason, may_pass)
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
@@ -194,6 +204,8 @@ def _sidecars_of(by_stem: Mapping[str, str], objects: Iterable[str]) -> dict[str
 def _read_metadata(store: Store, name: str, problems: list[str]) -> dict[str, Any]:
     try:
         content = json.loads(store.read(name))
+    except FileNotFoundError:  # it was removed just now
+        return {}
     except ValueError as error:
         problems.append(f"{name}: not valid JSON: {error}")
         return {}
@@ -232,7 +244,7 @@ def _read_table(base: str, name: str, kind: str, config: StorageConfig) -> list[
         problems.append("the table has no rows")
     if problems:
         raise CatalogError(f"{base}/{name}", problems)
-    objects = _look_up([uri for title in titles for uri in [title.video, *(text.uri for text in title.timed_text)]], config)
+    objects = _look_up([uri for title in titles for uri in _uris(title)], config)
     found = zip(titles, durations, strict=True)
     return [_entry(title, objects, position, duration_s) for position, (title, duration_s) in enumerate(found)]
 
@@ -387,11 +399,10 @@ def _jsonl_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str
     return rows
 
 
-def _look_up(uris: Iterable[str], config: StorageConfig) -> dict[str, ObjectInfo | None]:
+def _look_up(uris: Iterable[str], config: StorageConfig) -> dict[str, ObjectInfo | Unknown | None]:
     """What is known of each object, without opening any: on s3:// by few listings a bucket, elsewhere one by one.
 
-    An object that may not be looked at is None, like one that is not there: its title fails when its turn comes. Raises StorageError
-    where an S3 server does not answer: all its titles would seem to have changed.
+    None is an object that is not there. Raises StorageError where a bucket or a server cannot be asked at all.
     """
     elsewhere: list[str] = []
     keys: dict[str, dict[str, str]] = defaultdict(dict)  # bucket -> key -> URI
@@ -401,28 +412,41 @@ def _look_up(uris: Iterable[str], config: StorageConfig) -> dict[str, ObjectInfo
             keys[bucket][key] = uri
         else:
             elsewhere.append(uri)
+    servers: dict[str, _Server] = defaultdict(_Server)
     with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
-        found = dict(zip(elsewhere, pool.map(lambda uri: _info(uri, config), elsewhere), strict=True))
+        infos = pool.map(lambda uri: _info(uri, config, servers[_server_of(uri)]), elsewhere)
+        found: dict[str, ObjectInfo | Unknown | None] = dict(zip(elsewhere, infos, strict=True))
     for bucket, uri_of in keys.items():
-        there = _objects_of(bucket, list(uri_of), config)
+        there = S3Objects(f"s3://{bucket}", config).find(list(uri_of))
         found |= {uri: there.get(key) for key, uri in uri_of.items()}
     return found
 
 
-def _objects_of(bucket: str, keys: list[str], config: StorageConfig) -> Mapping[str, ObjectInfo]:
+@dataclass
+class _Server:
+    """How look-ups at a server went; counts need not be exact, for threads share them without a lock."""
+
+    answered: bool = False
+    failed: int = 0
+
+
+def _server_of(uri: str) -> str:
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme.lower()}://{rest.partition('/')[0]}" if rest else ""
+
+
+def _info(uri: str, config: StorageConfig, server: _Server) -> ObjectInfo | Unknown | None:
+    """What is known of one object. Raises StorageError where its server has failed again and again and never answered."""
+    folder, _, name = uri.rpartition("/") if scheme_of(uri) != "file" else absolute(uri).rpartition("/")
     try:
-        return S3Objects(f"s3://{bucket}", config).find(keys)
+        found = Store(folder or "/", hasty(config)).info(name)
+        server.answered = True
+        return found
     except StorageError as error:
-        if not code_of(error) or may_pass(error.__cause__ or error):
+        passing = may_pass(error.__cause__ or error)
+        server.failed += passing
+        server.answered |= not passing
+        if server.failed >= MAX_FAILED_LOOK_UPS and not server.answered:
             raise
         log.warning("cannot look at %s", error)
-        return {}
-
-
-def _info(uri: str, config: StorageConfig) -> ObjectInfo | None:
-    folder, _, name = uri.rpartition("/")
-    try:
-        return Store(folder or ("/" if uri.startswith("/") else "."), hasty(config)).info(name)
-    except StorageError as error:
-        log.warning("cannot look at %s", error)
-        return None
+        return Unknown(str(error), passing)

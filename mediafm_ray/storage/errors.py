@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from botocore import exceptions as boto
 
-from mediafm_ray.spec import PublicError
+from mediafm_ray.spec import OutageError
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ PASSING_CODES = frozenset(
         *("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),  # the body was damaged on the way
     )
 )
+PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ENETDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH)  # of a mounted file system
 LASTING_STATUS = (501, 505, 507)  # of the 5xx: not implemented, another HTTP, full
 
 WRONG_KEY = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity", "AuthFailure")
@@ -44,7 +45,7 @@ NO_CREDENTIALS = (
 Result = TypeVar("Result")
 
 
-class StorageError(PublicError):
+class StorageError(OutageError):
     """A location that cannot be read or written; the message is one line and says which and what to do."""
 
 
@@ -77,7 +78,7 @@ def may_pass(error: BaseException) -> bool:
         return True
     if type(error).__name__ == "ResponseParserError":  # what throttled servers and balancers send is not always XML
         return True
-    if isinstance(error, (ConnectionError, TimeoutError)):
+    if isinstance(error, (ConnectionError, TimeoutError)) or (isinstance(error, OSError) and error.errno in PASSING_ERRORS):
         return True
     said = getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp, gcsfs
     if isinstance(said, int):

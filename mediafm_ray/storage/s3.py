@@ -23,7 +23,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 from botocore.utils import parse_timestamp
 
-from mediafm_ray.storage.base import ObjectInfo, StorageConfig
+from mediafm_ray.storage.base import ObjectInfo, StorageConfig, Unknown
 from mediafm_ray.storage.errors import DENIED, StorageError, code_of, explain, retrying
 
 log = logging.getLogger(__name__)
@@ -101,10 +101,11 @@ class S3Objects:
             return None
         return self._info(name, {**answer, "Size": answer["ContentLength"]})
 
-    def find(self, names: Sequence[str]) -> dict[str, ObjectInfo]:
+    def find(self, names: Sequence[str]) -> Mapping[str, ObjectInfo | Unknown]:
         """Those of the named objects that are there: by listings that jump from one to the next, never more requests than names.
 
-        Where the bucket may not be listed, every object is asked for by itself. One that may not be looked at is left out.
+        Where the bucket may not be listed, every object is asked for by itself, and one that may not be looked at is Unknown. Raises
+        StorageError where none may be.
         """
         wanted = sorted(set(names))
         if len(wanted) <= FEW_KEYS:
@@ -141,18 +142,33 @@ class S3Objects:
                 position += 1
         return found
 
-    def _find_singly(self, names: Sequence[str]) -> dict[str, ObjectInfo]:
-        def look(name: str) -> ObjectInfo | None:
+    def _find_singly(self, names: Sequence[str]) -> Mapping[str, ObjectInfo | Unknown]:
+        denials: list[StorageError] = []
+
+        def look(name: str) -> ObjectInfo | Unknown | None:
             try:
                 return self.info(name)
             except StorageError as error:
                 if code_of(error) not in DENIED:
                     raise
-                log.warning("%s", error)
+            try:  # a HEAD is refused without a reason: is it this object, or wrong credentials?
+                answer = self._ask("get_object", Key=self.prefix + name, Range="bytes=0-0")
+                answer["Body"].close()
+                return self._info(name, {**answer, "Size": answer["ContentRange"].rpartition("/")[2]})
+            except FileNotFoundError:
                 return None
+            except StorageError as error:
+                if code_of(error) not in DENIED:
+                    raise
+                log.warning("%s", error)
+                denials.append(error)
+                return Unknown(str(error), may_pass=False)
 
         with ThreadPoolExecutor(THREADS) as pool:
-            return {name: info for name, info in zip(names, pool.map(look, names), strict=True) if info}
+            found = {name: info for name, info in zip(names, pool.map(look, names), strict=True) if info}
+        if denials and len(denials) == len(names):
+            raise denials[0]
+        return found
 
     def read(self, name: str) -> bytes:
         """The whole object; an answer that ends early is asked for again. Raises FileNotFoundError."""

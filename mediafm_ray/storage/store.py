@@ -8,19 +8,25 @@ in a listing.
 from __future__ import annotations
 
 import contextlib
+import email.utils
+import errno
 import fcntl
+import itertools
 import os
 import secrets
 import stat
 import urllib.parse
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from mediafm_ray.spec import local_path, says_absent
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig
 from mediafm_ray.storage.errors import StorageError, explain, retrying
 from mediafm_ray.storage.s3 import S3Objects, s3_config_options
@@ -28,6 +34,8 @@ from mediafm_ray.storage.s3 import S3Objects, s3_config_options
 PARTIAL_FOLDER = ".partial"  # of a root: files that are being written (local stores), and what tries whether it can be written to
 ALLOWED_SCHEMES = ("file", "s3", "memory", "gs", "abfs", "az", "http", "https")  # what a catalog may make us open
 PARTIAL_ATTEMPTS = 3
+LOOK_UP_THREADS = 16  # objects of which a listing says nothing, looked up at once
+LOOK_UP_BATCH = 1000
 FILE_MODE = 0o644  # before the umask
 PROBE_BYTES = 1 << 20  # what must fit on a disk before a job begins
 
@@ -69,7 +77,9 @@ def absolute(uri: str) -> str:
     """A URI that means the same in every working folder: a local path becomes absolute, '~' is the home folder."""
     if scheme_of(uri) != "file" or not uri:
         return uri
-    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+    path = local_path(uri)
+    assert path is not None
+    return os.path.abspath(os.path.expanduser(path) if path is uri else path)
 
 
 def join(base: str, relative: str) -> str:
@@ -199,13 +209,27 @@ class LocalObjects:
         self.root = root
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        base = len(self.root.rstrip("/")) + 1
-        for folder, folders, files in os.walk(_below(self.root, prefix).rstrip("/") or "/"):
-            folders[:] = sorted(name for name in folders if name != PARTIAL_FOLDER)
-            for file in sorted(files):
-                path = f"{folder.rstrip('/')}/{file}"
-                if info := _stat(path, path[base:]):
-                    yield info
+        """Every file below ``prefix``, through symbolic links, too; one whose link leads nowhere has no size and no version.
+
+        Raises OSError where a folder cannot be read: what is in it is not gone.
+        """
+        yield from self._walk(_below(self.root, prefix).rstrip("/") or "/", len(self.root.rstrip("/")) + 1, ())
+
+    def _walk(self, folder: str, base: int, above: tuple[tuple[int, int], ...]) -> Iterator[ObjectInfo]:
+        """``base``: characters of the root in a path; ``above``: device and inode of the folders around, which a link may lead back to."""
+        try:
+            status = os.stat(folder)
+            with os.scandir(folder) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):  # nothing is there (any more)
+            return
+        for entry in entries:
+            path = f"{folder.rstrip('/')}/{entry.name}"
+            if _is_folder(entry):
+                if entry.name != PARTIAL_FOLDER and (here := (status.st_dev, status.st_ino)) not in above:
+                    yield from self._walk(path, base, (*above, here))
+            elif info := _stat(path, path[base:]):
+                yield info
 
     def children(self) -> tuple[Sequence[str], Mapping[str, ObjectInfo]]:
         try:
@@ -275,12 +299,29 @@ class LocalObjects:
         return removed
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one. Raises OSError where that cannot be told."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+
+
 def _stat(path: str, name: str) -> ObjectInfo | None:
-    """A regular file; None for anything else, and where there is nothing (any more)."""
+    """A regular file, or a link that leads nowhere: that is a file which cannot be read, not one that is gone.
+
+    None for anything else, and where there is nothing (any more).
+    """
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return ObjectInfo(name, 0, "", 0.0) if os.path.islink(path) else None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return ObjectInfo(name, 0, "", 0.0)
+        raise
     return ObjectInfo(name, status.st_size, str(status.st_mtime_ns), status.st_mtime) if stat.S_ISREG(status.st_mode) else None
 
 
@@ -312,16 +353,42 @@ class FsspecObjects:
         self.filesystem, self.root, self.config = filesystem, root, config
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object below ``prefix``. Raises where a folder cannot be listed: what is in it is not gone."""
         top = _below(self.root, prefix).rstrip("/")
-        self.filesystem.invalidate_cache()
-        try:
-            found = self._tried(lambda: self.filesystem.find(top, detail=True))
-        except FileNotFoundError:
-            return
         base = self.root.rstrip("/") + "/"
-        for path, info in found.items():
-            if info.get("type", "file") == "file":
-                yield _object_info(path.removeprefix(base).lstrip("/"), info)
+        self.filesystem.invalidate_cache()
+        flat = getattr(type(self.filesystem), "_find", AsyncFileSystem._find) is not AsyncFileSystem._find  # one listing, not one a folder
+        entries = self._find(top) if flat else self._walk(top)
+        named = ((info["name"].removeprefix(base).lstrip("/"), info) for info in entries if info.get("type", "file") == "file")
+        with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
+            while some := list(itertools.islice(named, LOOK_UP_BATCH)):
+                yield from filter(None, pool.map(self._listed, some))
+
+    def _find(self, top: str) -> Iterable[dict[str, Any]]:
+        try:
+            return self._tried(lambda: self.filesystem.find(top, detail=True)).values()
+        except FileNotFoundError:
+            return ()
+
+    def _walk(self, folder: str, is_top: bool = True) -> Iterator[dict[str, Any]]:
+        """The entries of a folder and of those below it. Not fsspec's: that leaves out what it cannot list."""
+        try:
+            found = self._tried(lambda: self.filesystem.ls(folder, detail=True))
+        except (FileNotFoundError, NotADirectoryError):
+            if is_top:
+                return
+            raise
+        for info in found:
+            if info["name"].rstrip("/") == folder.rstrip("/"):  # the mark of an empty folder
+                continue
+            if info.get("type") == "directory":
+                yield from self._walk(info["name"], is_top=False)
+            else:
+                yield info
+
+    def _listed(self, named: tuple[str, dict[str, Any]]) -> ObjectInfo | None:
+        """What a listing says of an object; a web server's says its name only, so that it is asked for by itself."""
+        return _object_info(*named) if named[1].get("size") is not None else self.info(named[0])
 
     def children(self) -> tuple[Sequence[str], Mapping[str, ObjectInfo]]:
         self.filesystem.invalidate_cache()
@@ -350,7 +417,10 @@ class FsspecObjects:
             self._tried(lambda: self.filesystem.rm_file(_below(self.root, name)))
 
     def check_readable(self, name: str = "") -> bool:
-        return self.filesystem.exists(_below(self.root, name) if name else self.root)
+        try:  # not exists(): to that, an error of any kind is absence
+            return bool(self._tried(lambda: self.filesystem.info(_below(self.root, name) if name else self.root)))
+        except FileNotFoundError:
+            return False
 
     def check_writable(self, name: str) -> None:
         self.filesystem.pipe_file(_below(self.root, name), b"probe")
@@ -360,11 +430,24 @@ class FsspecObjects:
         return 0
 
     def _tried(self, operation: Callable[[], Result]) -> Result:
-        return retrying(operation, self.config.retries)
+        def attempt() -> Result:
+            try:
+                return operation()
+            except FileNotFoundError as error:
+                if says_absent(error):
+                    raise
+                raise error.__cause__ or error from None
+
+        return retrying(attempt, self.config.retries)
 
 
 def _object_info(name: str, info: dict[str, Any]) -> ObjectInfo:
-    modified = info.get("LastModified") or info.get("mtime") or info.get("created") or 0.0
+    modified = info.get("LastModified") or info.get("Last-Modified") or info.get("mtime") or info.get("created") or 0.0
+    if isinstance(modified, str):
+        try:  # a header of HTTP
+            modified = email.utils.parsedate_to_datetime(modified)
+        except ValueError:
+            modified = 0.0
     seconds = modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
     version = str(info.get("ETag") or info.get("etag") or "").strip('"') or str(seconds)
     return ObjectInfo(name, int(info.get("size") or 0), version, seconds)

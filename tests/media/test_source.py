@@ -92,9 +92,11 @@ def test_remote_file_is_read_by_ranges_and_gives_the_same(served):
     [
         ("/data/a film.mp4", "a film.mp4"),
         ("file:///data/a%20film.mp4", "a film.mp4"),
-        ("s3://bucket/key/a%20film.mp4", "a film.mp4"),
+        ("s3://bucket/key/a%20film#1.mp4", "a%20film#1.mp4"),  # a key is what it is
         ("https://host/a.mp4?token=secret", "a.mp4"),
         ("a.mp4", "a.mp4"),
+        ("/data/a%20film#1.mp4", "a%20film#1.mp4"),
+        ("https://[::1/a.mp4", "a.mp4"),
     ],
 )
 def test_names_for_messages_have_neither_folders_nor_secrets(uri, name):
