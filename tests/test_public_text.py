@@ -67,7 +67,7 @@ def secretive(draw):
     return draw(TEXT) + draw(st.sampled_from([" ", "\n", "\t"])) + around[0] + uri + around[1] + " " + draw(TEXT), secret, plain
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(secretive())
 def test_no_secret_of_an_address_comes_out(case):
     text, secret, uri = case
@@ -78,7 +78,7 @@ def test_no_secret_of_an_address_comes_out(case):
     assert secret not in str(StorageError(explain(OSError(5, text), uri)))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(TEXT, TEXT)
 @example("https://[::1/a?b#c", "")
 @example("%3A%2F%2F%40%3F=", "//")
@@ -97,7 +97,7 @@ def test_any_text_is_taken_and_comes_out_printable_and_whole_where_it_holds_no_a
         assert public_uri(text) == text
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_characters="\0~"), max_size=60))
 def test_any_local_path_becomes_absolute(text):
     path = absolute(text.replace(":", ""))
@@ -105,7 +105,7 @@ def test_any_local_path_becomes_absolute(text):
     assert absolute(path) == path
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.recursive(st.none() | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=10))
 def test_json_holds_the_same_when_its_control_characters_are_escaped(content):
     for indent in (None, 2):
