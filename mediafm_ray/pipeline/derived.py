@@ -220,7 +220,7 @@ def derive_titles(plan: DerivedPlan, make: Callable[[PendingTitle], Derived], co
             if isinstance(error, TitleError):
                 return pending, None, str(error)
             log.exception("title %s failed", pending.title)
-            return pending, None, public_line(f"{type(error).__name__}: {error}")
+            return pending, None, f"{type(error).__name__}: {error}"
 
     with threadpool_limits(limits=1):  # a core a title: threads of threads would wait for each other
         return _follow(in_order(attempt, plan.pending, config.threads), len(plan.pending), console)
@@ -233,12 +233,12 @@ def _follow(ended: Iterator[tuple[PendingTitle, Derived | None, str]], planned: 
     for pending, made, reason in ended:
         if made is None:
             tally.failures.append((pending.title, reason))
-            console.say(f"FAILED {pending.title}: {reason}")
+            console.say(public_line(f"FAILED {pending.title}: {reason}"))
         else:
             tally.ok += 1
             tally.rows += made.table.num_rows
             if tally.planned <= FEW_TITLES:
-                console.say(f"[{tally.finished:>{len(str(tally.planned))}}/{tally.planned}] {pending.title}: {made.line}")
+                console.say(public_line(f"[{tally.finished:>{len(str(tally.planned))}}/{tally.planned}] {pending.title}: {made.line}"))
         now = time.monotonic()
         if tally.planned > FEW_TITLES and (now - said > PROGRESS_S or tally.finished == tally.planned):
             said = now
@@ -283,6 +283,6 @@ def say_failures(failures: Sequence[tuple[str, str]], console: Console) -> None:
         return
     console.say("\nfailures:")
     for title, reason in failures[:MAX_FAILURES_SHOWN]:
-        console.say(f"  {title}: {reason}")
+        console.say(public_line(f"  {title}: {reason}"))
     if len(failures) > MAX_FAILURES_SHOWN:
         console.say(f"  ... and {len(failures) - MAX_FAILURES_SHOWN} more")

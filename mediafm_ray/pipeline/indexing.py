@@ -142,14 +142,14 @@ def add_titles(dataset: EmbeddingDataset, plan: IndexPlan, writer: IndexWriter, 
         except Exception as error:  # a title's failure is a value, the job goes on
             if not isinstance(error, TitleError):
                 log.exception("%s cannot be read", name)
-            return name, None, str(error) if isinstance(error, TitleError) else public_line(f"{type(error).__name__}: {error}")
+            return name, None, str(error) if isinstance(error, TitleError) else f"{type(error).__name__}: {error}"
 
     def rows() -> Iterator[pa.Table]:
         begun = said = time.monotonic()
         for name, table, reason in in_order(read, plan.add, config.run.threads):
             if table is None:
                 added.failures.append((name, reason))
-                console.say(f"FAILED {name}: {reason}")
+                console.say(public_line(f"FAILED {name}: {reason}"))
                 continue
             added.title_ids.add(table["title_id"][0].as_py())
             yield table

@@ -13,13 +13,16 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mediafm_ray.config import EmbedCatalogConfig, read_config
+from mediafm_ray.config import BackfillCatalogConfig, EmbedCatalogConfig, read_config
 from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.media.source import open_bytes, read_whole
+from mediafm_ray.pipeline.backfill import Backfill, Hours, Missing, describe
+from mediafm_ray.pipeline.derived import say_failures
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.report import SUMMARY, TITLES_LOG, Console, Tally, follow, reason_of, summary, write_summary
 from mediafm_ray.pipeline.rows import TitleRow, error_value, plan_table
 from mediafm_ray.pipeline.stages import DetectShots, record_failure
+from mediafm_ray.pipeline.titles import describe_titles
 from mediafm_ray.spec import OutageError, TitleError
 from mediafm_ray.storage.dataset import Model, Output
 from mediafm_ray.storage.store import Store
@@ -222,3 +225,19 @@ def test_control_characters_reach_neither_terminal_nor_log_and_ids_stay(log_form
     assert json.loads(store.read(SUMMARY))["failures"][0]["title_id"] == title_id
     if log_format == "json":
         assert [json.loads(line)["title_id"] for line in lines if json.loads(line)["event"] == "title"] == [title_id, title_id]
+
+
+def test_titles_and_reasons_inside_longer_texts_stay_in_their_line():
+    stream, forged = io.StringIO(), "x\nforged"
+    say_failures([(forged, f"ValueError: {forged} https://host/a?{SIGNED}")], Console(stream))
+    row = {"title_id": forged, "duration_s": 1.0, "shots": 1, "scenes": 1, "shots_per_minute": 1.0, "text_share": 0.0, "speech_share": 0.0}
+    titles = [{**row, "nearest_title_id": [forged], "nearest_cosine": [1.0], "pooled_embedding": [], "cls_embedding": []}]
+    Console(stream).say(describe_titles(pa.Table.from_pylist(titles)))
+    pending = plan_table([])
+    plan = Plan(MODEL, "", pending, titles=1, done=0, failed_before=0, left=0, only_contextual=0, leftovers=())
+    backfill = Backfill(plan, {}, {}, Missing(["x%0Aforged"], ["a"], 1), Hours({}, 0, 0))
+    Console(stream).say(describe(backfill, read_config(BackfillCatalogConfig, [], [])))
+    lines = stream.getvalue().splitlines()
+    assert sum(r"x\nforged" in line for line in lines) == 3
+    assert not [line for line in lines if line.startswith("forged")]
+    assert SECRET not in stream.getvalue()
