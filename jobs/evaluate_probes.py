@@ -26,6 +26,7 @@ from mediafm_ray.pipeline.clip_tables import CLIP_COLUMNS, ClipSource, check_kin
 from mediafm_ray.pipeline.command import EXIT_OK, run_job
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.spec import public_line
 from mediafm_ray.storage.tables import TableError, write_object
 
 NO_LABELS = (*CLIP_COLUMNS, "clip_id")  # columns of the table that say which clip it is
@@ -87,7 +88,7 @@ def read_labels(clips: pa.Table, groups_N: np.ndarray, config: EvaluateProbesCon
     except ValueError as error:
         raise TableError(config.labels.uri, [str(error)]) from error
     for line in left_out:
-        console.say(f"left out: {line}")
+        console.say(public_line(f"left out: {line}"))
     return labels
 
 

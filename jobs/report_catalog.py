@@ -17,6 +17,7 @@ from mediafm_ray.downstream.pages import catalog_page
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, run_job, working
 from mediafm_ray.pipeline.pages import INDEX, catalog_content, committed_titles, pages_folder, write_title_page
 from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.spec import public_line
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.store import StorageError, Store
 
@@ -28,7 +29,7 @@ def main(config: ReportCatalogConfig) -> int:
     with working():
         failed = write_title_pages(dataset, pages) if config.report.title_pages else 0
         pages.write(INDEX, catalog_page(catalog_content(dataset, config.output.uri, pages)).encode())
-    print(f"{pages.uri}/{INDEX}")
+    print(public_line(f"{pages.uri}/{INDEX}"))
     return EXIT_FAILED_TITLES if failed else EXIT_OK
 
 
@@ -37,12 +38,12 @@ def write_title_pages(dataset: EmbeddingDataset, pages: Store) -> int:
     failed = 0
     for title_id in committed_titles(dataset):
         try:
-            print(write_title_page(dataset, title_id, pages, index=f"../{INDEX}"))
+            print(public_line(write_title_page(dataset, title_id, pages, index=f"../{INDEX}")))
         except StorageError:
             raise
         except Exception as error:  # any: one title without a page does not keep the others from theirs
             failed += 1
-            print(f"FAILED {title_id}: {type(error).__name__}: {error}")
+            print(public_line(f"FAILED {title_id}: {type(error).__name__}: {error}"))
     return failed
 
 

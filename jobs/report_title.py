@@ -16,6 +16,7 @@ from mediafm_ray.config import ConfigError, ReportTitleConfig
 from mediafm_ray.pipeline.command import EXIT_OK, run_job
 from mediafm_ray.pipeline.pages import INDEX, pages_folder, write_title_page
 from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.spec import public_line
 from mediafm_ray.storage.store import Store
 
 
@@ -27,7 +28,7 @@ def main(config: ReportTitleConfig) -> int:
     folder, name = os.path.split(config.report.path)
     pages = Store((folder or ".") if config.report.path else pages_folder(dataset), config.storage)
     index = f"../{INDEX}" if not config.report.path and pages.info(INDEX) else ""
-    print(write_title_page(dataset, config.title_id, pages, name, index))
+    print(public_line(write_title_page(dataset, config.title_id, pages, name, index)))
     return EXIT_OK
 
 

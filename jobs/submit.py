@@ -25,6 +25,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from mediafm_ray.pipeline.command import EXIT_BAD_INPUT
+from mediafm_ray.spec import public_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 EXIT_UNKNOWN = 3  # the job ended and nobody knows with what: its node was lost, or it was stopped
@@ -36,10 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         client, job = submit(options)
     except SubmitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(public_line(f"error: {error}"), file=sys.stderr)
         return EXIT_BAD_INPUT
     print(
-        f"submitted {job}; to look again: ray job status {job} --address {options.address}; ray job logs {job}; ray job stop {job}",
+        public_line(
+            f"submitted {job}; to look again: ray job status {job} --address {options.address}; ray job logs {job}; ray job stop {job}"
+        ),
         flush=True,
     )
     if options.no_wait:

@@ -21,6 +21,7 @@ from mediafm_ray.config import VerifyDatasetConfig
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.pipeline.derived import in_order
 from mediafm_ray.pipeline.report import Console
+from mediafm_ray.spec import public_line
 from mediafm_ray.storage.dataset import DatasetError, Output, dataset_versions, lease_folder
 from mediafm_ray.storage.lease import Lease, held
 from mediafm_ray.storage.store import StorageError, Store
@@ -80,7 +81,7 @@ def settle(findings: Sequence[Finding], output: Output, lease: Lease | None, cou
     """Say what is broken, and delete it under a lease that is still good."""
     for finding in findings:
         count["broken"] += 1
-        console.say(f"BROKEN {output.dataset_version}/{finding.name}: {finding.reason}")
+        console.say(public_line(f"BROKEN {output.dataset_version}/{finding.name}: {finding.reason}"))
         if finding.removable and lease is not None and lease.is_valid():
             output.store.delete(finding.name)
             count["deleted"] += 1

@@ -30,7 +30,7 @@ from mediafm_ray.models.options import (
     VideoEncoderConfig,
 )
 from mediafm_ray.models.weights import with_endpoint
-from mediafm_ray.spec import MODALITIES, resource
+from mediafm_ray.spec import MODALITIES, PublicError, resource
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 
@@ -42,7 +42,7 @@ ADDRESSES = ("weights", "temporal_weights", "checkpoint")  # keys of any section
 Job = TypeVar("Job")
 
 
-class ConfigError(Exception):
+class ConfigError(PublicError):
     """A configuration that cannot be used; the message names the key or the file."""
 
 

@@ -19,7 +19,7 @@ import av.container
 import fsspec
 
 from mediafm_ray.media.options import MediaConfig
-from mediafm_ray.spec import OutageError, TitleError, is_outage, local_path, says_absent
+from mediafm_ray.spec import OutageError, TitleError, is_outage, local_path, public_line, public_uri, says_absent
 
 LOCAL_BUFFER_BYTES = 1 << 20  # what FFmpeg reads at once from a local file; small reads cost a Python call each
 READ_ATTEMPTS = 4  # of reading on in a remote file, each after what the file system tries by itself
@@ -35,13 +35,13 @@ ALLOWED_FORMATS = VIDEO_FORMATS + ELEMENTARY_FORMATS + AUDIO_FORMATS
 
 
 def file_name(uri: str) -> str:
-    """The last part of a URI or path, for messages: no folders, no query."""
+    """The last part of a URI or path, for messages: no folders, no secrets, no control characters."""
     path = local_path(uri)
     if path is None:
-        path = uri.partition("://")[2]
-        if uri.lower().startswith(("http://", "https://")):  # elsewhere '?' and '#' are characters of a name
-            path = unquote(path.partition("?")[0].partition("#")[0])
-    return path.rstrip("/").rsplit("/", 1)[-1] or path
+        path = public_uri(uri).partition("://")[2]
+        if uri.lower().startswith(("http://", "https://")):
+            path = unquote(path)
+    return public_line(path.rstrip("/").rsplit("/", 1)[-1] or path)
 
 
 def is_local(uri: str) -> bool:

@@ -30,7 +30,7 @@ import openai
 
 from mediafm_ray.models.encoder import Encoded
 from mediafm_ray.models.options import TextEncoderConfig
-from mediafm_ray.spec import OutageError
+from mediafm_ray.spec import OutageError, PublicError, public_line
 
 INPUTS_PER_REQUEST = 2048  # the API's limits
 TOKENS_PER_REQUEST = 300_000
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class ApiError(Exception):
+class ApiError(PublicError):
     """The embeddings API did not give what was asked for; the message says why and never holds the key."""
 
 
@@ -178,7 +178,7 @@ def _load_vocabulary() -> Any:
 
             loaded.append(tiktoken.get_encoding(VOCABULARY))
         except Exception as error:  # no package, no network, no cache folder, a damaged download: all end in the same fallback
-            reason[0] = f"{type(error).__name__}: {error}"
+            reason[0] = public_line(f"{type(error).__name__}: {error}")
 
     thread = threading.Thread(target=load, daemon=True, name="tiktoken")  # its download has no timeout of its own
     thread.start()

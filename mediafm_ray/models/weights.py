@@ -24,12 +24,13 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mediafm_ray.spec import parse_json
+from mediafm_ray.spec import PublicError, parse_json
 
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hub:"
@@ -47,7 +48,7 @@ SAFE_TENSORS = ("*.safetensors",)
 TORCH_TENSORS = ("pytorch_model*.bin",)  # used where there are no safetensors
 
 
-class WeightsError(Exception):
+class WeightsError(PublicError):
     """Weights that are not there or cannot be used; the message says what to do."""
 
 
@@ -203,9 +204,10 @@ def _fetch_from_hub(address: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=[*DESCRIPTIONS, *SAFE_TENSORS]))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repository, revision=commit, allow_patterns=[*DESCRIPTIONS, *TORCH_TENSORS]))
+        with _quiet_hub():
+            folder = Path(snapshot_download(repository, revision=commit, allow_patterns=[*DESCRIPTIONS, *SAFE_TENSORS]))
+            if not list(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(repository, revision=commit, allow_patterns=[*DESCRIPTIONS, *TORCH_TENSORS]))
     except (HfHubHTTPError, OSError, ValueError) as error:  # the Hub's errors: HTTP, nothing in the cache, offline mode, unwritable cache
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise WeightsError(
@@ -220,6 +222,23 @@ def _fetch_from_hub(address: str) -> Path:
             f"{address} holds no weights that torch can read (safetensors or pytorch_model.bin), or the cache holds only a part"
         )
     return folder
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the Hub's library from a warning for each request that it repeats: what comes of them is said once, by the error.
+
+    A level that the user chose (HF_HUB_VERBOSITY, HF_DEBUG) stays.
+    """
+    from huggingface_hub.utils import logging as hub_logging
+
+    before = hub_logging.get_verbosity()
+    if before == hub_logging.WARNING:
+        hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
 
 
 # ---------------------------------------------------------------------------------------------------------- storage

@@ -29,7 +29,7 @@ from mediafm_ray.config import BackfillCatalogConfig, BackfillConfig, ConfigErro
 from mediafm_ray.pipeline.plan import Plan, Survey, key_of, survey
 from mediafm_ray.pipeline.report import SUMMARY, Tally
 from mediafm_ray.pipeline.rows import plan_table
-from mediafm_ray.spec import parse_json
+from mediafm_ray.spec import parse_json, public_line
 from mediafm_ray.storage.catalog import Entry
 from mediafm_ray.storage.dataset import SHOTS, Model, Output, dataset_versions, encode_title, parse_failure
 from mediafm_ray.storage.store import Store
@@ -309,7 +309,7 @@ def describe(backfill: Backfill, config: BackfillCatalogConfig) -> str:
         shown = backfill.missing.first_names()
         more = f" and {len(backfill.missing.titles) - len(shown)} more" if len(backfill.missing.titles) > len(shown) else ""
         fate = "are deleted" if wanted.delete_missing else "stay (backfill.delete_missing=true deletes them)"
-        lines.append(f"gone from the catalog, their objects {fate}: {', '.join(shown)}{more}")
+        lines.append(f"gone from the catalog, their objects {fate}: {public_line(', '.join(shown))}{more}")
     if plan.pending.num_rows:
         first = "newest first" if wanted.order == "newest" else "in the catalog's order"
         limits = [f"backfill.max_titles={wanted.max_titles}"] if plan.left else []

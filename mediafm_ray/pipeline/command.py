@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from mediafm_ray.config import ConfigError, describe, read_config
 from mediafm_ray.models.weights import WeightsError
-from mediafm_ray.pipeline.report import reason_of
+from mediafm_ray.pipeline.report import clean_logs, reason_of
 from mediafm_ray.storage.catalog import CatalogError
 from mediafm_ray.storage.dataset import DatasetError
 from mediafm_ray.storage.store import StorageError
@@ -34,6 +34,7 @@ Job = TypeVar("Job")
 
 def run_job(description: str, kind: type[Job], job: Callable[[Job], int], arguments: Sequence[str] | None = None) -> int:
     """Read the configuration from the command line, run the job, and turn what a person can mend into one message and an exit code."""
+    clean_logs()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return guarded(lambda: job(parse(description, kind, arguments)))
 

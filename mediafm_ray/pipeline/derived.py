@@ -30,7 +30,7 @@ from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.pipeline.plan import BUILTIN_DATASET
 from mediafm_ray.pipeline.report import MAX_FAILURES_SHOWN, Console
 from mediafm_ray.pipeline.stored import read_shots
-from mediafm_ray.spec import TitleError
+from mediafm_ray.spec import TitleError, public_line
 from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, contextual, newest_objects, object_key, sibling
 from mediafm_ray.storage.schemas import embedding_values, encode_parquet, read_facts
 
@@ -233,12 +233,12 @@ def _follow(ended: Iterator[tuple[PendingTitle, Derived | None, str]], planned: 
     for pending, made, reason in ended:
         if made is None:
             tally.failures.append((pending.title, reason))
-            console.say(f"FAILED {pending.title}: {reason}")
+            console.say(public_line(f"FAILED {pending.title}: {reason}"))
         else:
             tally.ok += 1
             tally.rows += made.table.num_rows
             if tally.planned <= FEW_TITLES:
-                console.say(f"[{tally.finished:>{len(str(tally.planned))}}/{tally.planned}] {pending.title}: {made.line}")
+                console.say(public_line(f"[{tally.finished:>{len(str(tally.planned))}}/{tally.planned}] {pending.title}: {made.line}"))
         now = time.monotonic()
         if tally.planned > FEW_TITLES and (now - said > PROGRESS_S or tally.finished == tally.planned):
             said = now
@@ -283,6 +283,6 @@ def say_failures(failures: Sequence[tuple[str, str]], console: Console) -> None:
         return
     console.say("\nfailures:")
     for title, reason in failures[:MAX_FAILURES_SHOWN]:
-        console.say(f"  {title}: {reason}")
+        console.say(public_line(f"  {title}: {reason}"))
     if len(failures) > MAX_FAILURES_SHOWN:
         console.say(f"  ... and {len(failures) - MAX_FAILURES_SHOWN} more")

@@ -27,6 +27,7 @@ from mediafm_ray.pipeline.allowance import SharedAllowance
 from mediafm_ray.pipeline.cluster import StarvationClock, configuration_fault, has_no_node, runs_alone
 from mediafm_ray.pipeline.deaths import DeathGuard
 from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.report import clean_logs
 from mediafm_ray.pipeline.rows import Stage
 from mediafm_ray.pipeline.stages import max_actors, with_threads
 
@@ -197,6 +198,7 @@ def _in_actor(stage: Any, niceness: int, guard: DeathGuard) -> Any:
 
     def begin(self: Any, *arguments: Any) -> None:
         os.nice(niceness)
+        clean_logs()
         try:
             stage.__init__(self, *arguments)
         except (ConfigError, WeightsError, ValueError, ImportError) as error:  # the next process would fail alike

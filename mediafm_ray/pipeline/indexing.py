@@ -27,7 +27,7 @@ from mediafm_ray.downstream.similarity import unit_vectors
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.pipeline.derived import PROGRESS_S, in_order, read_vectors, say_failures
 from mediafm_ray.pipeline.report import Console
-from mediafm_ray.spec import MODALITIES, TitleError
+from mediafm_ray.spec import MODALITIES, TitleError, public_line
 from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, encode_title, newest_objects, object_key
 from mediafm_ray.storage.index import (
     EMBEDDING,
@@ -149,7 +149,7 @@ def add_titles(dataset: EmbeddingDataset, plan: IndexPlan, writer: IndexWriter, 
         for name, table, reason in in_order(read, plan.add, config.run.threads):
             if table is None:
                 added.failures.append((name, reason))
-                console.say(f"FAILED {name}: {reason}")
+                console.say(public_line(f"FAILED {name}: {reason}"))
                 continue
             added.title_ids.add(table["title_id"][0].as_py())
             yield table

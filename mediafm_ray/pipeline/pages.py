@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mediafm_ray.downstream.pages import CatalogContent, CatalogTitle, TitleContent, title_page
 from mediafm_ray.pipeline.report import SUMMARY
-from mediafm_ray.spec import MODALITIES, parse_json
+from mediafm_ray.spec import MODALITIES, parse_json, public_line, public_uri
 from mediafm_ray.storage.dataset import (
     FAILURES,
     SCENES,
@@ -32,7 +32,7 @@ from mediafm_ray.storage.dataset import (
     title_facts,
 )
 from mediafm_ray.storage.schemas import embedding_values, read_facts
-from mediafm_ray.storage.store import ObjectInfo, Store, public_uri
+from mediafm_ray.storage.store import ObjectInfo, Store
 
 PAGES = "pages"
 INDEX = "index.html"
@@ -152,7 +152,7 @@ def _committed_title(
     try:
         facts, shots, picture = _light(dataset, info, pictured)
     except UNREADABLE as error:  # a damaged object is a line of the list, not the end of it
-        reason = f"{info.name} cannot be read ({error}): delete it and run the job again that wrote it"
+        reason = f"{info.name} cannot be read ({public_line(str(error))}): delete it and run the job again that wrote it"
         return CatalogTitle(urllib.parse.unquote(key), failure={"stage": "reading back", "type": type(error).__name__, "message": reason})
     media = facts.get("media", {})
     failure = failed.get(key)

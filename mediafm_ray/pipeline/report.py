@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import platform
 import re
 import sys
 import tempfile
+import textwrap
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +23,8 @@ import pyarrow as pa
 
 from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import IN_CATALOG, WITH_SHOTS, Plan
-from mediafm_ray.storage.store import Store, public_uri
+from mediafm_ray.spec import escape_controls_in_json, public_line, public_lines, public_uri
+from mediafm_ray.storage.store import Store
 
 SUMMARY = "run-summary.json"
 LOG = "run.log"
@@ -33,6 +38,23 @@ RAISED = re.compile(r"[\w.]+(Error|Exception|Exceeded)\w*: ")  # how a traceback
 VERSIONS_OF = ("mediafm_ray", "ray", "torch", "transformers", "pyarrow", "av", "numpy")
 
 
+@functools.cache  # once a process
+def clean_logs() -> None:
+    """Keep secrets of addresses and control characters out of what this process logs, whichever library does: a record is one line,
+    and the lines of its traceback are indented, so that none can be taken for a record."""
+    make = logging.getLogRecordFactory()
+
+    def make_public(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = make(*arguments, **options)
+        with contextlib.suppress(TypeError, ValueError, KeyError):  # arguments that do not fit the message: logging itself says so
+            record.msg, record.args = public_line(record.getMessage()), ()
+        if record.exc_info and record.exc_info[0]:
+            record.exc_text = textwrap.indent(public_lines("".join(traceback.format_exception(*record.exc_info)).rstrip()), "  ")
+        return record
+
+    logging.setLogRecordFactory(make_public)
+
+
 class Console:
     """What a run says, at once: lines for a person, or JSON objects for a machine. All of it is kept on disk for the run's logs."""
 
@@ -41,14 +63,16 @@ class Console:
         self.log_format = log_format
         self.lines, self.titles = _kept_lines(), _kept_lines()
 
-    def say(self, line: str = "") -> None:
-        """Print a line and keep it, with the time of day, for the log."""
-        self._print(line, {"event": "message", "message": line})
+    def say(self, text: str = "") -> None:
+        """Print a text of one or more lines and keep it, with the time of day, for the log; what others wrote belongs into public_line."""
+        text = public_lines(text)
+        self._print(text, {"event": "message", "message": text})
         stamp = time.strftime(TIME_FORMAT)
-        self.lines.writelines(f"{stamp} {part}\n" for part in line.splitlines() or [""])
+        self.lines.writelines(f"{stamp} {part}\n" for part in text.split("\n"))
 
     def say_title(self, line: str, record: Mapping[str, Any]) -> None:
         """How a title ended: a line for a person, or this record of it."""
+        line = public_line(line)
         self._print(line, record)
         stamp = time.strftime(TIME_FORMAT)
         self.lines.write(f"{stamp} {line}\n")
@@ -146,7 +170,7 @@ def follow(results: Iterator[pa.Table], tally: Tally, begun: float, console: Con
             metrics.title(result)
             console.say_title(progress_line(result, tally, elapsed_s - tally.startup_s), title_record(result, tally))
             for warning in result["warnings"] or []:
-                console.say(f"        warning: {result['title_id']}: {warning}")
+                console.say(public_line(f"        warning: {result['title_id']}: {warning}"))
 
 
 def progress_line(result: Mapping[str, Any], tally: Tally, elapsed_s: float) -> str:
@@ -183,7 +207,11 @@ def title_record(result: Mapping[str, Any], tally: Tally) -> dict[str, Any]:
 
 def _json_line(record: Mapping[str, Any]) -> str:
     level = "error" if record.get("outcome") == "failed" else "info"
-    return json.dumps({"time": time.strftime(TIME_FORMAT), "level": level, **record}, ensure_ascii=False) + "\n"
+    return _json({"time": time.strftime(TIME_FORMAT), "level": level, **record}) + "\n"
+
+
+def _json(content: Mapping[str, Any], indent: int | None = None) -> str:
+    return escape_controls_in_json(json.dumps(content, indent=indent, ensure_ascii=False))
 
 
 def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,19 +253,21 @@ def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) 
 def reason_of(error: BaseException) -> str:
     """What ended a run, in one line: of an error that Ray carried over, whose text is a traceback, the error that began it."""
     lines = [line for line in str(error).splitlines() if RAISED.match(line)]
-    return f"{type(error).__name__}: {lines[-1] if lines else ' '.join(str(error).split()) or repr(error)}"
+    return public_line(f"{type(error).__name__}: {lines[-1] if lines else ' '.join(str(error).split()) or repr(error)}")
 
 
 def redacted(config: Any) -> Any:
     """A configuration without the values of keys that look like secrets; of storage options only those known to be harmless."""
     if isinstance(config, Mapping):
         return {key: _redacted_value(key, value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [redacted(value) for value in config]
     return public_uri(config) if isinstance(config, str) else config
 
 
 def _redacted_value(key: str, value: Any) -> Any:
     if key == "storage_options" and isinstance(value, Mapping):
-        return {name: option if name in HARMLESS_OPTIONS else REDACTED for name, option in value.items()}
+        return {name: redacted(option) if name in HARMLESS_OPTIONS else REDACTED for name, option in value.items()}
     return REDACTED if value and SECRET.search(key) else redacted(value)
 
 
@@ -264,7 +294,7 @@ def summary_table(content: Mapping[str, Any], output_uri: str, name: str = SUMMA
     failures = content["failures"]
     if failures:
         lines += ["", "failures:"]
-        lines += [f"  {one['title_id']}: {one['stage']}: {one['message']}" for one in failures[:MAX_FAILURES_SHOWN]]
+        lines += [public_line(f"  {one['title_id']}: {one['stage']}: {one['message']}") for one in failures[:MAX_FAILURES_SHOWN]]
         if len(failures) > MAX_FAILURES_SHOWN:
             lines.append(f"  ... and {len(failures) - MAX_FAILURES_SHOWN} more, see {name} and the failure records")
     if content["warnings"]:
@@ -274,7 +304,7 @@ def summary_table(content: Mapping[str, Any], output_uri: str, name: str = SUMMA
 
 def write_summary(store: Store, content: Mapping[str, Any], name: str = SUMMARY) -> None:
     """Put the summary of a run into the output."""
-    store.write(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    store.write(name, (_json(content, indent=2) + "\n").encode())
 
 
 def _versions() -> dict[str, str]:

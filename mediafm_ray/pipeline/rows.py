@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.spec import OutageError, Packed, TimedTextSource, Title, TitleError, is_outage
+from mediafm_ray.spec import OutageError, Packed, TimedTextSource, Title, TitleError, is_outage, public_line, public_lines
 
 log = logging.getLogger(__name__)
 MAX_TRACEBACK_PARTS = 6  # the last frames and the error itself
@@ -242,7 +242,13 @@ def error_value(stage: str, failure: BaseException) -> dict[str, Any]:
     if not isinstance(failure, (TitleError, OutageError)):  # a defect, or trouble outside the title: where it was matters, too
         message = f"{type(failure).__name__}: {message}"
         frames = "".join(traceback.format_exception(failure)[-MAX_TRACEBACK_PARTS:])
-    return {"stage": stage, "type": type(failure).__name__, "message": message, "traceback": frames, "outage": is_outage(failure)}
+    return {
+        "stage": stage,
+        "type": type(failure).__name__,
+        "message": public_line(message),
+        "traceback": public_lines(frames),
+        "outage": is_outage(failure),
+    }
 
 
 def failed(title: pa.Table, stage: str, failure: BaseException) -> pa.Table:

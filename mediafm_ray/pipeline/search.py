@@ -23,6 +23,7 @@ from mediafm_ray.models.encoder import build_text_encoder, weights_digest
 from mediafm_ray.models.options import TextEncoderConfig, VideoEncoderConfig
 from mediafm_ray.pipeline.clip_tables import suggestion
 from mediafm_ray.pipeline.plan import encoder_recipe
+from mediafm_ray.spec import escape_controls_in_json, public_uri
 from mediafm_ray.storage.dataset import DatasetError
 from mediafm_ray.storage.index import EMBEDDING, IndexFacts, NoIndex, ShotFilter, ShotIndex, modality_of, part_column
 from mediafm_ray.storage.schemas import embedding_values
@@ -211,8 +212,9 @@ def as_json(index: ShotIndex, query: Query, found: pa.Table) -> str:
         for rank, row in enumerate(found.to_pylist(), start=1)
     ]
     facts = index.facts
-    about = {"uri": index.uri, "version": index.version, "dataset_version": facts.dataset_version, "vectors": facts.vectors}
-    return json.dumps({"query": dict(query.asked), "index": about, "results": results}, ensure_ascii=False, indent=2)
+    about = {"uri": public_uri(index.uri), "version": index.version, "dataset_version": facts.dataset_version, "vectors": facts.vectors}
+    content = {"query": dict(query.asked), "index": about, "results": results}
+    return escape_controls_in_json(json.dumps(content, ensure_ascii=False, indent=2))
 
 
 def as_table(index: ShotIndex, query: Query, found: pa.Table) -> str:

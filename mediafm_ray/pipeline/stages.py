@@ -49,11 +49,11 @@ from mediafm_ray.pipeline.rows import (
     vectors_type,
     was_left,
 )
-from mediafm_ray.spec import MODALITIES
+from mediafm_ray.spec import MODALITIES, public_line, public_uri
 from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name, record_failure
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
-from mediafm_ray.storage.store import StorageConfig, fsspec_options, public_uri
+from mediafm_ray.storage.store import StorageConfig, fsspec_options
 
 CAP_REACHED = "max_cost_usd"  # why a run took no more titles
 FACTS = ("title_id", "source", "video", "dataset_version", "dims", "spans")  # that the objects of a title share
@@ -441,7 +441,7 @@ def remove_superseded(output: Output, names: Sequence[str]) -> list[str]:
         try:
             output.store.delete(name)
         except Exception as error:  # fsspec implementations raise many kinds
-            warnings.append(f"{name} is superseded and could not be removed ({error}); the next run will try again")
+            warnings.append(f"{name} is superseded and could not be removed ({public_line(str(error))}); the next run will try again")
     return warnings
 
 

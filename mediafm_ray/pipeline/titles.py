@@ -19,7 +19,7 @@ from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, pool_title, share_of
 from mediafm_ray.pipeline.derived import Derived, PendingTitle, read_vectors
 from mediafm_ray.pipeline.scenes import scenes_of_title, scenes_recipe
-from mediafm_ray.spec import TitleError
+from mediafm_ray.spec import TitleError, public_line
 from mediafm_ray.storage.dataset import TITLES, EmbeddingDataset, derived
 from mediafm_ray.storage.schemas import embedding_array, embedding_type, embedding_values, titles_schema
 
@@ -105,7 +105,7 @@ def describe_titles(titles: pa.Table) -> str:
             f"  {row['title_id']:<32.32} {row['duration_s']:>7.0f}s {row['shots']:>6} {row['scenes']:>6} {row['shots_per_minute']:>9.1f}"
             f" {row['text_share']:>5.0%} {row['speech_share']:>6.0%}  {near}"
         )
-    return "\n".join(lines)
+    return "\n".join(map(public_line, lines))
 
 
 def check_table_uri(uri: str) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 from mediafm_ray.config import ConfigError, ResourcesConfig, TrainContextualiserConfig
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS
-from mediafm_ray.pipeline.report import Console, clock, reason_of
+from mediafm_ray.pipeline.report import Console, clean_logs, clock, reason_of
 from mediafm_ray.pipeline.stored_titles import StoredTitles, TitleList, list_titles
 from mediafm_ray.pipeline.training_folder import CURVES, EVENTS, FINISHED, PLAN, TrainingFolder
-from mediafm_ray.spec import recipe_of
+from mediafm_ray.spec import public_line, recipe_of
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.store import StorageConfig, absolute
 from mediafm_ray.training.baselines import BASELINES
@@ -136,6 +136,7 @@ def train_worker(given: Mapping[str, Any]) -> None:
     import ray.train
     import torch
 
+    clean_logs()
     task: WorkerTask = given["task"]
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
@@ -370,7 +371,7 @@ class Watch:
             self.console.say(f"workers are up after {time.monotonic() - self.begun:.1f} s, going on from step {content}")
         elif kind == "unusable" and content not in self.unusable:
             self.unusable.add(content)
-            self.console.say(f"warning: {content}; it is left out")
+            self.console.say(public_line(f"warning: {content}; it is left out"))
         elif kind == "row":
             if self.first is None or content["step"] == 0:
                 self.first = (content["step"], content["elapsed_s"])

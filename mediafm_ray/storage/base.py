@@ -34,7 +34,7 @@ class StorageConfig:
         if self.part_mb < LEAST_PART_MB:
             raise ValueError(f"storage.part_mb must be at least {LEAST_PART_MB}, is {self.part_mb}")
         if self.endpoint_url and not self.endpoint_url.startswith(("http://", "https://")):
-            raise ValueError(f"storage.endpoint_url must begin with http:// or https://, is {self.endpoint_url}")
+            raise ValueError(f"storage.endpoint_url must begin with http:// or https://, is {self.endpoint_url.rpartition('@')[2]}")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mediafm_ray.spec import TimedTextSource, Title, digest_of, parse_json
+from mediafm_ray.spec import PublicError, TimedTextSource, Title, digest_of, parse_json
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig, Unknown
 from mediafm_ray.storage.errors import StorageError, may_pass
 from mediafm_ray.storage.s3 import S3Objects, hasty
@@ -53,12 +53,12 @@ MAX_FAILED_LOOK_UPS = 16  # of a server that has answered none: it is down, or i
 SOURCE_DIGITS = 16  # hex digits of a source digest
 
 
-class CatalogError(Exception):
+class CatalogError(PublicError):
     """A catalog that cannot be used. ``problems`` has one line for each, naming its row."""
 
     def __init__(self, uri: str, problems: list[str]):
         self.problems = problems
-        super().__init__(list_problems(f"catalog {uri}", problems))
+        super().__init__(*list_problems(f"catalog {uri}", problems))
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class BadRow:
         return f"{self.where}{title}: {self.problem}" if self.where else self.problem
 
 
-def list_problems(what: str, problems: list[str]) -> str:
-    """The problems of a catalog or another table that people bring, as one message."""
+def list_problems(what: str, problems: list[str]) -> list[str]:
+    """The problems of a catalog or another table that people bring, as the lines of one message."""
     shown = problems[:MAX_PROBLEMS_SHOWN]
-    more = f"\n  ... and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+    more = [f"  ... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
-    return f"{what}: {count}; nothing was started\n  " + "\n  ".join(shown) + more
+    return [f"{what}: {count}; nothing was started", *(f"  {problem}" for problem in shown), *more]
 
 
 @dataclass(frozen=True)

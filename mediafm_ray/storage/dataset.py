@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from mediafm_ray.spec import MODALITIES, digest_of, parse_json
+from mediafm_ray.spec import MODALITIES, PublicError, digest_of, parse_json
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, scenes_schema, shots_schema, titles_schema
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig, Store, percent_encode
 
@@ -43,7 +43,7 @@ DATASET_PATTERN = re.compile(r"shots|failures|contextual-.+|(?:scenes|titles)-(?
 OBJECT_PATTERN = re.compile(r"shard=[0-9a-f]{2}/(?P<title>[^/@]+)@(?P<source>[^/@.]+)\.(?:parquet|json)")
 
 
-class DatasetError(Exception):
+class DatasetError(PublicError):
     """A dataset that is not there or not what was asked for; the message says what is there instead."""
 
 

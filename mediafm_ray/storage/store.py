@@ -82,14 +82,6 @@ def absolute(uri: str) -> str:
     return os.path.abspath(os.path.expanduser(path) if path is uri else path)
 
 
-def public_uri(uri: str) -> str:
-    """A URI without what may be secret in it: user and password, and the query of a signed link."""
-    if scheme_of(uri) not in ("http", "https"):
-        return uri
-    parts = urllib.parse.urlsplit(uri)
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rsplit("@", 1)[-1], parts.path, "", ""))
-
-
 def join(base: str, relative: str) -> str:
     """A URI that may be relative, taken relative to the folder ``base``."""
     if "://" in relative or relative.startswith("/"):

@@ -21,7 +21,7 @@ class TableError(DatasetError):
 
     def __init__(self, uri: str, problems: list[str]):
         self.problems = problems
-        super().__init__(list_problems(f"table {uri}", problems))
+        super().__init__(*list_problems(f"table {uri}", problems))
 
 
 def read_object(uri: str, config: StorageConfig | None = None) -> bytes:

@@ -278,6 +278,33 @@ def test_weights_that_the_hub_does_not_give_say_what_to_do(hub: str, tmp_path: P
     assert "HF_TOKEN" in unknown.stderr
 
 
+@pytest.mark.parametrize("verbosity", ["warning", "info"])
+def test_a_job_says_in_one_line_that_the_hub_cannot_be_reached(verbosity: str, tmp_path: Path) -> None:
+    """The warnings of the Hub's client stay elsewhere, and where the user asks for them."""
+    (tmp_path / "a.mp4").write_bytes(b"not read")
+    code = """
+import logging, sys, time
+time.sleep = lambda seconds: None  # between the attempts
+from jobs.embed_catalog import main
+from mediafm_ray.config import EmbedCatalogConfig
+from mediafm_ray.pipeline.command import run_job
+code = run_job("", EmbedCatalogConfig, main, sys.argv[1:])
+print("ENDED", file=sys.stderr, flush=True)
+logging.getLogger("huggingface_hub.utils._http").warning("something else")
+sys.exit(code)
+"""
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home"), "HF_HUB_VERBOSITY": verbosity}
+    weights = f"hub:some/model@{COMMIT}"
+    command = [sys.executable, "-c", code, f"catalog.uri={tmp_path}", f"output.uri={tmp_path}/out", "video.encoder=clip"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **hub}
+    done = subprocess.run([*command, f"video.weights={weights}"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    said, _, afterwards = done.stderr.partition("ENDED\n")
+    assert "something else" in afterwards
+    assert f"error: {weights} could not be fetched" in said
+    assert ("Retry 5/5" in said) if verbosity == "info" else len(said.splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_says_what_to_do(tmp_path: Path) -> None:
     """Slow: the Hub's client tries for a while."""
