@@ -80,7 +80,7 @@ class Console:
 
     def keep(self, lines: str, shown: bool = False) -> None:
         """Put lines into the log that a person wants who looks for a cause, such as a traceback; on the terminal only if ``shown``."""
-        stamp = time.strftime(TIME_FORMAT)
+        lines, stamp = public_lines(lines), time.strftime(TIME_FORMAT)
         self.lines.writelines(f"{stamp} {line}\n" for line in lines.splitlines())
         if shown:
             print(lines, file=sys.stderr)
