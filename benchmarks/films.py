@@ -39,6 +39,7 @@ import torch
 
 from benchmarks.film_making import Film, Takes, embed_takes, make_films, split_films
 from benchmarks.scenes import matched, optimum_of_count
+from mediafm_ray.downstream.clips import mean_of_neighbours
 from mediafm_ray.downstream.scenes import find_scenes
 from mediafm_ray.models.contextualiser import shot_times
 from mediafm_ray.models.fusion import spans
@@ -51,7 +52,6 @@ from mediafm_ray.training.trainer import Trainer, new_model
 CUT_AWAYS = (0.0, 0.15)
 TRAIN_FILMS, PROBE_FILMS, TEST_FILMS, HELD_OUT_FILMS = 400, 144, 96, 40
 MASKED = 0.2
-MEAN_REACH = 2  # shots before and after in the mean of neighbours
 CLIP_SHOTS = (3, 6)
 RIDGE = 1e-2  # of the probe's Gram matrix's mean diagonal
 QUERIES = 3  # every so many-th shot asks for its like in other films
@@ -127,16 +127,6 @@ def train(films: Sequence[Film], shape: ShapeConfig, config: TrainingConfig) -> 
 def contextual(model: Any, films: Sequence[Film]) -> Vectors:
     """What a model serves for every film."""
     return [model(torch.from_numpy(film.fused_SD)[None]).contextual_BSD[0].numpy() for film in films]
-
-
-def mean_of_neighbours(films: Sequence[Film]) -> Vectors:
-    """The mean of the shots around each, itself among them."""
-    found = []
-    for film in films:
-        place_S = np.arange(len(film.start_S))
-        near_SS = np.abs(place_S[:, None] - place_S[None]) <= MEAN_REACH
-        found.append((near_SS / near_SS.sum(1, keepdims=True) @ film.fused_SD).astype(np.float32))
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
@@ -281,7 +271,7 @@ def run_seed(takes: Takes, seed: int, cut_aways: float) -> dict[str, dict[str, S
         **{name: ([film.parts[name] for film in films], [film.parts[name] for film in others]) for name in films[0].parts},
         "fused, modality_norm none": ([film.fused_SD for film in raw], [film.fused_SD for film in raw_others]),
         "fused": ([film.fused_SD for film in films], [film.fused_SD for film in others]),
-        "mean of neighbours": (mean_of_neighbours(films), mean_of_neighbours(others)),
+        "mean of neighbours": _in_each(films, others, mean_of_neighbours),
         **{name: (contextual(model, films), contextual(model, others)) for name, model in models.items()},
     }
     found = {name: measure(films, here, others, there, sources, seed) for name, (here, there) in kinds.items()}
@@ -290,6 +280,10 @@ def run_seed(takes: Takes, seed: int, cut_aways: float) -> dict[str, dict[str, S
         found[name]["masked"] = masked_cosines(films, model, sources, seed)
     print(f"    measured after {time.perf_counter() - begun:.0f} s", flush=True)
     return found
+
+
+def _in_each(films: Sequence[Film], others: Sequence[Film], work: Callable[[np.ndarray], np.ndarray]) -> tuple[Vectors, Vectors]:
+    return [work(film.fused_SD) for film in films], [work(film.fused_SD) for film in others]
 
 
 def _fused_raw(films: Sequence[Film]) -> Vectors:

@@ -4,10 +4,11 @@
     python -m jobs.evaluate_probes output.uri=embeddings/ labels.uri=labels.csv labels.inputs=[video,audio,text,fused]
 
 The table has title_id, start_s, end_s of each clip, and columns of true and false (a label each), one column of names (a;b for several), or
-one column of scores that rank the clips. For video, audio and text alone, fused, contextual in isolation (contextual_alone: a clip's
-shots read by themselves, which needs the checkpoint) and contextual in context, it prints macro and micro average precision, or
-Kendall's tau, for held-out titles, with 95 % confidence intervals, and the difference from the fused vectors: whether the next
-step is worth its price. mediafm_ray/downstream/probes.py explains the protocol.
+one column of scores that rank the clips. For video, audio and text alone, fused, the fused vectors' mean over five shots (neighbours: the
+context that costs nothing), contextual in isolation (contextual_alone: a clip's shots read by themselves, which needs the checkpoint)
+and contextual in context, it prints macro and micro average precision, or Kendall's tau, for held-out titles, with 95 % confidence
+intervals, and the difference from the fused vectors; then for each label whether the contextual ones are worth their price: more than
+the fused ones and their mean. mediafm_ray/downstream/probes.py explains the protocol.
 Exit code 0: all is well; 2: a bad configuration, dataset or table (every problem of it is said), nothing was measured.
 """
 
@@ -21,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from mediafm_ray.config import ConfigError, EvaluateProbesConfig
-from mediafm_ray.downstream.probes import Labels, as_json, chance, describe, evaluate, labels_of, learnable
-from mediafm_ray.pipeline.clip_tables import CLIP_COLUMNS, ClipSource, check_kinds, clip_vectors, read_clips
+from mediafm_ray.downstream.probes import Labels, as_json, chance, describe, describe_labels, evaluate, labels_of, learnable
+from mediafm_ray.pipeline.clip_tables import CLIP_COLUMNS, CONTEXTUAL, FUSED, NEIGHBOURS, ClipSource, check_kinds, clip_vectors, read_clips
 from mediafm_ray.pipeline.command import EXIT_OK, run_job
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.stored import open_dataset
@@ -50,6 +51,10 @@ def main(config: EvaluateProbesConfig) -> int:
     results = evaluate(features, labels, groups_N, baseline, config.probes)
     console.say()
     console.say(describe(results, labels, baseline))
+    rivals = [kind for kind in (FUSED, NEIGHBOURS) if kind in results]
+    if CONTEXTUAL in results and rivals:
+        console.say()
+        console.say(describe_labels(results, CONTEXTUAL, rivals))
     if config.report.uri:
         content = {
             "dataset_version": dataset.version,

@@ -292,7 +292,8 @@ class LabelsConfig:
         "column that says which titles belong together, such as a series or the cuts of one film: they are held out together; empty = none",
     )
     inputs: list[str] = resource(
-        ["video", "audio", "text", "fused", "contextual_alone", "contextual"], "kinds of clip vectors to probe, in this order"
+        ["video", "audio", "text", "fused", "neighbours", "contextual_alone", "contextual"],
+        "kinds of clip vectors to probe, in this order; neighbours: the fused vectors' mean over five shots",
     )
     baseline: str = resource("fused", "the input that the others are compared with; where it is not probed, the first one")
     contextual: str = resource(

@@ -10,7 +10,15 @@ from __future__ import annotations
 import numpy as np
 
 SLACK_S = 1.0  # seconds that a clip may reach beyond its title: people round
+MEAN_REACH = 2  # shots before and after in the mean of neighbours
 NO_DIRECTION = 1e-6  # norm of a mean of unit vectors below which it is rounding, not a direction
+
+
+def mean_of_neighbours(vectors_SD: np.ndarray) -> np.ndarray:
+    """(S, D) float32 mean of each shot and those up to MEAN_REACH before and after it: the context that costs nothing."""
+    place_S = np.arange(len(vectors_SD))
+    near_SS = np.abs(place_S[:, None] - place_S[None]) <= MEAN_REACH
+    return (near_SS / near_SS.sum(1, keepdims=True) @ vectors_SD).astype(np.float32)
 
 
 def clip_overlaps(start_S: np.ndarray, end_S: np.ndarray, start_s: float, end_s: float) -> np.ndarray:

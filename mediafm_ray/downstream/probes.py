@@ -68,7 +68,8 @@ class ProbeResult:
 
     metrics: Mapping[str, Estimate]  # micro and macro average precision, or Kendall's tau-b
     against: Mapping[str, Estimate]  # its differences from the baseline, paired; empty for the baseline itself
-    average_precision: Mapping[str, float]  # of each label
+    by_label: Mapping[str, Estimate]  # average precision of each label; of a score, Kendall's tau-b
+    by_label_against: Mapping[str, Mapping[str, Estimate]]  # its paired differences by feature, then label: from each other feature
 
 
 def learnable(labels: Labels, groups_N: np.ndarray) -> tuple[Labels, list[str]]:
@@ -107,19 +108,21 @@ def evaluate(
     """
     weight_BN = _resampled_titles(groups_N, config)
     values: dict[str, dict[str, np.ndarray]] = {}
-    precisions: dict[str, dict[str, float]] = {}
+    of_label: dict[str, dict[str, np.ndarray]] = {}
     for name, vectors_ND in features.items():
         scores_RNL = held_out_scores(vectors_ND, labels, groups_N, config)
-        values[name] = _metrics(scores_RNL, labels, weight_BN)
-        whole = np.ones((1, len(groups_N)))
-        precisions[name] = (
-            {} if labels.is_ranking else dict(zip(labels.names, _by_label(scores_RNL, labels, whole)[0].tolist(), strict=True))
-        )
+        values[name], by_label_BL = _metrics(scores_RNL, labels, weight_BN)
+        of_label[name] = dict(zip(labels.names, by_label_BL.T, strict=True))
+
+    def differences(found: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+        return {key: _estimate(found_B - base[key]) for key, found_B in found.items()}
+
     return {
         name: ProbeResult(
-            {metric: _estimate(found) for metric, found in values[name].items()},
-            {} if name == baseline else {metric: _estimate(found - values[baseline][metric]) for metric, found in values[name].items()},
-            precisions[name],
+            {metric: _estimate(found_B) for metric, found_B in values[name].items()},
+            {} if name == baseline else differences(values[name], values[baseline]),
+            {label: _estimate(found_B) for label, found_B in of_label[name].items()},
+            {other: differences(of_label[name], of_label[other]) for other in features if other != name},
         )
         for name in features
     }
@@ -251,20 +254,22 @@ def _by_label(scores_RNL: np.ndarray, labels: Labels, weight_BN: np.ndarray) -> 
     return np.mean(found_RLB, axis=0).T
 
 
-def _metrics(scores_RNL: np.ndarray, labels: Labels, weight_BN: np.ndarray) -> dict[str, np.ndarray]:
-    """(1 + B,) values of each metric: over all clips as they are, then over each bootstrap replicate."""
+def _metrics(scores_RNL: np.ndarray, labels: Labels, weight_BN: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(1 + B,) values of each metric: over all clips as they are, then over each bootstrap replicate; and (1 + B, L) of each label."""
     weight_BN = np.concatenate([np.ones((1, weight_BN.shape[1])), weight_BN])
     if labels.is_ranking:
         values_N = labels.values_NL[:, 0]
         picks = [np.repeat(np.arange(len(values_N)), weight_N.astype(np.int64)) for weight_N in weight_BN]
-        return {TAU: np.array([np.mean([_tau(scores_NL[pick, 0], values_N[pick]) for scores_NL in scores_RNL]) for pick in picks])}
+        tau_B = np.array([np.mean([_tau(scores_NL[pick, 0], values_N[pick]) for scores_NL in scores_RNL]) for pick in picks])
+        return {TAU: tau_B}, tau_B[:, None]
     micro = [
         average_precisions(scores_NL.T.reshape(-1), labels.values_NL.T.reshape(-1), np.tile(weight_BN, scores_NL.shape[1]))
         for scores_NL in scores_RNL
     ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice")  # a replicate without any label is no replicate
-        return {MICRO: np.mean(micro, axis=0), MACRO: np.nanmean(_by_label(scores_RNL, labels, weight_BN), axis=1)}
+        by_label_BL = _by_label(scores_RNL, labels, weight_BN)
+        return {MICRO: np.mean(micro, axis=0), MACRO: np.nanmean(by_label_BL, axis=1)}, by_label_BL
 
 
 def _tau(scores: np.ndarray, values: np.ndarray) -> float:
@@ -301,6 +306,24 @@ def describe(results: Mapping[str, ProbeResult], labels: Labels, baseline: str) 
     return "\n".join(lines)
 
 
+def describe_labels(results: Mapping[str, ProbeResult], feature: str, rivals: Sequence[str]) -> str:
+    """For each label, whether ``feature`` is worth its price: more than every one of ``rivals``, less than one, or no difference seen.
+
+    A difference is one whose interval is without 0. With many labels some of one in twenty is chance: look at the table as a whole.
+    """
+    lines = [f"  {'label':<24}{feature:>24}" + "".join(f"{'against ' + rival:>28}" for rival in rivals) + "  verdict"]
+    result = results[feature]
+    for label, value in result.by_label.items():
+        found = [result.by_label_against[rival][label] for rival in rivals]
+        if any(one.high < 0 for one in found):
+            verdict = "worse than " + " and ".join(rival for rival, one in zip(rivals, found, strict=True) if one.high < 0)
+        else:
+            verdict = "worth it" if all(one.low > 0 for one in found) else "no difference seen"
+        cells = "".join(f"{_cell(one, signed=True):>28}" for one in found)
+        lines.append(f"  {label:<24}{_cell(value):>24}{cells}  {verdict}")
+    return "\n".join(lines)
+
+
 def _cell(estimate: Estimate | None, signed: bool = False) -> str:
     if estimate is None:
         return ""
@@ -318,7 +341,12 @@ def as_json(results: Mapping[str, ProbeResult]) -> dict[str, Any]:
         return value if np.isfinite(value) else None
 
     return {
-        name: {"metrics": plain(one.metrics), "against_baseline": plain(one.against), "average_precision": dict(one.average_precision)}
+        name: {
+            "metrics": plain(one.metrics),
+            "against_baseline": plain(one.against),
+            "by_label": plain(one.by_label),
+            "by_label_against": {other: plain(differences) for other, differences in one.by_label_against.items()},
+        }
         for name, one in results.items()
     }
 

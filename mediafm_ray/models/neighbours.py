@@ -48,8 +48,8 @@ SUPPORT_REACH = 6  # shots before and after among which the ones most alike are 
 SUPPORTERS = 2  # shots most alike whose mean cosine is a shot's support
 CONTEXT_WEIGHT = 1.5  # weights of a shot and of its near shots together
 NO_SUPPORT = 0.1  # cosine that shots of different places may have by chance: below it supports do not differ
-MAX_LOGIT = 2.0  # correction of a logit: a trained model may weigh a shot seven times more or less than the formula does
-MAX_LOG_FACTOR = math.log(2)  # correction of a weight: half to twice the formula's
+MAX_LOGIT = 1.0  # correction of a logit: a trained model may weigh a shot e times more or less than the formula does
+MAX_LOG_FACTOR = math.log(2) / 2  # correction of a weight: 0.7 to 1.4 times the formula's
 MASKED_OUT = -1e9  # logit of a shot that has no vector to give
 LOGITS, WEIGHTS = 2, 3  # corrected for a pair of shots (s and n), and for a shot (itself, s and n)
 PAIR_FEATURES, SHOT_FEATURES, SHOT_FEATURES_IN_PAIR = 9, 8, 6  # besides two features of a pair for each modality
@@ -64,6 +64,8 @@ class NeighbourAttentionConfig(PreTrainedConfig):
     metadata_dim: int = 0  # of the dataset that it was trained on; the model does not look at metadata
     spans: dict[str, list[int]] | None = None  # [first, end) of each modality in a fused vector
     relation_size: int = 32  # width of the two networks; 0 leaves both out: the formula alone
+    max_logit: float = MAX_LOGIT
+    max_log_factor: float = MAX_LOG_FACTOR
     max_shots: int = MAX_SHOTS_PER_WINDOW
     time_features: bool = False  # never: shots are counted, not seconds
     initializer_range: float = 0.0  # transformers wants one; the networks are initialised as torch does
@@ -184,11 +186,11 @@ class NeighbourAttention(PreTrainedModel):
         to_near_BSS = found.unit_BSD @ near_unit_BSD.transpose(1, 2)
         shot_BSN = self._shot_features(found, to_near_BSS)
         pair_BSSF = self._pair_features(found, fused_BSD, near_unit_BSD, to_near_BSS, shot_BSN)
-        correction_BSS2 = _bounded(self.pair_network(pair_BSSF), MAX_LOGIT)
+        correction_BSS2 = _bounded(self.pair_network(pair_BSSF), self.config.max_logit)
         other_BSS = found.known_BS[:, None, :] & (found.distance_SS > 0)
         alike_BSS = -found.distance_SS / ALIKE_SHOTS + (found.cosine_BSS - 1) / ALIKE_COSINE + correction_BSS2[..., 0]
         near_BSS = -found.distance_SS / NEAR_SHOTS + correction_BSS2[..., 1]
-        factor_BS3 = torch.exp(_bounded(self.shot_network(shot_BSN), MAX_LOG_FACTOR))
+        factor_BS3 = torch.exp(_bounded(self.shot_network(shot_BSN), self.config.max_log_factor))
         return _served(_weights(found) * factor_BS3, found, _softmax(alike_BSS, other_BSS), _softmax(near_BSS, other_BSS))
 
     def _shot_features(self, found: Relations, to_near_BSS: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from mediafm_ray.config import ConfigError
-from mediafm_ray.downstream.clips import clip_overlaps, pool_overlaps
+from mediafm_ray.downstream.clips import clip_overlaps, mean_of_neighbours, pool_overlaps
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.pipeline.clips import ClipEmbedder
 from mediafm_ray.pipeline.derived import contextual_dataset, in_order, read_vectors
@@ -27,8 +27,8 @@ from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.storage.tables import TableError, read_table
 
 CLIP_COLUMNS = {"title_id": pa.string(), "start_s": pa.float64(), "end_s": pa.float64()}
-FUSED, CONTEXTUAL, CONTEXTUAL_ALONE = "fused", "contextual", "contextual_alone"
-KINDS = (*MODALITIES, FUSED, CONTEXTUAL_ALONE, CONTEXTUAL)  # of clip vectors, each with one more step of the recipe behind it
+FUSED, NEIGHBOURS, CONTEXTUAL, CONTEXTUAL_ALONE = "fused", "neighbours", "contextual", "contextual_alone"
+KINDS = (*MODALITIES, FUSED, NEIGHBOURS, CONTEXTUAL_ALONE, CONTEXTUAL)  # of clip vectors, each with one more step of the recipe behind it
 TITLES_SUGGESTED = 3
 
 
@@ -73,7 +73,7 @@ def clip_vectors(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[
     """
     check_kinds(source, kinds)
     given = bool(source.contextualiser.checkpoint)
-    stored = [kind for kind in kinds if kind in (*MODALITIES, FUSED) or (kind == CONTEXTUAL and not given)]
+    stored = [kind for kind in kinds if kind in (*MODALITIES, FUSED, NEIGHBOURS) or (kind == CONTEXTUAL and not given)]
     found = _pooled(source, clips, uri, stored)  # also checks every clip
     computed = [kind for kind in kinds if kind not in stored]
     if computed:
@@ -107,7 +107,9 @@ def _pooled(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str])
             return [(rows[0], f"{where}: no such title is committed{suggestion(title_id, [urllib.parse.unquote(name) for name in names])}")]
         try:
             shots = read_vectors(dataset, name, SHOTS)
-            vectors = {kind: shots.vectors_SD[:, slice(*spans[kind])] for kind in kinds if kind != CONTEXTUAL}
+            vectors = {kind: shots.vectors_SD[:, slice(*spans[kind])] for kind in kinds if kind in spans}
+            if NEIGHBOURS in kinds:
+                vectors[NEIGHBOURS] = mean_of_neighbours(shots.vectors_SD)
             if contextual:
                 vectors[CONTEXTUAL] = read_vectors(dataset, name, contextual).vectors_SD
         except TitleError as error:

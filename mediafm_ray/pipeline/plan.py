@@ -283,6 +283,11 @@ def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, mod
     shape = weights.read_config(address)
     if shape.get("model_type", CHECKPOINT_TYPES[0]) not in CHECKPOINT_TYPES:
         raise weights.WeightsError(f"contextualiser.checkpoint={address}: this is a {shape['model_type']!r} checkpoint, no contextualiser")
+    if shape.get("model_type") == CHECKPOINT_TYPES[1] and "max_logit" not in shape:
+        raise weights.WeightsError(
+            f"contextualiser.checkpoint={address}: it does not say how its corrections are bounded (it was written by an early version): "
+            "train it again"
+        )
     for key, dim, made_by in (("fused_dim", model.dims["fused"], "the encoders"), ("metadata_dim", model.dims["text"], "the text encoder")):
         if shape.get(key) != dim:
             raise ConfigError(

@@ -18,6 +18,7 @@ from mediafm_ray.downstream.probes import (
     average_precisions,
     chance,
     describe,
+    describe_labels,
     evaluate,
     held_out_scores,
     labels_of,
@@ -52,7 +53,24 @@ def test_planted_labels_are_found_and_noise_is_chance():
         assert difference.value == pytest.approx(found.value - results["noise"].metrics[metric].value)
         assert difference.low > 0.2
     assert results["noise"].against == {}
-    assert all(value > 0.9 for value in results["signal"].average_precision.values())
+    assert all(one.value > 0.9 for one in results["signal"].by_label.values())
+
+
+def test_each_label_has_its_own_verdict():
+    """A feature that knows label a, where its rivals know nothing, and nothing of label b, which one rival knows."""
+    features, labels, groups = planted()
+    signal = features["signal"]
+    found = {"new": signal[:, [0, *range(2, DIM)]], "old": features["noise"], "other": signal[:, 1:]}
+    results = evaluate(found, labels, groups, "old", QUICK)
+    against = results["new"].by_label_against
+    assert against["old"]["a"].low > 0
+    assert against["other"]["b"].high < 0
+    head, of_a, of_b = describe_labels(results, "new", ["old", "other"]).splitlines()
+    assert head.endswith("verdict")
+    assert of_a.endswith("  worth it")
+    assert of_b.endswith("  worse than other")
+    assert describe_labels(results, "old", ["new"]).splitlines()[2].endswith("no difference seen")
+    assert against["old"]["a"].value == pytest.approx(-results["old"].by_label_against["new"]["a"].value)
 
 
 def test_random_labels_give_chance_within_the_interval():
