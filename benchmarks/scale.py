@@ -169,7 +169,7 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
         titles = graph.detect_shots(titles, config, stage=NoDetection)
         titles = graph.encode_video(titles, config, NoVideo)
         titles = graph.encode_audio(titles, config, NoAudio)
-        titles = graph.encode_text(titles, config, NoText)
+        titles = graph.encode_text(titles, config, stage=NoText)
         titles = graph.fuse(titles, plan, config)
         results = graph.write(titles, plan, config)
         connected_s = time.process_time()

@@ -6,8 +6,8 @@
 Computes what is new, changed, failed before and due again, and by choice what is committed under another dataset version only; within a
 budget; one run at a time a dataset version. A title that the budget leaves is there for the next run. With --dry-run it says what it
 would do and writes nothing.
-Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or catalog, or another run
-holds the lease: nothing was started; 3: the run ended before its titles did.
+Exit code 0: all is well; 1: more titles failed, are given up or could not be looked at than run.max_failed_fraction allows; 2: a bad
+configuration or catalog, or another run holds the lease: nothing was started; 3: the run ended before its titles did.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import time
 
-from jobs.embed_catalog import embed, report, run
+from jobs.embed_catalog import embed, report, run, say_unknown
 from mediafm_ray.config import BackfillCatalogConfig
 from mediafm_ray.pipeline.backfill import (
     HOUR,
@@ -52,6 +52,7 @@ def main(config: BackfillCatalogConfig) -> int:
     with held(store, lease_folder(model.dataset_version), holder, config.backfill.lease_minutes * MINUTE) as lease:
         backfill = plan_backfill(config, model)
         console.say(describe(backfill, config))
+        say_unknown(backfill.plan, console)
         prepare_output(backfill.plan, config)
         pace = last_pace(store)
         deleted = delete(backfill, config, console)
@@ -72,6 +73,7 @@ def preview(config: BackfillCatalogConfig, store: Store, console: Console) -> in
     """What a run would do, take and cost."""
     backfill = plan_backfill(config)
     console.say(describe(backfill, config))
+    say_unknown(backfill.plan, console)
     console.say(describe_time(backfill, last_pace(store)))
     console.say(describe_cost(backfill.plan, config))
     return EXIT_OK

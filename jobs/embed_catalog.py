@@ -3,8 +3,8 @@
     python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri=videos/ output.uri=embeddings/
 
 What is committed already is skipped; a killed run is finished by running the same command again.
-Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or catalog, nothing
-was started; 3: the run ended before its titles did.
+Exit code 0: all is well; 1: more titles failed, or could not be looked at, than run.max_failed_fraction allows; 2: a bad configuration
+or catalog, nothing was started; 3: the run ended before its titles did.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig
-from mediafm_ray.pipeline.backfill import Limits
+from mediafm_ray.pipeline.backfill import NO_LIMITS, Limits
 from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, run_job
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
 from mediafm_ray.pipeline.report import LOG, SUMMARY, TITLES_LOG, Console, Tally, follow, reason_of, summary, summary_table, write_summary
-from mediafm_ray.spec import public_lines
+from mediafm_ray.spec import public_line, public_lines
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.store import Store
+
+UNKNOWN_SHOWN = 5  # titles
 
 
 def main(config: EmbedCatalogConfig) -> int:
@@ -55,8 +57,8 @@ def run(plan: Plan, tally: Tally, work: Callable[[], None]) -> None:
         tally.aborted = reason_of(error)
 
 
-def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally, limits: Limits | None = None) -> None:
-    """The recipe, step by step, over the pending titles; ``tally`` counts how they end. Without ``limits`` all are taken."""
+def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally, limits: Limits = NO_LIMITS) -> None:
+    """The recipe, step by step, over the pending titles; ``tally`` counts how they end."""
     from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
     from mediafm_ray.pipeline.budget import SharedBudget
     from mediafm_ray.pipeline.cluster import check_room, connected
@@ -64,17 +66,17 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally
     begun = time.monotonic()
     with connected(config.resources):
         check_room(config.resources, graph.pools(plan, config))
-        budget = SharedBudget(limits) if limits else None
+        budget = SharedBudget(limits)
         titles = graph.read_plan(plan)
         titles = graph.detect_shots(titles, config, budget)
         titles = graph.encode_video(titles, config)
         titles = graph.encode_audio(titles, config)
-        titles = graph.encode_text(titles, config)
+        titles = graph.encode_text(titles, config, budget)
         titles = graph.fuse(titles, plan, config)
         titles = graph.contextualise(titles, plan, config)
         results = graph.blocks(graph.write(titles, plan, config))
         metrics = Metrics(plan.model.dataset_version)
-        follow(budget.follow(results, tally, limits.interrupted) if budget and limits else results, tally, begun, console, metrics)
+        follow(budget.follow(results, tally, limits.interrupted), tally, begun, console, metrics)
 
 
 def say_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
@@ -96,8 +98,21 @@ def say_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
             f"{plan.without_context} titles were embedded without context; to add it, without a video: "
             f"python -m jobs.contextualise_catalog output.uri={config.output.uri} dataset.version={plan.model.dataset_version}"
         )
+    say_unknown(plan, console)
     if not plan.checkpoint:
         console.say("no contextualiser.checkpoint is set: writing fused (raw) embeddings only")
+
+
+def say_unknown(plan: Plan, console: Console) -> None:
+    """Which titles are passed over: their rows are bad, or nobody can say whether their sources are those that are committed."""
+    if plan.bad_rows:
+        console.say(f"warning: {len(plan.bad_rows)} problems of the catalog; their titles are recorded as failures; the first:")
+        for row in plan.bad_rows[:UNKNOWN_SHOWN]:
+            console.say(public_line(f"  {row}"))
+    if plan.unknown:
+        console.say(f"warning: {len(plan.unknown)} titles are passed over, because their sources cannot be looked at; the first:")
+        for title_id, reason in plan.unknown[:UNKNOWN_SHOWN]:
+            console.say(public_line(f"  {title_id}: {reason}"))
 
 
 def report(
@@ -126,8 +141,9 @@ def report(
     if tally.lost:
         console.say(f"error: {tally.lost} titles were planned and never came back; run the same command again")
         return EXIT_FAILED_TITLES
-    allowed = config.run.max_failed_fraction * tally.finished
-    return EXIT_FAILED_TITLES if tally.failed > allowed else EXIT_OK
+    fraction = config.run.max_failed_fraction
+    too_many = tally.failed > fraction * tally.finished or len(plan.unknown) + plan.given_up + len(plan.bad_rows) > fraction * plan.titles
+    return EXIT_FAILED_TITLES if too_many else EXIT_OK
 
 
 if __name__ == "__main__":

@@ -51,6 +51,11 @@ class CatalogConfig:
     """What to embed."""
 
     uri: str = resource("", "folder of videos, or a .parquet, .csv or .jsonl table of titles (required)")
+    on_error: str = resource("fail", "at a bad row: fail = nothing is started; skip = it is recorded as a failure, the rest is done")
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("fail", "skip"):
+            raise ValueError(f"catalog.on_error is fail or skip, not {self.on_error}")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from mediafm_ray.models.options import FusionConfig
-from mediafm_ray.pipeline.rows import FLAGS, SHOTS, plan_table, vectors_cell, vectors_type
+from mediafm_ray.pipeline.rows import FLAGS, SHOTS, error_value, plan_table, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import Fuse, WriteTitle
-from mediafm_ray.spec import MODALITIES, digest_of
+from mediafm_ray.spec import MODALITIES, TitleError, digest_of
 from mediafm_ray.storage.dataset import Model, Output
 from mediafm_ray.storage.store import StorageConfig
 
@@ -60,9 +60,9 @@ def finished_row(row: pa.Table, model: Model, shot_frames: list[int], checkpoint
     return row
 
 
-def with_error(row: pa.Table, message: str) -> pa.Table:
+def with_error(row: pa.Table, failure: Exception) -> pa.Table:
     """The row of a title that failed."""
-    error = {"stage": "detect_shots", "type": "TitleError", "message": message}
+    error = error_value("detect_shots", failure)
     return row.set_column(row.column_names.index("error"), "error", pa.array([error], row.schema.field("error").type))
 
 
@@ -76,7 +76,7 @@ def write_dataset(
     for title_id in [*titles, *failed]:
         planned = {"title_id": title_id, "source": SOURCE, "video": f"/videos/{title_id}.mp4", "timed_text": [], "synopsis": "", "tags": []}
         row = finished_row(plan_table([{**planned, "superseded": []}]), model, titles.get(title_id, [10]), checkpoint)
-        row = with_error(row, "it is bad") if title_id in failed else row
+        row = with_error(row, TitleError("it is bad")) if title_id in failed else row
         for step in steps:
             row = step(row)
         assert (row["error"][0].as_py() is None) == (title_id not in failed), row["error"]

@@ -30,7 +30,7 @@ import openai
 
 from mediafm_ray.models.encoder import Encoded
 from mediafm_ray.models.options import TextEncoderConfig
-from mediafm_ray.spec import PublicError, public_line
+from mediafm_ray.spec import OutageError, PublicError, public_line
 
 INPUTS_PER_REQUEST = 2048  # the API's limits
 TOKENS_PER_REQUEST = 300_000
@@ -41,6 +41,7 @@ BURST_S = 5.0  # of the rate limit may go at once
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 60.0
 LONGEST_RETRY_AFTER_S = 600.0  # a server that asks for more has to be asked again another day
+TEXT_REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)  # the text may be what is wrong
 NO_KEY = "no-key"  # sent to servers of one's own that want none
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ Result = TypeVar("Result")
 
 class ApiError(PublicError):
     """The embeddings API did not give what was asked for; the message says why and never holds the key."""
+
+
+class ApiUnavailable(ApiError, OutageError):
+    """The API failed, or refused whoever asked, whatever the text was."""
 
 
 class BudgetExceeded(ApiError):
@@ -344,7 +349,8 @@ class ApiTextEncoder:
                     await asyncio.to_thread(self.allowance.refund, tokens)
                 asked_s = _retry_after(error)
                 if not _may_pass(error) or attempt == self.config.max_retries or asked_s > LONGEST_RETRY_AFTER_S:
-                    raise ApiError(self._describe(error, attempt + 1)) from None  # the cause holds the request, and so the key
+                    kind = ApiError if isinstance(error, TEXT_REFUSED) else ApiUnavailable
+                    raise kind(self._describe(error, attempt + 1)) from None  # the cause holds the request, and so the key
                 backoff_s = random.uniform(0, min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**attempt))
                 if asked_s:
                     await asyncio.to_thread(self.allowance.pause, asked_s)
@@ -362,23 +368,23 @@ class ApiTextEncoder:
                 return
 
     def _check(self, response: Any, count: int) -> list[np.ndarray]:
-        """The (D,) float32 embeddings of a response, in the order of its inputs. Raises ApiError for anything else: it was paid for."""
+        """The (D,) float32 embeddings of a response, in the order of its inputs. Raises ApiUnavailable for anything else."""
         rows: list[Any] = [None] * count
         where = self.config.base_url or "the embeddings API"
         for item in getattr(response, "data", None) or []:
             if not isinstance(item.index, int) or not 0 <= item.index < count or rows[item.index] is not None:
-                raise ApiError(f"{where} gave an embedding for input {item.index} of {count}, or gave it twice")
+                raise ApiUnavailable(f"{where} gave an embedding for input {item.index} of {count}, or gave it twice")
             row_D = np.asarray(item.embedding, np.float32)
             if row_D.shape != (self.dim,):
-                raise ApiError(
+                raise ApiUnavailable(
                     f"{where} gave an embedding of shape {row_D.shape}, not the {self.dim} dimensions asked for: does the model "
                     f"{self.config.model} support 'dimensions'? Set text.dimensions to what it gives"
                 )
             if not np.isfinite(row_D).all():
-                raise ApiError(f"{where} gave an embedding with NaN or infinity for input {item.index} of {count}")
+                raise ApiUnavailable(f"{where} gave an embedding with NaN or infinity for input {item.index} of {count}")
             rows[item.index] = row_D
         if missing := sum(row is None for row in rows):
-            raise ApiError(f"{where} left out {missing} of {count} embeddings")
+            raise ApiUnavailable(f"{where} left out {missing} of {count} embeddings")
         return rows
 
     def _describe(self, error: Exception, attempts: int) -> str:

@@ -4,7 +4,8 @@ A title is, in this order of precedence,
 
     done          committed under this dataset version, from its source as it is now
     stale         the same source is committed under another dataset version only; computed by choice
-    failed        has a failure record: tried again when its delay is over, given up after so many attempts
+    unknown       its source cannot be looked at, so that it may or may not be what is committed: passed over, and reported
+    failed        has a failure record: tried again when its delay is over, given up after so many attempts of its own fault
     contextual    its shots are committed, this checkpoint's contextual embeddings are not
     changed       committed (or failed) from another source
     new           none of these
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 import urllib.parse
 from collections import Counter
@@ -30,13 +32,13 @@ from mediafm_ray.pipeline.report import SUMMARY, Tally
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.spec import public_line
 from mediafm_ray.storage.catalog import Entry
-from mediafm_ray.storage.dataset import SHOTS, Model, Output, dataset_versions
+from mediafm_ray.storage.dataset import SHOTS, Model, Output, dataset_versions, encode_title
 from mediafm_ray.storage.store import Store
 
 log = logging.getLogger(__name__)
 
 NEW, CHANGED, STALE, FAILED, CONTEXTUAL = "new", "changed", "stale", "failed", "contextual"
-NOT_DUE, GIVEN_UP, DONE = "not_due", "given_up", "done"
+NOT_DUE, GIVEN_UP, UNKNOWN, DONE = "not_due", "given_up", "unknown", "done"
 MEANING = {  # for people
     NEW: "new",
     CHANGED: "changed source",
@@ -45,6 +47,7 @@ MEANING = {  # for people
     CONTEXTUAL: "lack only this checkpoint's contextual embeddings",
     NOT_DUE: "failed before, not due yet",
     GIVEN_UP: "failed too often, given up",
+    UNKNOWN: "source cannot be looked at",
 }
 HOUR = 3600  # seconds
 STORE_THREADS = 16  # small reads and deletions at once
@@ -62,6 +65,10 @@ class Limits:
     wall_until: float  # time.monotonic() at which the last title may begin; infinity = no limit
     expected_s: Mapping[str, float]  # seconds of video by title id, where something is known before it is read
     interrupted: Callable[[], str]  # asked after each title: a reason to take no more, or empty
+    drains: bool = True  # whether a first SIGTERM lets the titles that are begun end
+
+
+NO_LIMITS = Limits(0.0, math.inf, {}, lambda: "", drains=False)
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,10 @@ def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now
         left=len(pending) - len(taken),
         only_contextual=sum(key_of(entry) in there.wanted[0] for entry in taken),
         leftovers=tuple(name for entry in done for name in there.leftovers(entry)),
+        outdone=tuple(name for entry in done for name in there.outdone(entry)),
+        given_up=counts[GIVEN_UP],
+        bad_rows=tuple(there.bad_rows),
+        unknown=tuple((entry.title.title_id, entry.unknown) for entry, reason in reasons if reason == UNKNOWN),
     )
     passed_over = {reason: counts[reason] for reason in MEANING if reason not in planned and counts[reason]}
     exact = config.run.dry_run or wanted.max_video_hours > 0
@@ -164,11 +175,13 @@ def _classify(there: Survey, elsewhere: Elsewhere, wanted: BackfillConfig, now: 
         key = key_of(entry)
         if there.is_done(entry):
             reason = DONE
+        elif there.is_unknown(entry):
+            reason = UNKNOWN
         elif key in elsewhere and key not in there.wanted[0] and not (wanted.recompute_stale and key in there.failures):
             reason = STALE
         elif key in there.failures:
             tried = attempts[key]
-            delay_s = wanted.retry_delay_hours * HOUR * 2 ** (tried - 1)
+            delay_s = wanted.retry_delay_hours * HOUR * 2 ** (tried - 1) if tried else 0.0  # an outage is no attempt
             last = max(info.modified for info in there.failures[key])
             reason = GIVEN_UP if tried >= wanted.max_attempts else FAILED if now >= last + delay_s else NOT_DUE
         elif key in there.wanted[0]:
@@ -182,12 +195,12 @@ def _classify(there: Survey, elsewhere: Elsewhere, wanted: BackfillConfig, now: 
 
 
 def _attempts(there: Survey, failed: Sequence[Entry]) -> Mapping[tuple[str, str], int]:
-    """How often each of these titles was tried, as its failure record says."""
+    """How often each of these titles failed by its own fault, as its failure record says."""
 
     def read(entry: Entry) -> int:
         name = there.failures[key_of(entry)][0].name
         try:
-            return max(1, int(json.loads(there.output.store.read(name))["attempts"]))
+            return max(0, int(json.loads(there.output.store.read(name))["attempts"]))
         except FileNotFoundError:  # another job has done the title meanwhile
             return 1
         except (ValueError, KeyError, TypeError) as error:
@@ -205,7 +218,7 @@ def _in_order(entries: Iterable[Entry], order: str) -> list[Entry]:
 
 
 def _missing(there: Survey) -> Missing:
-    in_catalog = {key_of(entry)[0] for entry in there.entries}
+    in_catalog = {key_of(entry)[0] for entry in there.entries} | {encode_title(row.name) for row in there.bad_rows}
     titles = sorted(set(there.objects_of_title) - in_catalog)
     objects = [info.name for title in titles for _, info in there.objects_of_title[title]]
     return Missing(titles, sorted(objects), len(there.objects_of_title))

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyarrow as pa
@@ -54,6 +54,11 @@ class Budget:
         self.video_s += duration_s - self.seconds_of_title.get(title_id, 0.0)
         self.seconds_of_title[title_id] = duration_s
 
+    def give_back(self, title_id: str, reason: str) -> None:
+        """A title that was begun is not finished in this run, and no more are taken."""
+        self.video_s -= self.seconds_of_title.pop(title_id, 0.0)
+        self.end(reason)
+
     def end(self, reason: str) -> None:
         """Take no more titles."""
         self.ended_by = self.ended_by or reason
@@ -68,6 +73,7 @@ class SharedBudget:
 
     def __init__(self, limits: Limits):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # the driver's node: it lives as long
+        self.drains = limits.drains
         keeper = ray.remote(num_cpus=0)(Budget).options(scheduling_strategy=here)
         self.keeper: Any = keeper.remote(limits.max_video_s, limits.wall_until - time.monotonic(), dict(limits.expected_s))
 
@@ -84,13 +90,17 @@ class SharedBudget:
         """See TitleBudget."""
         self.keeper.was_read.remote(title_id, duration_s)  # nothing to wait for
 
+    def give_back(self, title_id: str, reason: str) -> None:
+        """See TitleBudget."""
+        ray.get(self.keeper.give_back.remote(title_id, reason))  # before the title goes on: whoever follows the results asks next
+
     def follow(self, results: Iterator[pa.Table], tally: Tally, interrupted: Callable[[], str]) -> Iterator[pa.Table]:
         """The results of the titles taken, until the last of them is finished; ``tally`` then knows how many were left and why.
 
         ``interrupted``: asked after each title; a reason to take no more, or empty. Titles that the graph never came to are not waited for.
         """
         finished = 0
-        with draining(lambda: self.keeper.end.remote(ASKED_TO_END)):
+        with draining(lambda: self.keeper.end.remote(ASKED_TO_END)) if self.drains else nullcontext():
             for table in results:
                 left = [was_left(error) for error in table["error"].to_pylist()] if table.num_columns else []
                 taken = table.filter(pa.array([not one for one in left], pa.bool_())) if any(left) else table

@@ -97,11 +97,13 @@ def encode_audio(titles: Dataset, config: EmbedCatalogConfig, stage: type[Stage]
     return _actors(titles, config, pool, stage, with_threads(config.audio, pool))
 
 
-def encode_text(titles: Dataset, config: EmbedCatalogConfig, stage: type[Stage] = stages.EncodeText) -> Dataset:
-    """Embed the text of each shot, and the metadata of each title."""
+def encode_text(
+    titles: Dataset, config: EmbedCatalogConfig, budget: stages.TitleBudget | None = None, stage: type[Stage] = stages.EncodeText
+) -> Dataset:
+    """Embed the text of each shot, and the metadata of each title. What may be spent on an API ends the budget."""
     pool = config.resources.encode_text
     allowance = SharedAllowance(config.text) if config.text.encoder == "openai" else None
-    return _actors(titles, config, pool, stage, with_threads(config.text, pool), allowance)
+    return _actors(titles, config, pool, stage, with_threads(config.text, pool), allowance, budget)
 
 
 def fuse(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,10 +18,10 @@ from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_d
 from mediafm_ray.models.fusion import spans
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.pipeline.rows import plan_table
-from mediafm_ray.spec import digest_of, recipe_of
-from mediafm_ray.storage.catalog import Entry, read_catalog
-from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextual, encode_title
-from mediafm_ray.storage.store import ObjectInfo
+from mediafm_ray.spec import digest_of, public_line, recipe_of
+from mediafm_ray.storage.catalog import SOURCE_DIGITS, BadRow, Entry, read_catalog
+from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextual, encode_title, object_name, record_failure
+from mediafm_ray.storage.store import ObjectInfo, StorageError
 
 ARITHMETIC = 2  # raise it with a change of the code that changes the numbers: it is part of the dataset version
 VERSION_DIGITS = 12  # hex digits of a dataset version
@@ -44,6 +45,10 @@ class Plan:
     left: int  # pending, but beyond run.max_titles
     only_contextual: int  # pending whose shots are committed: the checkpoint is what is new
     leftovers: tuple[str, ...]  # objects that an earlier run should have removed after it committed their successor
+    outdone: tuple[str, ...] = ()  # objects to put again before, because one of the leftovers is newer: their source was changed back
+    bad_rows: tuple[BadRow, ...] = ()  # of the catalog, passed over (catalog.on_error=skip)
+    unknown: tuple[tuple[str, str], ...] = ()  # titles passed over because their source cannot be looked at, and why
+    given_up: int = 0  # of failed_before: failed so often that no run will take them until something changes
     without_context: int = 0  # done, but without embeddings of builtin:neighbours: jobs.contextualise_catalog writes them
     titles_are: str = IN_CATALOG  # what ``titles`` counts
 
@@ -76,6 +81,7 @@ class Survey:
     """What is there: the titles of the catalog, and the objects of the dataset version from one (paged) listing."""
 
     entries: Sequence[Entry]
+    bad_rows: Sequence[BadRow]  # of the catalog, where they are skipped
     model: Model
     checkpoint: str  # name of the contextualiser's checkpoint; empty when none is configured
     output: Output
@@ -114,19 +120,38 @@ class Survey:
         """Whether a title that is done has no embeddings of the configured contextualiser."""
         return bool(self.checkpoint) and key_of(entry) not in self.listed.get(contextual(self.checkpoint), {})
 
-    def older(self, entry: Entry) -> list[ObjectInfo]:
+    @cached_property
+    def titles_with_shots(self) -> Set[str]:
+        """The titles whose shots are committed, whatever their source was."""
+        return {title for title, _ in self.listed.get(SHOTS, {})}
+
+    def is_unknown(self, entry: Entry) -> bool:
+        """Whether a title is passed over because nobody can say now whether its source is another than the committed one.
+
+        Where nothing is committed, and the look-up does not fail for a reason that passes, its turn will show what is wrong.
+        """
+        return bool(entry.unknown) and not self.is_done(entry) and (entry.is_outage or key_of(entry)[0] in self.titles_with_shots)
+
+    def others(self, entry: Entry) -> list[ObjectInfo]:
         """The objects of a title's other sources."""
         title, source = key_of(entry)
         return [info for other, info in self.objects_of_title.get(title, ()) if other != source]
 
     def leftovers(self, entry: Entry) -> list[str]:
-        """What an earlier run should have removed after it committed this title.
+        """What a title that is done must not have any more: objects of other sources, and records of failures.
 
-        Only what is older: another job may just have committed a newer source than this one's catalog knew.
+        Another job may have committed them later, from a source that the catalog had meanwhile. The listing is older than the catalog
+        (see ``survey``), so that the catalog knows better.
         """
-        key = key_of(entry)
-        committed = max(info.modified for info in self.wanted[0][key])
-        return [info.name for info in [*self.older(entry), *self.failures.get(key, ())] if info.modified <= committed]
+        if entry.unknown:
+            return []
+        return [info.name for info in [*self.others(entry), *self.failures.get(key_of(entry), ())]]
+
+    def outdone(self, entry: Entry) -> list[str]:
+        """The objects of a title that is done which readers pass over, because one of another source is not older."""
+        others = {} if entry.unknown else {info.name.split("/")[0]: info.modified for info in sorted(self.others(entry), key=_modified)}
+        own = [info for listing in self.listed.values() for info in listing.get(key_of(entry), ())]
+        return [info.name for info in own if info.modified <= others.get(info.name.split("/")[0], -math.inf)]
 
     def row(self, entry: Entry) -> dict[str, Any]:
         """A pending title as a row of the plan."""
@@ -138,8 +163,12 @@ class Survey:
             "timed_text": [{"uri": text.uri, "language": text.language, "kind": text.kind} for text in title.timed_text],
             "synopsis": title.synopsis,
             "tags": list(title.tags),
-            "superseded": [info.name for info in self.older(entry)],
+            "superseded": [info.name for info in self.others(entry)],
         }
+
+
+def _modified(info: ObjectInfo) -> float:
+    return info.modified
 
 
 def key_of(entry: Entry) -> tuple[str, str]:
@@ -148,18 +177,21 @@ def key_of(entry: Entry) -> tuple[str, str]:
 
 
 def survey(config: EmbedCatalogConfig, model: Model | None = None) -> Survey:
-    """Read the catalog and list the output once. Writes nothing. ``model``: where ``describe_model`` was asked before.
+    """List the output once, and read the catalog. Writes nothing. ``model``: where ``describe_model`` was asked before.
 
+    In this order: what another job commits meanwhile, from a source that is newer than this catalog, is not in the listing.
     Raises CatalogError with every problem of the catalog, StorageError, and what ``describe_model`` and ``checkpoint_name`` raise.
     """
     if not config.output.uri:
         raise ConfigError("output.uri is required: a folder or bucket prefix that receives the datasets")
-    entries = read_catalog(config.catalog.uri, config.storage)
     model = model or describe_model(config)
     checkpoint = checkpoint_name(config, model)
     output = Output(config.output.uri, model.dataset_version, config.storage)
     output.store.check_readable()
-    return Survey(entries, model, checkpoint, output, {dataset: output.list(dataset) for dataset in output.datasets()})
+    listed = {dataset: output.list(dataset) for dataset in output.datasets()}
+    skipped: list[BadRow] = []
+    entries = read_catalog(config.catalog.uri, config.storage, skipped if config.catalog.on_error == "skip" else None)
+    return Survey(entries, skipped, model, checkpoint, output, listed)
 
 
 def make_plan(config: EmbedCatalogConfig) -> Plan:
@@ -168,13 +200,16 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
     Raises CatalogError with every problem of the catalog, StorageError, WeightsError.
     """
     there = survey(config)
-    rows, leftovers = [], []
+    rows, leftovers, outdone, unknown = [], [], [], []
     done = failed_before = only_contextual = without_context = 0
     for entry in there.entries:
         if there.is_done(entry):
             done += 1
             without_context += there.lacks_context(entry)
             leftovers += there.leftovers(entry)
+            outdone += there.outdone(entry)
+        elif there.is_unknown(entry):
+            unknown.append((entry.title.title_id, entry.unknown))
         elif key_of(entry) in there.failures and not config.run.retry_failed:
             failed_before += 1
         else:
@@ -191,6 +226,9 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
         left=len(rows) - len(taken),
         only_contextual=only_contextual,
         leftovers=tuple(leftovers),
+        outdone=tuple(outdone),
+        bad_rows=tuple(there.bad_rows),
+        unknown=tuple(unknown),
         without_context=without_context,
     )
 
@@ -206,8 +244,26 @@ def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
     output = Output(config.output.uri, plan.model.dataset_version, config.storage)
     output.store.check_writable()
     output.write_model(plan.model)
+    for name in plan.outdone:
+        try:
+            output.store.write(name, output.store.read(name))
+        except FileNotFoundError:
+            raise StorageError(
+                f"{output.store.uri}/{name} was removed while this run was planned: another job is at work; run the same command again"
+            ) from None
     for name in plan.leftovers:
         output.store.delete(name)
+    for title_id, problems in _by_title(plan.bad_rows).items():
+        error = {"stage": "catalog", "type": "CatalogError", "message": public_line(f"{config.catalog.uri}: {'; '.join(problems)}")}
+        source = digest_of([config.catalog.uri, title_id])[:SOURCE_DIGITS]
+        record_failure(output, object_name(FAILURES, title_id, source), {"title_id": title_id, "source": source, "video": ""}, error)
+
+
+def _by_title(rows: Sequence[BadRow]) -> Mapping[str, list[str]]:
+    found = defaultdict(list)
+    for row in rows:
+        found[row.name].append(str(row))
+    return found
 
 
 def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, model: Model) -> str:

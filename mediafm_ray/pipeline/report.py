@@ -212,6 +212,9 @@ def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) 
             "lost": tally.lost,
             "skipped": plan.done,
             "skipped_failed_before": plan.failed_before,
+            "given_up": plan.given_up,
+            "skipped_unknown": len(plan.unknown),
+            "skipped_bad_rows": len({row.name for row in plan.bad_rows}),
             "left": tally.left,
         },
         "left_because_of": tally.ended_by or None,
@@ -261,6 +264,9 @@ def summary_table(content: Mapping[str, Any], output_uri: str, name: str = SUMMA
     rows = [(f"titles {key.replace('_', ' ')}", f"{titles[key]}") for key in (IN_CATALOG, WITH_SHOTS) if key in titles]
     rows += [("skipped, committed before", f"{titles['skipped']}")]
     rows += [("skipped, failed before", f"{titles['skipped_failed_before']}")] if titles["skipped_failed_before"] else []
+    rows += [("  of them given up", f"{titles['given_up']}")] if titles["given_up"] else []
+    rows += [("skipped, source cannot be looked at", f"{titles['skipped_unknown']}")] if titles["skipped_unknown"] else []
+    rows += [("skipped, bad rows of the catalog", f"{titles['skipped_bad_rows']}")] if titles["skipped_bad_rows"] else []
     rows += [("planned", f"{titles['planned']}")]
     if titles["planned"]:
         rows += [("  ok", f"{titles['ok']}"), ("  failed", f"{titles['failed']}")]

@@ -22,12 +22,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.spec import Packed, TimedTextSource, Title, TitleError, public_line, public_lines
+from mediafm_ray.spec import OutageError, Packed, TimedTextSource, Title, TitleError, is_outage, public_line, public_lines
 
 log = logging.getLogger(__name__)
 MAX_TRACEBACK_PARTS = 6  # the last frames and the error itself
 
-ERROR = pa.struct([("stage", pa.string()), ("type", pa.string()), ("message", pa.string()), ("traceback", pa.string())])
+ERROR = pa.struct(
+    [("stage", pa.string()), ("type", pa.string()), ("message", pa.string()), ("traceback", pa.string()), ("outage", pa.bool_())]
+)
 SECONDS = pa.list_(pa.struct([("stage", pa.string()), ("seconds", pa.float64())]))
 MEASURES = pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))
 TIMED_TEXT = pa.list_(pa.struct([("uri", pa.string()), ("language", pa.string()), ("kind", pa.string())]))
@@ -213,7 +215,7 @@ class Stage(ABC):
             cells = {name: _cell(value, self.adds[name]) for name, value in added.items()}
             error = None
         except Exception as failure:  # any: a title's failure is a value, the job goes on
-            if not isinstance(failure, TitleError):
+            if not isinstance(failure, (TitleError, OutageError)):
                 log.exception("title %s: stage %s failed", row.title_id, self.name)
             cells, error, seconds = {}, error_value(self.name, failure), 0.0
         return self._with(row.table, cells, error, seconds + time.perf_counter() - start)
@@ -234,13 +236,14 @@ class Stage(ABC):
         return table.drop_columns(list(self.drops))
 
 
-def error_value(stage: str, failure: BaseException) -> dict[str, str]:
-    """A failure as the value of the column ``error``: a person reads the message."""
+def error_value(stage: str, failure: BaseException) -> dict[str, Any]:
+    """A failure as the value of the column ``error``: a person reads the message. ``outage``: it is no fault of the title's."""
     message, frames = str(failure) or repr(failure), ""
-    if not isinstance(failure, TitleError):  # a defect, or trouble outside the title: where it was matters, too
+    if not isinstance(failure, (TitleError, OutageError)):  # a defect, or trouble outside the title: where it was matters, too
         message = f"{type(failure).__name__}: {message}"
         frames = "".join(traceback.format_exception(failure)[-MAX_TRACEBACK_PARTS:])
-    return {"stage": stage, "type": type(failure).__name__, "message": public_line(message), "traceback": public_lines(frames)}
+    message, frames = public_line(message), public_lines(frames)
+    return {"stage": stage, "type": type(failure).__name__, "message": message, "traceback": frames, "outage": is_outage(failure)}
 
 
 def failed(title: pa.Table, stage: str, failure: BaseException) -> pa.Table:

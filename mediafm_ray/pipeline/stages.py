@@ -30,6 +30,7 @@ from mediafm_ray.models.options import (
     VideoEncoderConfig,
 )
 from mediafm_ray.models.shot_statistics import shot_statistics
+from mediafm_ray.models.text_api import BudgetExceeded
 from mediafm_ray.pipeline.rows import (
     AUDIO,
     FLAGS,
@@ -37,6 +38,7 @@ from mediafm_ray.pipeline.rows import (
     NORMS,
     SHOTS,
     Stage,
+    TitleLeft,
     TitleRow,
     error_value,
     list_cell,
@@ -48,11 +50,12 @@ from mediafm_ray.pipeline.rows import (
     was_left,
 )
 from mediafm_ray.spec import MODALITIES, public_line, public_uri
-from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name
+from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name, record_failure
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import StorageConfig, fsspec_options
 
+CAP_REACHED = "max_cost_usd"  # why a run took no more titles
 FACTS = ("title_id", "source", "video", "dataset_version", "dims", "spans")  # that the objects of a title share
 
 
@@ -79,6 +82,10 @@ class TitleBudget(Protocol):
 
     def was_read(self, title_id: str, duration_s: float) -> None:
         """A title that was begun turned out to have so many seconds of video."""
+        ...
+
+    def give_back(self, title_id: str, reason: str) -> None:
+        """A title that was begun cannot be finished in this run, nor can others: take no more."""
         ...
 
 
@@ -218,9 +225,10 @@ class EncodeText(Stage):
     name = "encode_text"
     takes = ("shots", "synopsis", "tags")
 
-    def __init__(self, config: TextEncoderConfig, allowance: Any = None):
-        """``allowance``: the limits that all actors of a job share, where the encoder asks an API (text_api.Allowance)."""
-        self.encoder = build_text_encoder(config, allowance)
+    def __init__(self, config: TextEncoderConfig, allowance: Any = None, budget: TitleBudget | None = None):
+        """``allowance``: the limits that all actors of a job share, where the encoder asks an API (text_api.Allowance); ``budget``: who is
+        told that the run can take no more titles because what may be spent is spent."""
+        self.encoder, self.budget = build_text_encoder(config, allowance), budget
 
     @property
     def adds(self) -> Mapping[str, pa.DataType]:
@@ -237,6 +245,10 @@ class EncodeText(Stage):
             encoded = self.encoder.encode(
                 [*shots, metadata_text(row["synopsis"], row["tags"])]
             )  # one call: one request where an API is asked
+        except BudgetExceeded as error:
+            if self.budget is not None:
+                self.budget.give_back(row.title_id, CAP_REACHED)
+            raise TitleLeft(str(error)) from None
         finally:  # what a failed title used counts, too
             for name, used in self._usage().items():
                 self.measure(name, used - before[name])
@@ -420,21 +432,6 @@ def contextual_file(
     }
     facts = {**{name: facts[name] for name in FACTS}, "checkpoint": checkpoint, "cls_embedding": _base64(cls_D)}
     return encode_parquet(_table(columns, contextual_schema(vectors.type.list_size)), facts)
-
-
-def record_failure(output: Output, name: str, title: Mapping[str, Any], error: Mapping[str, str]) -> None:
-    """Put, or count up, the failure record of that name. ``title``: what it says of the title; ``error``: what went wrong."""
-    try:
-        attempts = json.loads(output.store.read(name))["attempts"]
-    except FileNotFoundError:
-        attempts = 0
-    record = {
-        **title,
-        **{key: value for key, value in error.items() if value},
-        "attempts": attempts + 1,
-        "dataset_version": output.dataset_version,
-    }
-    output.store.write(name, (json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 def remove_superseded(output: Output, names: Sequence[str]) -> list[str]:

@@ -29,7 +29,7 @@ from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.pipeline.plan import WITH_SHOTS, Plan, checkpoint_name
 from mediafm_ray.pipeline.report import clean_logs
 from mediafm_ray.pipeline.rows import ERROR, SECONDS, error_value
-from mediafm_ray.pipeline.stages import FACTS, contextual_file, record_failure, remove_superseded
+from mediafm_ray.pipeline.stages import FACTS, contextual_file, remove_superseded
 from mediafm_ray.spec import TitleError
 from mediafm_ray.storage.dataset import (
     FAILURES,
@@ -43,6 +43,7 @@ from mediafm_ray.storage.dataset import (
     encode_title,
     newest_objects,
     object_key,
+    record_failure,
     sibling,
 )
 from mediafm_ray.storage.schemas import embedding_type, embedding_values, read_facts

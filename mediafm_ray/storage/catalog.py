@@ -62,6 +62,24 @@ class CatalogError(PublicError):
         super().__init__(*list_problems(f"catalog {uri}", problems))
 
 
+@dataclass(frozen=True)
+class BadRow:
+    """A row of a table, or a title of a folder, that cannot be used."""
+
+    where: str  # such as "line 3", or the name of a file; empty for the catalog as a whole
+    problem: str
+    title_id: str = ""  # its title's, where it has one that no other row has
+
+    @property
+    def name(self) -> str:
+        """The title's id, or what stands for it where it has none."""
+        return self.title_id or f"({self.where})"
+
+    def __str__(self) -> str:
+        title = f" ({self.title_id})" if self.title_id and self.title_id not in self.where else ""
+        return f"{self.where}{title}: {self.problem}" if self.where else self.problem
+
+
 def list_problems(what: str, problems: list[str]) -> list[str]:
     """The problems of a catalog or another table that people bring, as the lines of one message."""
     shown = problems[:MAX_PROBLEMS_SHOWN]
@@ -84,8 +102,10 @@ class Entry:
     is_outage: bool = False  # whether that may pass
 
 
-def read_catalog(uri: str, config: StorageConfig | None = None) -> list[Entry]:
+def read_catalog(uri: str, config: StorageConfig | None = None, skipped: list[BadRow] | None = None) -> list[Entry]:
     """The titles of a catalog in the order of their ids, each with its source digest.
+
+    With a list ``skipped``, bad rows are no error of the catalog but are put there.
 
     A video or timed text that is not there is no problem of the catalog: that title fails when its turn comes. One that may be there and
     cannot be looked at makes its entry ``unknown``. Raises CatalogError with every problem found, and StorageError where the catalog, or
@@ -99,15 +119,24 @@ def read_catalog(uri: str, config: StorageConfig | None = None) -> list[Entry]:
     folder = folder or "/"
     ending = PurePosixPath(name).suffix.lower()
     if ending in TABLE_ENDINGS and not os.path.isdir(store.root) and Store(folder, config).check_readable(name):
-        entries = _read_table(folder, name, TABLE_ENDINGS[ending], config)
+        entries = _read_table(folder, name, TABLE_ENDINGS[ending], config, skipped)
     elif store.check_readable() and not os.path.isfile(store.root):
-        entries = _read_folder(store)
+        entries = _read_folder(store, skipped)
     elif not folder.endswith(":/") and Store(folder, config).check_readable(name):
         known = ", ".join(sorted(TABLE_ENDINGS))
         raise CatalogError(store.uri, [f"not a folder, and the ending {ending or '(none)'} is not one of {known}"])
     else:
         raise CatalogError(store.uri, ["there is nothing at this location"])
     return sorted(entries, key=lambda entry: entry.title.title_id)
+
+
+def _check(uri: str, problems: list[BadRow], skipped: list[BadRow] | None) -> None:
+    """Raise CatalogError with the problems, unless bad rows are to be skipped and each of them is one."""
+    if skipped is None or not all(problem.where for problem in problems):
+        if problems:
+            raise CatalogError(uri, [str(problem) for problem in problems])
+        return
+    skipped += problems
 
 
 def source_digest(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None]) -> str:
@@ -134,10 +163,10 @@ def _entry(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None], pos
 # ----------------------------------------------------------------------------------------------------------- folders
 
 
-def _read_folder(store: Store) -> list[Entry]:
+def _read_folder(store: Store, skipped: list[BadRow] | None) -> list[Entry]:
     uri = store.uri
     objects = {info.name: info for info in store.list() if not any(part.startswith(".") for part in info.name.split("/"))}
-    problems: list[str] = []
+    problems: list[BadRow] = []
     by_stem: dict[str, str] = {}
     for name in sorted(objects):
         path = PurePosixPath(name)
@@ -145,7 +174,7 @@ def _read_folder(store: Store) -> list[Entry]:
             continue
         stem = str(path.with_suffix(""))
         if stem in by_stem:
-            problems.append(f"{name}: the title id {stem!r} is already that of {by_stem[stem]}; rename one of them")
+            problems.append(BadRow(name, f"the title id {stem!r} is already that of {by_stem[stem]}; rename one of them"))
         else:
             by_stem[stem] = name
     if not by_stem:
@@ -153,9 +182,7 @@ def _read_folder(store: Store) -> list[Entry]:
     sidecars = _sidecars_of(by_stem, objects)
     described = [stem for stem in by_stem if f"{stem}.json" in objects]
     with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
-        found_metadata = dict(
-            zip(described, pool.map(lambda stem: _read_metadata(store, f"{stem}.json", problems), described), strict=True)
-        )
+        found_metadata = dict(zip(described, pool.map(lambda stem: _read_metadata(store, stem, problems), described), strict=True))
     entries: list[Entry] = []
     for stem, name in by_stem.items():
         metadata = found_metadata.get(stem, {})
@@ -167,12 +194,12 @@ def _read_folder(store: Store) -> list[Entry]:
             synopsis=metadata.get("synopsis", ""),
             tags=metadata.get("tags", ()),
         )
-        problems.extend(f"{name}: {problem}" for problem in _problems_of_id(stem))
+        problems.extend(BadRow(name, problem) for problem in _problems_of_id(stem))
         found = {title.video: objects[name]} | {join(uri, text): objects[text] for text, _, _ in texts}
         entries.append(_entry(title, found, len(entries)))
-    if problems:
-        raise CatalogError(uri, problems)
-    return entries
+    _check(uri, problems, skipped)
+    bad = {problem.title_id for problem in problems} | {problem.where for problem in problems}
+    return [entry for entry in entries if entry.title.title_id not in bad and by_stem[entry.title.title_id] not in bad]
 
 
 def _sidecars_of(by_stem: Mapping[str, str], objects: Iterable[str]) -> dict[str, list[tuple[str, str, str]]]:
@@ -201,21 +228,22 @@ def _sidecars_of(by_stem: Mapping[str, str], objects: Iterable[str]) -> dict[str
     return found
 
 
-def _read_metadata(store: Store, name: str, problems: list[str]) -> dict[str, Any]:
+def _read_metadata(store: Store, stem: str, problems: list[BadRow]) -> dict[str, Any]:
+    name = f"{stem}.json"
     try:
         content = json.loads(store.read(name))
     except FileNotFoundError:  # it was removed just now
         return {}
     except ValueError as error:
-        problems.append(f"{name}: not valid JSON: {error}")
+        problems.append(BadRow(name, f"not valid JSON: {error}", stem))
         return {}
     if not isinstance(content, dict):
-        problems.append(f"{name}: must be a JSON object with synopsis and tags, is {type(content).__name__}")
+        problems.append(BadRow(name, f"must be a JSON object with synopsis and tags, is {type(content).__name__}", stem))
         return {}
     synopsis, tags = content.get("synopsis"), content.get("tags")
     wrong = _problems_of_metadata(synopsis, tags)
     if wrong:
-        problems.extend(f"{name}: {problem}" for problem in wrong)
+        problems.extend(BadRow(name, problem, stem) for problem in wrong)
         return {}
     return {"synopsis": synopsis or "", "tags": tuple(tags or ())}
 
@@ -223,34 +251,33 @@ def _read_metadata(store: Store, name: str, problems: list[str]) -> dict[str, An
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def _read_table(base: str, name: str, kind: str, config: StorageConfig) -> list[Entry]:
+def _read_table(base: str, name: str, kind: str, config: StorageConfig, skipped: list[BadRow] | None) -> list[Entry]:
     content = Store(base, config).read(name)
-    problems: list[str] = []
+    problems: list[BadRow] = []
     rows = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}[kind](content, problems)
     titles: list[Title] = []
     durations: list[float | None] = []
     seen: dict[str, str] = {}
     for where, row in rows:
         title_id = row.get("title_id")
-        if isinstance(title_id, str) and title_id.strip():
-            if title_id in seen:
-                problems.append(f"{where}: title_id {title_id!r} is already that of {seen[title_id]}")
-            seen.setdefault(title_id, where)
-        title = _title_of(where, row, base, problems)
-        if title is not None:
+        if isinstance(title_id, str) and title_id in seen:
+            problems.append(BadRow(where, f"title_id {title_id!r} is already that of {seen[title_id]}"))
+        title = _title_of(where, row, base, problems, seen)
+        if title is not None and title.title_id not in seen:
             titles.append(title)
             durations.append(float(row["duration_s"]) if row.get("duration_s") else None)
+        if isinstance(title_id, str) and title_id.strip():
+            seen.setdefault(title_id, where)
     if not titles and not problems:
-        problems.append("the table has no rows")
-    if problems:
-        raise CatalogError(f"{base}/{name}", problems)
+        problems.append(BadRow("", "the table has no rows"))
+    _check(f"{base}/{name}", problems, skipped)
     objects = _look_up([uri for title in titles for uri in _uris(title)], config)
     found = zip(titles, durations, strict=True)
     return [_entry(title, objects, position, duration_s) for position, (title, duration_s) in enumerate(found)]
 
 
-def _title_of(where: str, row: Mapping[str, Any], base: str, problems: list[str]) -> Title | None:
-    """The title of one row of a table; None, and lines in ``problems``, when there is something wrong with it."""
+def _title_of(where: str, row: Mapping[str, Any], base: str, problems: list[BadRow], seen: Mapping[str, str]) -> Title | None:
+    """The title of one row of a table; None, and ``problems``, when there is something wrong with it. ``seen``: the ids of other rows."""
     wrong: list[str] = []
     title_id, video = row.get("title_id"), row.get("video")
     for name, value in (("title_id", title_id), ("video", video)):
@@ -277,8 +304,8 @@ def _title_of(where: str, row: Mapping[str, Any], base: str, problems: list[str]
         if scheme_of(uri) not in ALLOWED_SCHEMES
     )
     if wrong:
-        name = f" ({title_id})" if isinstance(title_id, str) and title_id else ""
-        problems.extend(f"{where}{name}: {problem}" for problem in wrong)
+        own = isinstance(title_id, str) and title_id.strip() and title_id not in seen and not _problems_of_id(title_id)
+        problems.extend(BadRow(where, problem, title_id if own and isinstance(title_id, str) else "") for problem in wrong)
         return None
     assert isinstance(title_id, str)
     assert isinstance(video, str)
@@ -339,26 +366,26 @@ def _problems_of_duration(value: Any) -> list[str]:
     return [] if 0 <= seconds < math.inf else [f"duration_s must be a number of seconds, is {value!r}"]
 
 
-def _parquet_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+def _parquet_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         names = file.schema_arrow.names
         missing = [name for name in ("title_id", "video") if name not in names]
         if missing:
-            problems.extend(f"the column {name} is missing (there are: {', '.join(names)})" for name in missing)
+            problems.extend(BadRow("", f"the column {name} is missing (there are: {', '.join(names)})") for name in missing)
             return []
         table = file.read([name for name in COLUMNS if name in names])
     except (pa.ArrowException, OSError) as error:
-        problems.append(f"not a readable Parquet file: {error}")
+        problems.append(BadRow("", f"not a readable Parquet file: {error}"))
         return []
     return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
 
 
-def _csv_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+def _csv_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        problems.append(f"not UTF-8: {error}")
+        problems.append(BadRow("", f"not UTF-8: {error}"))
         return []
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[tuple[str, dict[str, Any]]] = []
@@ -366,23 +393,23 @@ def _csv_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str, 
         header = reader.fieldnames or []
         missing = [name for name in ("title_id", "video") if name not in header]
         if missing:
-            problems.extend(f"the column {name} is missing (there are: {', '.join(header)})" for name in missing)
+            problems.extend(BadRow("", f"the column {name} is missing (there are: {', '.join(header)})") for name in missing)
             return []
         for row in reader:
             where = f"line {reader.line_num}"
             if None in row:
-                problems.append(f"{where}: more fields than the header has ({len(header)})")
+                problems.append(BadRow(where, f"more fields than the header has ({len(header)})"))
                 continue
             for name in ("timed_text", "tags"):
                 if name in row:
                     row[name] = [item.strip() for item in (row[name] or "").split(CSV_LIST_SEPARATOR) if item.strip()]
             rows.append((where, dict(row)))
     except csv.Error as error:
-        problems.append(f"line {reader.line_num}: {error}")
+        problems.append(BadRow("", f"line {reader.line_num}: {error}"))  # what comes after it was not read
     return rows
 
 
-def _jsonl_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+def _jsonl_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
     rows: list[tuple[str, dict[str, Any]]] = []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
@@ -390,12 +417,12 @@ def _jsonl_rows(content: bytes, problems: list[str]) -> list[tuple[str, dict[str
         try:
             row = json.loads(line)
         except ValueError as error:
-            problems.append(f"line {number}: not valid JSON: {error}")
+            problems.append(BadRow(f"line {number}", f"not valid JSON: {error}"))
             continue
         if isinstance(row, dict):
             rows.append((f"line {number}", row))
         else:
-            problems.append(f"line {number}: must be a JSON object, is {type(row).__name__}")
+            problems.append(BadRow(f"line {number}", f"must be a JSON object, is {type(row).__name__}"))
     return rows
 
 

@@ -159,6 +159,24 @@ class Output:
         return name
 
 
+def record_failure(output: Output, name: str, title: Mapping[str, Any], error: Mapping[str, Any]) -> None:
+    """Put the failure record of that name, or count it up: what is no fault of the title's is no attempt.
+
+    ``title``: what it says of the title; ``error``: what went wrong.
+    """
+    try:
+        attempts = json.loads(output.store.read(name))["attempts"]
+    except FileNotFoundError:
+        attempts = 0
+    record = {
+        **title,
+        **{key: value for key, value in error.items() if value},
+        "attempts": attempts + (not error.get("outage")),
+        "dataset_version": output.dataset_version,
+    }
+    output.store.write(name, (json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
 # ------------------------------------------------------------------------------------------------------- reading back
 
 

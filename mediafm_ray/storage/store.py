@@ -219,6 +219,9 @@ class LocalObjects:
         """``base``: characters of the root in a path; ``above``: device and inode of the folders around, which a link may lead back to."""
         try:
             status = os.stat(folder)
+            here = status.st_dev, status.st_ino
+            if here in above:
+                return
             with os.scandir(folder) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
         except (FileNotFoundError, NotADirectoryError):  # nothing is there (any more)
@@ -226,7 +229,7 @@ class LocalObjects:
         for entry in entries:
             path = f"{folder.rstrip('/')}/{entry.name}"
             if _is_folder(entry):
-                if entry.name != PARTIAL_FOLDER and (here := (status.st_dev, status.st_ino)) not in above:
+                if entry.name != PARTIAL_FOLDER:
                     yield from self._walk(path, base, (*above, here))
             elif info := _stat(path, path[base:]):
                 yield info

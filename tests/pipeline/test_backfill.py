@@ -1,6 +1,7 @@
 """What a scheduled run takes on, over real listings and without Ray; the budget that its actors share, as the plain object that it is."""
 
 import dataclasses
+import errno
 import json
 import os
 import time
@@ -13,17 +14,20 @@ from mediafm_ray.config import BackfillCatalogConfig, ConfigError, read_config
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.backfill import HOUR, Limits, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
 from mediafm_ray.pipeline.budget import Budget
+from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.pipeline.plan import describe_model, prepare_output
 from mediafm_ray.pipeline.report import Tally, write_summary
 from mediafm_ray.pipeline.rows import TitleLeft, TitleRow, was_left
 from mediafm_ray.pipeline.stages import DetectShots, Fuse, WriteTitle
+from mediafm_ray.spec import OutageError, TitleError
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.dataset import Output, lease_folder
 from mediafm_ray.storage.lease import LeaseHeld, held
-from mediafm_ray.storage.store import Store
+from mediafm_ray.storage.store import StorageError, Store
 from tests.datasets import finished_row, with_error
 
 NAMES = ("a", "b", "c", "d")
+BAD = TitleError("it is bad")
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def planned(backfill):
     return backfill.plan.pending["title_id"].to_pylist()
 
 
-def compute(config, failing=(), now=None):
+def compute(config, failing=(), now=None, failure=BAD):
     """Plan and write what is pending, each title of a second for every two bytes."""
     backfill = plan_backfill(config, now=now)
     prepare_output(backfill.plan, config)
@@ -60,7 +64,7 @@ def compute(config, failing=(), now=None):
         row = backfill.plan.pending.slice(index, 1)
         title = TitleRow(row).title()
         row = finished_row(row, model, [25, 25 * (os.path.getsize(title.video) // 2 - 1)])
-        row = with_error(row, "it is bad") if title.title_id in failing else row
+        row = with_error(row, failure) if title.title_id in failing else row
         for step in steps:
             row = step(row)
     return backfill
@@ -125,6 +129,59 @@ def test_a_failed_title_waits_twice_as_long_each_time_and_is_given_up(config):
     assert dict(plan_backfill(more, now=time.time() + 1000 * HOUR).reasons) == {"failed": 1}
     compute(more, now=time.time() + 1000 * HOUR)
     assert plan_backfill(config).plan.done == 4, "success forgets the failures"
+
+
+@pytest.mark.parametrize(
+    "outage",
+    [OutageError("the API is down"), StorageError("s3://b: 503"), OSError(errno.ENOSPC, "no space left"), ConnectionResetError("gone")],
+)
+def test_an_outage_is_no_attempt_of_the_titles(config, outage):
+    """Four nights of an outage, then one with a title that is bad: it has one attempt behind it, and three left."""
+    for _ in range(4):
+        assert planned(compute(config, failing=["b"], failure=outage)) in (["d", "c", "b", "a"], ["b"])
+    assert planned(plan_backfill(config)) == ["b"], "and is due at once"
+    compute(config, failing=["b"])
+    now = time.time()
+    assert dict(plan_backfill(config, now=now).passed_over) == {"not_due": 1}
+    compute(config, failing=["b"], failure=outage, now=now + 1000 * HOUR)
+    assert dict(plan_backfill(config, now=time.time() + 1000 * HOUR).reasons) == {"failed": 1}
+
+
+def test_given_up_titles_are_in_the_summary_and_in_the_exit_code(config, tmp_path, capsys):
+    config = changed(config, backfill={"max_attempts": 1})
+    compute(config, failing=["b"])
+    assert backfill_catalog.main(config) == EXIT_FAILED_TITLES
+    assert json.loads((tmp_path / "out" / "run-summary.json").read_bytes())["titles"]["given_up"] == 1
+    assert "of them given up" in capsys.readouterr().out
+    assert backfill_catalog.main(changed(config, run={"max_failed_fraction": 0.5})) == EXIT_OK
+
+
+def test_a_folder_that_cannot_be_read_deletes_nothing(config, tmp_path, monkeypatch):
+    """Titles in a folder whose rights were lost are not gone."""
+    compute(config)
+    (tmp_path / "videos" / "more").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    (tmp_path / "videos" / "a.mp4").rename(tmp_path / "videos" / "more" / "a.mp4")
+    with pytest.raises(StorageError, match="permission denied"):
+        backfill_catalog.main(changed(config, backfill={"delete_missing": True, "max_delete_fraction": 1.0}))
+    assert len(list((tmp_path / "out").rglob("*.parquet"))) == 4
+
+
+def test_what_may_be_spent_ends_the_run_and_leaves_the_title():
+    budget = Budget(0.0, float("inf"), {"a": 60.0})
+    assert budget.take("a") == budget.take("b") == ""
+    budget.was_read("b", 30.0)
+    budget.give_back("b", "max_cost_usd")
+    assert budget.state() == ("max_cost_usd", 1)
+    assert budget.video_s == 60.0
+    assert budget.take("c") == "max_cost_usd"
 
 
 def test_with_log_format_json_every_line_is_an_object(config, capsys):

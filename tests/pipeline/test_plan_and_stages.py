@@ -17,7 +17,8 @@ from mediafm_ray.pipeline.plan import describe_model, make_plan, prepare_output
 from mediafm_ray.pipeline.rows import FLAGS, SHOTS, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import Fuse, WriteTitle, metadata_text
 from mediafm_ray.spec import MODALITIES
-from mediafm_ray.storage.dataset import EmbeddingDataset, read_failures, title_facts
+from mediafm_ray.storage import catalog
+from mediafm_ray.storage.dataset import EmbeddingDataset, Output, object_name, read_failures, title_facts
 
 SHOT = {
     "start_frame": 0,
@@ -118,14 +119,96 @@ def test_what_a_killed_run_did_not_get_to_remove_is_removed_by_the_next(config, 
     assert not any(path.exists() for path in (old, contextual, record))
 
 
-def test_a_newer_object_of_another_source_is_left_to_the_job_that_wrote_it(config, tmp_path):
+def test_a_source_that_was_changed_back_is_the_one_that_readers_get(config, tmp_path):
+    """B was committed and its job killed before it removed A; then the video became A again."""
+    video = tmp_path / "videos" / "a.mp4"
+    first, times = video.read_bytes(), (video.stat().st_atime_ns, video.stat().st_mtime_ns)
+    compute(config)
+    (of_first,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+    kept = of_first.read_bytes()
+    video.write_bytes(b"another film")
+    compute(config)
+    (of_second,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+    of_first.write_bytes(kept)
+    os.utime(of_first, (1, 1))
+    contextual = of_second.parents[2] / "contextual-000000000000" / of_second.parent.name
+    contextual.mkdir(parents=True)
+    (contextual / of_second.name).write_bytes(b"of the second source only")
+    video.write_bytes(first)
+    os.utime(video, ns=times)
+    plan = make_plan(config)
+    assert (plan.pending.num_rows, plan.done) == (0, 3)
+    assert make_plan(config).outdone, "a plan changes nothing"
+    compute(config)
+    dataset = EmbeddingDataset(config.output.uri)
+    assert dataset.title_object("a").endswith(of_first.name)
+    assert of_first.read_bytes() == kept
+    assert not of_second.exists()
+    assert not (contextual / of_second.name).exists()
+    assert make_plan(config).leftovers == make_plan(config).outdone == ()
+
+
+def test_a_failure_record_of_a_night_that_is_over_does_not_stay(config, tmp_path):
     compute(config)
     (committed,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
-    newer = committed.with_name("a@ffffffff.parquet")
-    newer.write_bytes(committed.read_bytes())
-    os.utime(newer, (2**33, 2**33))
+    for source in ("ffffffffffffffff", committed.stem.split("@")[1]):
+        record = committed.parents[2] / "failures" / committed.parent.name / f"a@{source}.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text("{}")
+        os.utime(record, (2**33, 2**33))
     compute(config)
-    assert newer.exists()
+    assert not list((tmp_path / "out").rglob("failures/*/a@*.json"))
+    assert committed.exists()
+
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    """A catalog of the files of a folder whose look-ups fail when told to: a name leads to why, and whether that may pass."""
+    failing = {}
+    real = catalog._read_folder
+
+    def read(store, skipped):
+        found = []
+        for entry in real(store, skipped):
+            reason, passes = failing.get(entry.title.title_id, ("", False))
+            source = "0123456789abcdef" if reason else entry.source
+            found.append(dataclasses.replace(entry, unknown=reason, is_outage=passes, source=source))
+        return found
+
+    monkeypatch.setattr(catalog, "_read_folder", read)
+    return failing
+
+
+def test_a_title_whose_source_cannot_be_looked_at_is_neither_planned_nor_touched(config, tmp_path, forgetful):
+    forgetful |= {"c": ("forbidden", False), "b": ("the server answers 503", True)}
+    plan, ended = compute(config)
+    assert sorted(ended) == ["a", "c"], "nothing is committed: what is wrong with c will show, b waits for its server"
+    assert plan.unknown == (("b", "the server answers 503"),)
+    forgetful |= {"a": ("forbidden", False), "b": ("", False)}
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"changed, perhaps")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("a@*")}
+    plan, ended = compute(config)
+    assert (sorted(ended), plan.unknown) == (["b"], (("a", "forbidden"),))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("a@*")} == before
+    forgetful.clear()
+    assert sorted(compute(config)[1]) == ["a", "c"]
+
+
+def test_bad_rows_are_failures_of_their_titles_until_they_are_mended(config, tmp_path):
+    table = tmp_path / "videos" / "c.jsonl"
+    good = [{"title_id": name, "video": f"{name}.mp4"} for name in ("a", "b")]
+    table.write_text("\n".join(map(json.dumps, [*good, {"title_id": "bad", "video": 3}])))
+    config = dataclasses.replace(config, catalog=dataclasses.replace(config.catalog, uri=str(table), on_error="skip"))
+    plan, ended = compute(config)
+    assert ended == {"a": None, "b": None}
+    (record,) = read_failures(Output(config.output.uri, plan.model.dataset_version))
+    assert (record["title_id"], record["stage"]) == ("bad", "catalog")
+    assert "line 3 (bad): video must be a string" in record["message"]
+    (written,) = (tmp_path / "out").rglob("failures/*/bad@*.json")
+    assert object_name("failures", "bad", record["source"]).endswith(written.name)
+    table.write_text("\n".join(map(json.dumps, [*good, {"title_id": "bad", "video": "c.mp4"}])))
+    assert compute(config)[1] == {"bad": None}
+    assert list(read_failures(Output(config.output.uri, plan.model.dataset_version))) == []
 
 
 def test_a_superseded_object_that_cannot_be_removed_is_a_warning(config):
@@ -162,7 +245,8 @@ def test_the_api_without_a_key_is_refused_before_anything_starts(config, monkeyp
     prepare_output(make_plan(api), api)
 
 
-def test_signed_links_leave_no_trace(config, tmp_path):
+def test_signed_links_leave_no_trace(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "_info", lambda *_: None)  # nobody listens there, and a title of a server that is down is not planned
     table = tmp_path / "catalog.jsonl"
     table.write_text(json.dumps({"title_id": "a", "video": "https://user:pass@127.0.0.1:9/a.mp4?X-Amz-Signature=hunter2"}))
     signed = dataclasses.replace(config, catalog=dataclasses.replace(config.catalog, uri=str(table)))
