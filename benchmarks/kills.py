@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.overhead import PROFILE, ROOT, shipped_footage
+from mediafm_ray.pipeline.run_log import RUNS
 
 MARK = "MEDIAFM_KILLS_MARK"  # an environment variable by which the processes of a run are told from all others
 CLIP = "carphone_pristine.mp4"  # 4 s
@@ -175,7 +176,8 @@ def marked(mark: str) -> dict[int, str]:
 
 def objects(output: Path) -> dict[str, bytes]:
     """Every object of the datasets below an output."""
-    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file() and path.parent != output}
+    paths = [path for path in output.rglob("*") if path.is_file() and path.parent != output]
+    return {str(path.relative_to(output)): path.read_bytes() for path in paths if path.relative_to(output).parts[0] != RUNS}
 
 
 def make_catalog(folder: Path, titles: int) -> Path:

@@ -156,6 +156,8 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     from mediafm_ray.pipeline.cluster import connected
     from mediafm_ray.pipeline.plan import make_plan, prepare_output
     from mediafm_ray.pipeline.report import Console, Tally, follow
+    from mediafm_ray.pipeline.run_log import RunLog
+    from mediafm_ray.storage.store import Store
 
     start, console = time.monotonic(), Console()
     config = read_config(EmbedCatalogConfig, [], [f"catalog.uri={catalog}", f"output.uri={output}", *overrides])
@@ -164,7 +166,8 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     prepare_output(plan, config)
     tally = Tally(plan.pending.num_rows)
     planned_s, begun = time.process_time(), time.monotonic()
-    with connected(config.resources), sampled(tally, begun):
+    log = RunLog(console, Store(config.output.uri, config.storage))
+    with log, connected(config.resources), sampled(tally, begun):
         titles = graph.read_plan(plan)
         titles = graph.detect_shots(titles, config, stage=NoDetection)
         titles = graph.encode_video(titles, config, NoVideo)
@@ -175,7 +178,7 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
         connected_s = time.process_time()
         follow(timed(graph.blocks(results), begun), tally, begun, console)
         say({"driver_s": time.process_time() - connected_s, "wall_s": time.monotonic() - begun, "plan_s": planned_s})
-    report(plan, tally, time.monotonic() - start, config, console)
+    report(plan, tally, time.monotonic() - start, config, console, log)
 
 
 def timed(blocks: Iterator[pa.Table], begun: float) -> Iterator[pa.Table]:

@@ -5,7 +5,7 @@
 
 Computes what is new, changed, failed before and due again, and by choice what is committed under another dataset version only; within a
 budget; one run at a time a dataset version. A title that the budget leaves is there for the next run. With --dry-run it says what it
-would do and writes nothing.
+would do and writes nothing. The logs of every run stand below runs/ in the output, those of a killed one, too.
 Exit code 0: all is well; 1: more titles failed, are given up or could not be looked at than run.max_failed_fraction allows; 2: a bad
 configuration or catalog, or another run holds the lease: nothing was started; 3: the run ended before its titles did.
 """
@@ -28,10 +28,11 @@ from mediafm_ray.pipeline.backfill import (
     plan_backfill,
     summary_part,
 )
-from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, holder_of_lease, run_job
+from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.plan import describe_model, prepare_output
 from mediafm_ray.pipeline.report import Console, Tally
+from mediafm_ray.pipeline.run_log import RunLog
 from mediafm_ray.storage.dataset import Output, lease_folder
 from mediafm_ray.storage.lease import Lease, held
 from mediafm_ray.storage.store import Store
@@ -49,18 +50,20 @@ def main(config: BackfillCatalogConfig) -> int:
     model = describe_model(config)
     store.check_writable()
     holder = holder_of_lease("jobs.backfill_catalog")
-    with held(store, lease_folder(model.dataset_version), holder, config.backfill.lease_minutes * MINUTE) as lease:
+    duration_s = config.backfill.lease_minutes * MINUTE
+    with held(store, lease_folder(model.dataset_version), holder, duration_s) as lease, RunLog(console, store) as log:
         backfill = plan_backfill(config, model)
         console.say(describe(backfill, config))
         say_unknown(backfill.plan, console)
         prepare_output(backfill.plan, config)
         pace = last_pace(store)
-        deleted = delete(backfill, config, console)
-        tally, budget = Tally.of(backfill.plan), limits(backfill, config, start, lease)
-        run(backfill.plan, tally, lambda: embed(backfill.plan, config, console, tally, budget))
-        wall_s = time.monotonic() - start
-        part = summary_part(backfill, tally, wall_s, deleted, pace)
-        code = report(backfill.plan, tally, wall_s, config, console, more={"backfill": part})
+        with working():
+            deleted = delete(backfill, config, console)
+            tally, budget = Tally.of(backfill.plan), limits(backfill, config, start, lease)
+            run(backfill.plan, tally, console, lambda: embed(backfill.plan, config, console, tally, budget))
+            wall_s = time.monotonic() - start
+            part = summary_part(backfill, tally, wall_s, deleted, pace)
+            code = report(backfill.plan, tally, wall_s, config, console, log, more={"backfill": part})
     if tally.ended_by == LEASE_LOST:
         console.say(
             "error: the run took no more titles because its lease was lost: another may be at work; look, and run the same command again"

@@ -8,7 +8,7 @@ language. New and changed titles are added, those that are gone leave; where not
 vectors on a column gets a vector index; how well that finds is measured against exact search (recall@10) and printed. A search sees the
 new version at once when it is whole; a killed build is finished by running the same command again.
 Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows (the others are in); 2: a bad configuration, dataset or
-index, nothing was changed.
+index, nothing was changed; 3: the build ended early, nothing new is published.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 
 from mediafm_ray.config import BuildIndexConfig, ConfigError
-from mediafm_ray.pipeline.command import holder_of_lease, run_job
+from mediafm_ray.pipeline.command import holder_of_lease, run_job, working
 from mediafm_ray.pipeline.derived import vectors_dataset
 from mediafm_ray.pipeline.indexing import add_titles, finish_build, index_vectors, make_index_plan, open_target, remove_titles
 from mediafm_ray.pipeline.report import Console
@@ -38,7 +38,7 @@ def main(config: BuildIndexConfig) -> int:
     store = Store(config.index.uri, config.storage)
     open_target(dataset, vectors, IndexWriter(config.index.uri, config.storage), config.index)  # refuses before anything is written
     store.check_writable()
-    with held(store, LEASE, holder_of_lease("jobs.build_index"), config.index.lease_minutes * 60) as lease:
+    with held(store, LEASE, holder_of_lease("jobs.build_index"), config.index.lease_minutes * 60) as lease, working():
         writer = IndexWriter(config.index.uri, config.storage)
         plan = make_index_plan(dataset, vectors, writer, config.index)
         console.say(plan.describe())

@@ -15,11 +15,13 @@ import time
 
 from jobs.embed_catalog import report, run
 from mediafm_ray.config import ContextualiseCatalogConfig
-from mediafm_ray.pipeline.command import EXIT_OK, run_job
+from mediafm_ray.pipeline.command import EXIT_OK, run_job, working
 from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.report import Console, Tally, follow
+from mediafm_ray.pipeline.run_log import RunLog
 from mediafm_ray.pipeline.stored import make_stored_plan, prepare_stored_output
+from mediafm_ray.storage.store import Store
 
 LOGS = ("contextualise-summary.json", "contextualise.log", "contextualise-titles.jsonl")  # beside those of the job that embeds
 
@@ -32,9 +34,10 @@ def main(config: ContextualiseCatalogConfig) -> int:
     if config.run.dry_run:
         return EXIT_OK
     prepare_stored_output(plan, config)
-    tally = Tally.of(plan)
-    run(plan, tally, lambda: contextualise(plan, config, console, tally))
-    return report(plan, tally, time.monotonic() - start, config, console, names=LOGS)
+    with working(), RunLog(console, Store(config.output.uri, config.storage), LOGS) as log:
+        tally = Tally.of(plan)
+        run(plan, tally, console, lambda: contextualise(plan, config, console, tally))
+        return report(plan, tally, time.monotonic() - start, config, console, log)
 
 
 def contextualise(plan: Plan, config: ContextualiseCatalogConfig, console: Console, tally: Tally) -> None:
@@ -46,7 +49,7 @@ def contextualise(plan: Plan, config: ContextualiseCatalogConfig, console: Conso
     with connected(config.resources):
         check_room(config.resources, {"contextualise": config.resources.contextualise})
         results = graph.contextualise_stored(plan, config)
-        follow(graph.blocks(results), tally, begun, console, Metrics(plan.model.dataset_version))
+        follow(graph.blocks(results, console.say), tally, begun, console, Metrics(plan.model.dataset_version))
 
 
 def say_plan(plan: Plan, console: Console) -> None:

@@ -4,7 +4,8 @@
 
 Writes titles-<fused|contextual>-<options>/ beside the shots, and names the titles nearest to each by the cosine of their pooled embeddings.
 No video is opened, no model is loaded. What is committed already is skipped; a killed run is finished by running the same command again.
-Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or dataset, nothing was started.
+Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or dataset, nothing was started;
+3: the run ended before its titles did.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import sys
 
 from mediafm_ray.config import DescribeTitlesConfig
-from mediafm_ray.pipeline.command import run_job
+from mediafm_ray.pipeline.command import run_job, working
 from mediafm_ray.pipeline.derived import DerivedPlan, derive_titles, finish, make_derived_plan, vectors_dataset
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.stored import open_dataset
@@ -30,10 +31,11 @@ def main(config: DescribeTitlesConfig) -> int:
     vectors = vectors_dataset(dataset, config.vectors)
     plan = make_derived_plan(dataset, titles_dataset(vectors, config.scenes), config.run)
     console.say(plan.describe(vectors))
-    tally = derive_titles(plan, lambda title: describe_title(dataset, vectors, title, config.scenes), config.run, console)
-    if tally.ok + plan.done:
-        show_titles(plan, config, console)
-    return finish(plan, tally, "rows", config.run, console)
+    with working():
+        tally = derive_titles(plan, lambda title: describe_title(dataset, vectors, title, config.scenes), config.run, console)
+        if tally.ok + plan.done:
+            show_titles(plan, config, console)
+        return finish(plan, tally, "rows", config.run, console)
 
 
 def show_titles(plan: DerivedPlan, config: DescribeTitlesConfig, console: Console) -> None:

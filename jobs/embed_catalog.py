@@ -2,7 +2,7 @@
 
     python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri=videos/ output.uri=embeddings/
 
-What is committed already is skipped; a killed run is finished by running the same command again.
+What is committed already is skipped; a killed run is finished by running the same command again. Its logs stand below runs/ in the output.
 Exit code 0: all is well; 1: more titles failed, or could not be looked at, than run.max_failed_fraction allows; 2: a bad configuration
 or catalog, nothing was started; 3: the run ended before its titles did.
 """
@@ -18,12 +18,13 @@ from typing import Any
 
 from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.pipeline.backfill import NO_LIMITS, Limits
-from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, run_job
+from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, debugging, run_job, working
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
-from mediafm_ray.pipeline.report import LOG, SUMMARY, TITLES_LOG, Console, Tally, follow, reason_of, summary, summary_table, write_summary
-from mediafm_ray.spec import public_line, public_lines
+from mediafm_ray.pipeline.report import Console, Tally, follow, reason_of, summary, summary_table
+from mediafm_ray.pipeline.run_log import RunLog
+from mediafm_ray.spec import public_line
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.store import Store
 
@@ -39,21 +40,24 @@ def main(config: EmbedCatalogConfig) -> int:
         console.say(describe_cost(plan, config))
         return EXIT_OK
     prepare_output(plan, config)
-    tally = Tally.of(plan)
-    run(plan, tally, lambda: embed(plan, config, console, tally))
-    return report(plan, tally, time.monotonic() - start, config, console)
+    with working(), RunLog(console, Store(config.output.uri, config.storage)) as log:
+        tally = Tally.of(plan)
+        run(plan, tally, console, lambda: embed(plan, config, console, tally))
+        return report(plan, tally, time.monotonic() - start, config, console, log)
 
 
-def run(plan: Plan, tally: Tally, work: Callable[[], None]) -> None:
-    """Do the work, if anything is pending; what ends it early is kept in ``tally``. Raises ConfigError."""
+def run(plan: Plan, tally: Tally, console: Console, work: Callable[[], None]) -> None:
+    """Do the work, if anything is pending; what ends it early is kept in ``tally``. Raises ConfigError, unless titles were done."""
     if not plan.pending.num_rows:
         return
     try:
         work()
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        if not tally.finished:
+            raise
+        tally.aborted, tally.retry_helps = str(error), False
     except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
-        print(public_lines(traceback.format_exc()), file=sys.stderr)
+        console.keep(traceback.format_exc(), shown=debugging())
         tally.aborted = reason_of(error)
 
 
@@ -74,7 +78,7 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally
         titles = graph.encode_text(titles, config, budget)
         titles = graph.fuse(titles, plan, config)
         titles = graph.contextualise(titles, plan, config)
-        results = graph.blocks(graph.write(titles, plan, config))
+        results = graph.blocks(graph.write(titles, plan, config), console.say)
         metrics = Metrics(plan.model.dataset_version)
         follow(budget.follow(results, tally, limits.interrupted), tally, begun, console, metrics)
 
@@ -121,22 +125,21 @@ def report(
     wall_s: float,
     config: EmbedCatalogConfig | ContextualiseCatalogConfig,
     console: Console,
-    names: tuple[str, str, str] = (SUMMARY, LOG, TITLES_LOG),
+    log: RunLog,
     more: Mapping[str, Any] | None = None,
 ) -> int:
     """Summary on the terminal and in the output, with ``more`` in it and the logs beside it; the exit code."""
     content = {**summary(plan, tally, wall_s, dataclasses.asdict(config)), **(more or {})}
     console.say()
-    console.say(summary_table(content, config.output.uri, names[0]))
+    console.say(summary_table(content, config.output.uri, log.names[0]))
     try:
-        store = Store(config.output.uri, config.storage)
-        write_summary(store, content, names[0])
-        console.write_log(store, names[1:])
+        log.end(content)
     except StorageError as error:
         console.say(f"error: the run's summary could not be written: {error}")
         return EXIT_ABORTED
     if tally.aborted:
-        console.say(f"error: the run ended early, {tally.lost} titles were not done: {tally.aborted}; run the same command again")
+        hint = "; run the same command again" if tally.retry_helps else ""
+        console.say(f"error: the run ended early, {tally.lost} titles were not done: {tally.aborted}{hint}")
         return EXIT_ABORTED
     if tally.lost:
         console.say(f"error: {tally.lost} titles were planned and never came back; run the same command again")

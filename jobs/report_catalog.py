@@ -4,7 +4,8 @@
     python -m jobs.report_catalog output.uri=embeddings/ report.title_pages=true
 
 Self-contained HTML; no video is opened, no model is loaded. Title pages are linked where they are there.
-Exit code 0: the pages are there; 1: some titles' pages could not be made; 2: a bad configuration or dataset.
+Exit code 0: the pages are there; 1: some titles' pages could not be made; 2: a bad configuration or dataset; 3: not all
+pages could be written.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 
 from mediafm_ray.config import ReportCatalogConfig
 from mediafm_ray.downstream.pages import catalog_page
-from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, run_job
+from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, run_job, working
 from mediafm_ray.pipeline.pages import INDEX, catalog_content, committed_titles, pages_folder, write_title_page
 from mediafm_ray.pipeline.stored import open_dataset
 from mediafm_ray.spec import public_line
@@ -25,8 +26,9 @@ def main(config: ReportCatalogConfig) -> int:
     """Write the titles' pages if asked to, then the list that links to them; say where."""
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
     pages = Store(config.report.folder or pages_folder(dataset), config.storage)
-    failed = write_title_pages(dataset, pages) if config.report.title_pages else 0
-    pages.write(INDEX, catalog_page(catalog_content(dataset, config.output.uri, pages)).encode())
+    with working():
+        failed = write_title_pages(dataset, pages) if config.report.title_pages else 0
+        pages.write(INDEX, catalog_page(catalog_content(dataset, config.output.uri, pages)).encode())
     print(public_line(f"{pages.uri}/{INDEX}"))
     return EXIT_FAILED_TITLES if failed else EXIT_OK
 

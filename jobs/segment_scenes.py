@@ -6,7 +6,8 @@
 Writes scenes-<fused|contextual>-<options>/ beside the shots: first and last shot, times and score of each scene (the head of
 mediafm_ray/downstream/scenes.py explains the method and the score). What is committed already is skipped; a killed run is finished
 by running the same command again.
-Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or dataset, nothing was started.
+Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or dataset, nothing was started;
+3: the run ended before its titles did.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import sys
 
 from mediafm_ray.config import SegmentScenesConfig
-from mediafm_ray.pipeline.command import run_job
+from mediafm_ray.pipeline.command import run_job, working
 from mediafm_ray.pipeline.derived import derive_titles, finish, make_derived_plan, vectors_dataset
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.scenes import scenes_dataset, segment_title
@@ -28,8 +29,9 @@ def main(config: SegmentScenesConfig) -> int:
     vectors = vectors_dataset(dataset, config.vectors)
     plan = make_derived_plan(dataset, scenes_dataset(vectors, config.scenes), config.run)
     console.say(plan.describe(vectors))
-    tally = derive_titles(plan, lambda title: segment_title(dataset, vectors, title, config.scenes), config.run, console)
-    return finish(plan, tally, "scenes", config.run, console)
+    with working():
+        tally = derive_titles(plan, lambda title: segment_title(dataset, vectors, title, config.scenes), config.run, console)
+        return finish(plan, tally, "scenes", config.run, console)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 from mediafm_ray.config import TrainContextualiserConfig
-from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, run_job
+from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, run_job, working
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.train import TrainingPlan, Watch, advise, describe_cosines, plan_training, run_workers
 from mediafm_ray.pipeline.training_folder import FINISHED, TrainingFolder
@@ -24,7 +24,8 @@ def main(config: TrainContextualiserConfig) -> int:
     plan = plan_training(config)
     say_plan(plan, config, console)
     if plan.finished is None:
-        aborted = run_workers(plan, config, Watch(config.training, console))
+        with working():
+            aborted = run_workers(plan, config, Watch(config.training, console))
         if aborted:
             console.say(f"error: training ended early: {aborted}; run the same command again to go on from the last saved state")
             return EXIT_ABORTED

@@ -5,7 +5,7 @@
 
 Prints what is broken, and why; with verify.repair=true deletes it, so that the next run computes those titles anew. Run it while no
 job writes there; a repair takes the lease of jobs.backfill_catalog. Exit code 0: all is well; 1: something is, or was, broken; 2: the
-output cannot be read.
+output cannot be read; 3: it could not be read to its end, and some of what is broken may be deleted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mediafm_ray.config import VerifyDatasetConfig
-from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job
+from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.pipeline.derived import in_order
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.spec import public_line
@@ -51,6 +51,7 @@ def verify(version: str, config: VerifyDatasetConfig, console: Console) -> int:
         if config.verify.repair:
             store = Store(config.output.uri, config.storage)
             lease = stack.enter_context(held(store, lease_folder(version), holder_of_lease("jobs.verify_dataset"), LEASE_S))
+            stack.enter_context(working())
         model, findings = check_model(output)
         count: Counter[str] = Counter()
         settle(findings, output, lease, count, console)

@@ -207,6 +207,14 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def parse_json(content: str | bytes) -> Any:
+    """JSON from outside. Raises ValueError for whatever is none, also where it nests deeper than Python's stack allows."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 # ----------------------------------------------------------------------------------------------------------- titles
 
 

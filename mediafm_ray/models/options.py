@@ -104,6 +104,12 @@ class TextEncoderConfig:
     device: str = resource("cpu", "torch device: cpu, cuda")
     threads: int = resource(0, "CPU threads; 0 = share the cores of the machine among the actors")
 
+    def __post_init__(self) -> None:
+        if min(self.requests_per_minute, self.tokens_per_minute, self.max_cost_usd, self.price_per_million_tokens) < 0:
+            raise ValueError("text.requests_per_minute, tokens_per_minute, max_cost_usd and price_per_million_tokens cannot be negative")
+        if self.max_cost_usd and not self.price_per_million_tokens:
+            raise ValueError("text.max_cost_usd needs text.price_per_million_tokens")
+
 
 @dataclass(frozen=True)
 class FusionConfig:

@@ -133,14 +133,8 @@ class LocalAllowance:
 
 
 def allowance_of(config: TextEncoderConfig) -> LocalAllowance:
-    """The limits of a configuration, for one job. Raises ValueError for negative limits."""
-    if min(config.requests_per_minute, config.tokens_per_minute, config.max_cost_usd, config.price_per_million_tokens) < 0:
-        raise ValueError("text.requests_per_minute, tokens_per_minute, max_cost_usd and price_per_million_tokens cannot be negative")
-    max_tokens = 0
-    if config.max_cost_usd:
-        if not config.price_per_million_tokens:
-            raise ValueError("text.max_cost_usd needs text.price_per_million_tokens")
-        max_tokens = int(config.max_cost_usd / config.price_per_million_tokens * 1e6)
+    """The limits of a configuration, for one job."""
+    max_tokens = int(config.max_cost_usd / config.price_per_million_tokens * 1e6) if config.max_cost_usd else 0
     return LocalAllowance(config.requests_per_minute, config.tokens_per_minute, max_tokens)
 
 

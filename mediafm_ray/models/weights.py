@@ -30,7 +30,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mediafm_ray.spec import PublicError
+from mediafm_ray.spec import PublicError, parse_json
 
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hub:"
@@ -144,7 +144,7 @@ def read_config(address: str) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """The content of a JSON file of a checkpoint. Raises WeightsError where it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise WeightsError(f"{path} is not JSON ({error}); fetch it again") from error
 

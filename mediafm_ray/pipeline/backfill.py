@@ -15,7 +15,6 @@ and objects of titles that the catalog does not have are *missing* ones: listed,
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -30,9 +29,9 @@ from mediafm_ray.config import BackfillCatalogConfig, BackfillConfig, ConfigErro
 from mediafm_ray.pipeline.plan import Plan, Survey, key_of, survey
 from mediafm_ray.pipeline.report import SUMMARY, Tally
 from mediafm_ray.pipeline.rows import plan_table
-from mediafm_ray.spec import public_line
+from mediafm_ray.spec import parse_json, public_line
 from mediafm_ray.storage.catalog import Entry
-from mediafm_ray.storage.dataset import SHOTS, Model, Output, dataset_versions, encode_title
+from mediafm_ray.storage.dataset import SHOTS, Model, Output, dataset_versions, encode_title, parse_failure
 from mediafm_ray.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -54,6 +53,7 @@ STORE_THREADS = 16  # small reads and deletions at once
 SAMPLED_TITLES = 32  # committed titles whose duration is read, for seconds a byte
 MAX_FACTS_READ = 1000  # pending titles whose duration is read from an object there is
 NAMES_SHOWN = 10
+MAX_DOUBLINGS = 64  # of the delay after a failure: longer than any time
 Elsewhere = Mapping[tuple[str, str], tuple[Output, str]]  # dataset version and object's name, by encoded title and source
 
 
@@ -181,7 +181,8 @@ def _classify(there: Survey, elsewhere: Elsewhere, wanted: BackfillConfig, now: 
             reason = STALE
         elif key in there.failures:
             tried = attempts[key]
-            delay_s = wanted.retry_delay_hours * HOUR * 2 ** (tried - 1) if tried else 0.0  # an outage is no attempt
+            # an outage is no attempt
+            delay_s = wanted.retry_delay_hours * HOUR * 2.0 ** min(tried - 1, MAX_DOUBLINGS) if tried else 0.0
             last = max(info.modified for info in there.failures[key])
             reason = GIVEN_UP if tried >= wanted.max_attempts else FAILED if now >= last + delay_s else NOT_DUE
         elif key in there.wanted[0]:
@@ -200,10 +201,10 @@ def _attempts(there: Survey, failed: Sequence[Entry]) -> Mapping[tuple[str, str]
     def read(entry: Entry) -> int:
         name = there.failures[key_of(entry)][0].name
         try:
-            return max(0, int(json.loads(there.output.store.read(name))["attempts"]))
+            return parse_failure(there.output.store.read(name))["attempts"]
         except FileNotFoundError:  # another job has done the title meanwhile
             return 1
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             log.warning("%s is no failure record (%s): the title counts as tried once; jobs.verify_dataset can remove it", name, error)
             return 1
 
@@ -333,12 +334,12 @@ def describe_time(backfill: Backfill, pace: float) -> str:
 def last_pace(store: Store) -> float:
     """Hours of video an hour, after start-up, of the last run that computed something; 0 where none is known."""
     try:
-        content = json.loads(store.read(SUMMARY))
+        content = parse_json(store.read(SUMMARY))
         carried = content.get("backfill", {}).get("pace_video_hours_per_hour") or 0.0
         return float(carried or _pace(content["video_hours"] * HOUR, content["wall_s"] - content["startup_s"]))
     except FileNotFoundError:
         return 0.0
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         log.warning("%s of the last run cannot be read: %s", SUMMARY, error)
         return 0.0
 

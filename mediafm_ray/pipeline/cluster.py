@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.data import DataContext
@@ -18,15 +21,19 @@ from mediafm_ray.config import ConfigError, ResourcesConfig, StageConfig
 GB = 10**9
 START_TIMEOUT_S = 600  # for the actors of a Ray of our own to load their models
 IDLE_WORKER_MS = 60_000  # a task's process takes 2 s of a core to start, and Ray ends it after one idle second
+STARVED_S = 60.0  # without an actor that works, until it is said which resources a stage waits for
+MAX_SILENCE_S = 3600.0  # between two such lines; the pauses double until then
 LEAST_CPUS = 2  # logical CPUs of a Ray of our own: on one core the stages still have to take turns
+CONFIG_FAULT = re.compile(rf"^{ConfigError.__module__}\.{ConfigError.__name__}: (.+)$", re.MULTILINE)  # at the end of a traceback
 
 
 @contextmanager
 def connected(resources: ResourcesConfig) -> Iterator[None]:
     """Join the configured cluster, or start and stop a Ray of our own, and prepare Ray Data for the graph."""
     address = resources.ray_address or os.environ.get("RAY_ADDRESS", "")
-    for name in ("ray", "ray.data"):  # Ray's notes about itself; its errors still come through
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # no notes of Ray about itself; its errors still come through
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error, it raises as well
+    os.environ.setdefault("RAY_enable_output_error_log_if_still_retry", "0")  # else Ray prints a traceback for every call it repeats
     if address:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     else:
@@ -75,6 +82,9 @@ def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> Non
     if resources.ray_address or os.environ.get("RAY_ADDRESS"):
         return
     available = ray.cluster_resources()
+    for name, pool in pools.items():
+        if pool.node_resource and pool.node_resource not in available:
+            raise ConfigError(f"resources.{name}.node_resource={pool.node_resource}: a local Ray has no such resource; leave it empty")
     cpus = sum(pool.min_actors * pool.num_cpus for pool in pools.values())
     gpus = sum(pool.min_actors * pool.num_gpus for pool in pools.values())
     if cpus > available.get("CPU", 0) or gpus > available.get("GPU", 0):
@@ -84,6 +94,67 @@ def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> Non
             f"{available.get('GPU', 0):g}: "
             "lower resources.*.min_actors, num_cpus or num_gpus"
         )
+
+
+def configuration_fault(error: BaseException) -> ConfigError | None:
+    """Return the ConfigError that an actor raised and Ray carried to the driver, or None where the error began otherwise.
+
+    Ray keeps the exception of a call as ``cause``, and of a constructor's exception the text of its traceback alone.
+    """
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, ray.exceptions.ActorDiedError):
+            said = CONFIG_FAULT.findall(str(at)) if at.actor_init_failed else []
+            return ConfigError(said[-1]) if said else None
+        if isinstance(at, ConfigError) and not isinstance(at, ray.exceptions.RayError):
+            return at
+        at = getattr(at, "cause", None) or at.__cause__
+    return None
+
+
+class StarvationClock:
+    """Decides when to say that something waits for resources: after STARVED_S, then at doubling intervals until it waits no more."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        self.since = self.next = float("inf")
+
+    def is_due(self, waits: bool) -> bool:
+        """Note whether it waits now; return whether to say so."""
+        now = self.clock()
+        if not waits:
+            self.since = float("inf")
+        elif self.since == float("inf"):
+            self.since, self.next = now, now + STARVED_S
+        if not waits or now < self.next:
+            return False
+        self.next = now + min(now - self.since, MAX_SILENCE_S)
+        return True
+
+    def describe(self, name: str, wanted: Mapping[str, float]) -> str:
+        """Say who waits for which resources, and what the cluster has of them."""
+        minutes = (self.clock() - self.since) / 60
+        return f"{name} has waited for resources for {minutes:.0f} min: {room_for(wanted, ray.nodes(), ray.available_resources())}"
+
+
+def room_for(wanted: Mapping[str, float], nodes: Iterable[Mapping[str, Any]], free: Mapping[str, float]) -> str:
+    """Say why there is no room for an actor that wants these resources. ``nodes``: as ray.nodes() gives them."""
+    sizes = [node["Resources"] for node in nodes if node["Alive"]]
+    each = " and ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    if not any(all(size.get(name, 0) >= amount for name, amount in wanted.items()) for size in sizes):
+        largest = ", ".join(f"{max((size.get(name, 0) for size in sizes), default=0):g} {name}" for name in wanted)
+        return (
+            f"an actor needs {each}, and no node of the cluster has that (at most {largest} on one): "
+            "unless the cluster is growing, lower what the stage asks for (resources.*)"
+        )
+    there = ", ".join(f"{free.get(name, 0):g} of {sum(size.get(name, 0) for size in sizes):g} {name}" for name in wanted)
+    return f"an actor needs {each}, and free are {there}: other jobs or stages hold the rest (see ray status)"
+
+
+def has_no_node(actor: Any) -> bool:
+    """Whether an actor is not placed yet, rather than that its constructor runs."""
+    found = ray._private.state.actors(actor._actor_id.hex())
+    return not found.get("Address", {}).get("IPAddress")
 
 
 def runs_alone() -> bool:

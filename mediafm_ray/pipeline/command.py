@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from mediafm_ray.config import ConfigError, describe, read_config
 from mediafm_ray.models.weights import WeightsError
-from mediafm_ray.pipeline.report import clean_logs
+from mediafm_ray.pipeline.report import clean_logs, reason_of
+from mediafm_ray.spec import public_lines
 from mediafm_ray.storage.catalog import CatalogError
 from mediafm_ray.storage.dataset import DatasetError
 from mediafm_ray.storage.store import StorageError
@@ -23,6 +27,9 @@ EXIT_FAILED_TITLES = 1
 EXIT_BAD_INPUT = 2  # configuration, catalog, weights or output: nothing was started
 EXIT_ABORTED = 3  # the run ended before its titles did: an actor, the cluster or the program itself failed
 EXIT_INTERRUPTED = 130
+DEBUG_VARIABLE = "MEDIAFM_DEBUG"  # environment: where it is set, tracebacks of unexpected errors go to the terminal
+BEGUN = "the job had begun to change something"  # a note on an error
+MAX_REASON = 1000  # characters of an unexpected error in its line
 Job = TypeVar("Job")
 
 
@@ -30,14 +37,59 @@ def run_job(description: str, kind: type[Job], job: Callable[[Job], int], argume
     """Read the configuration from the command line, run the job, and turn what a person can mend into one message and an exit code."""
     clean_logs()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return guarded(lambda: job(parse(description, kind, arguments)))
+
+
+def guarded(job: Callable[[], int]) -> int:
+    """Run a job; whatever ends it is one line for a person and an exit code: EXIT_ABORTED where it was ``working``, else EXIT_BAD_INPUT."""
     try:
-        return job(parse(description, kind, arguments))
+        return job()
     except (ConfigError, CatalogError, StorageError, WeightsError, DatasetError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _exit_code(error)
     except KeyboardInterrupt:
         print("interrupted: every committed title stays; run the same command again to do the rest", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:  # a defect of the program, or an input that it does not foresee
+        code = _exit_code(error)
+        fate = "nothing was started" if code == EXIT_BAD_INPUT else "what was committed stays"
+        print(f"error: unexpected {reason_of(error)[:MAX_REASON]}; {fate}; {_kept_traceback(error)}", file=sys.stderr)
+        return code
+
+
+@contextlib.contextmanager
+def working() -> Iterator[None]:
+    """The part of a job that changes something: an error that leaves it ends the job with EXIT_ABORTED. A ConfigError does not."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        error.add_note(BEGUN)
+        raise
+
+
+def debugging() -> bool:
+    """Whether a person wants tracebacks on the terminal."""
+    return bool(os.environ.get(DEBUG_VARIABLE))
+
+
+def _exit_code(error: BaseException) -> int:
+    return EXIT_ABORTED if BEGUN in getattr(error, "__notes__", ()) else EXIT_BAD_INPUT
+
+
+def _kept_traceback(error: BaseException) -> str:
+    """Where the traceback of an error is; it is put there."""
+    lines = public_lines("".join(traceback.format_exception(error)))
+    if not debugging():
+        with (
+            contextlib.suppress(OSError),  # no disk to write it to: it goes to the terminal after all
+            tempfile.NamedTemporaryFile("w", prefix="mediafm-", suffix=".log", errors="backslashreplace", delete=False) as stream,
+        ):
+            stream.write(lines)
+            return f"its traceback is in {stream.name} ({DEBUG_VARIABLE}=1 in the environment prints it)"
+    print(lines, file=sys.stderr)
+    return "its traceback stands above"
 
 
 def holder_of_lease(job: str) -> str:

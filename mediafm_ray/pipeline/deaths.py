@@ -8,14 +8,14 @@ for memory, crashed in native code, lost with their node.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 import ray
 
 from mediafm_ray.pipeline.cluster import on_this_node
-from mediafm_ray.pipeline.rows import Stage, TitleRow, failed
+from mediafm_ray.pipeline.rows import TitleRow, failed
 from mediafm_ray.spec import TitleError
 
 REGISTER = "mediafm_deaths"
@@ -45,6 +45,16 @@ class DeathRegister:
         return others
 
 
+class GuardedStage(Protocol):
+    """What the guard needs to know of a stage."""
+
+    name: ClassVar[str]
+
+    def measure(self, name: str, value: float) -> None:
+        """Count something of the title at hand."""
+        ...
+
+
 class DeathGuard:
     """Runs stages, and fails the titles that too many processes ended with; may be sent to any process of the job.
 
@@ -57,17 +67,23 @@ class DeathGuard:
         # the name is the job's own: without a namespace that is given, Ray makes one a job
         self.register: Any = actor.options(name=REGISTER, get_if_exists=True, scheduling_strategy=on_this_node()).remote()
 
-    def run(self, stage: Stage, work: Callable[[pa.Table], pa.Table], table: pa.Table) -> pa.Table:
-        """``work(table)``, which is ``stage`` over titles, one after another once a process has ended with one of them.
+    def run(self, stage: GuardedStage, work: Callable[[pa.Table], pa.Table], table: pa.Table) -> pa.Table:
+        """``work(table)``, which is ``stage`` over titles, in the parts that ``parts`` makes of them."""
+        return pa.concat_tables([work(part) for part in self.parts(stage, table)])
 
-        Raises TooManyDeaths, which ends the job.
+    def parts(self, stage: GuardedStage, table: pa.Table) -> Iterator[pa.Table]:
+        """The titles at once or, when a process has ended with one of them, each alone; one that too many ended with has its failure.
+
+        A part is in hand until the next one is asked for. Raises TooManyDeaths, which ends the job.
         """
         titles = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)] if table.num_columns else []
         if not any(self._take(stage, [row.title_id for row in titles])):
-            return work(table)
-        return pa.concat_tables([work(self._judged(stage, row)) for row in titles])
+            yield table
+            return
+        for row in titles:
+            yield self._judged(stage, row)
 
-    def _judged(self, stage: Stage, row: TitleRow) -> pa.Table:
+    def _judged(self, stage: GuardedStage, row: TitleRow) -> pa.Table:
         (deaths,) = self._take(stage, [row.title_id])
         if deaths >= 2 * self.max_deaths:
             raise TooManyDeaths(
@@ -83,6 +99,6 @@ class DeathGuard:
         )
         return failed(row.table, stage.name, TitleError(reason))
 
-    def _take(self, stage: Stage, titles: Sequence[str]) -> list[int]:
+    def _take(self, stage: GuardedStage, titles: Sequence[str]) -> list[int]:
         process = ray.get_runtime_context().get_worker_id()
         return ray.get(self.register.take.remote(process, stage.name, titles)) if titles else []

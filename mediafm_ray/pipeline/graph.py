@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,10 +20,11 @@ from ray.data._internal.execution.backpressure_policy import (
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from mediafm_ray.config import ContextualiseCatalogConfig, EmbedCatalogConfig, StageConfig
+from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig, StageConfig
+from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline import stages, stored
 from mediafm_ray.pipeline.allowance import SharedAllowance
-from mediafm_ray.pipeline.cluster import runs_alone
+from mediafm_ray.pipeline.cluster import StarvationClock, configuration_fault, has_no_node, runs_alone
 from mediafm_ray.pipeline.deaths import DeathGuard
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.report import clean_logs
@@ -136,7 +138,11 @@ def write(titles: Dataset, plan: Plan, config: EmbedCatalogConfig) -> Dataset:
     )
 
 
-def contextualise_stored(plan: Plan, config: ContextualiseCatalogConfig | EmbedCatalogConfig) -> Dataset:
+def contextualise_stored(
+    plan: Plan,
+    config: ContextualiseCatalogConfig | EmbedCatalogConfig,
+    stage: type[stored.ContextualiseStored] = stored.ContextualiseStored,
+) -> Dataset:
     """Embed the committed shots of each pending title in context and commit them; what is left is how each title ended.
 
     One stage, in actors: vectors that are read anyway need not travel between processes.
@@ -148,7 +154,7 @@ def contextualise_stored(plan: Plan, config: ContextualiseCatalogConfig | EmbedC
     titles = ray.data.from_blocks([pa.Table.from_pylist(rows[start:end], plan.pending.schema) for start, end in itertools.pairwise(bounds)])
     titles.context.target_max_block_size = 1  # byte: every title that is done is heard of at once, not when its call ends
     return titles.map_batches(
-        stored.ContextualiseStored,
+        _in_actor(stage, 0, DeathGuard(config.resources.max_deaths_per_title)),
         fn_constructor_args=(config.output.uri, plan.model, plan.checkpoint, with_threads(config.contextualiser, pool), config.storage),
         batch_size=None,
         **_in_pool(pool),
@@ -193,12 +199,20 @@ def _in_actor(stage: Any, niceness: int, guard: DeathGuard) -> Any:
     def begin(self: Any, *arguments: Any) -> None:
         os.nice(niceness)
         clean_logs()
-        stage.__init__(self, *arguments)
+        try:
+            stage.__init__(self, *arguments)
+        except (ConfigError, WeightsError, ValueError, ImportError) as error:  # the next process would fail alike
+            raise ConfigError(f"stage {stage.name}: {' '.join(str(error).split())}") from error
 
     def call(self: Any, table: pa.Table) -> pa.Table:
         return guard.run(self, lambda titles: stage.__call__(self, titles), table)
 
-    return type(stage.__name__, (stage,), {"__init__": begin, "__call__": call})
+    def call_for_each(self: Any, table: pa.Table) -> Iterator[pa.Table]:
+        for part in guard.parts(self, table):
+            yield from stage.__call__(self, part)
+
+    several = issubclass(stage, stored.ContextualiseStored)
+    return type(stage.__name__, (stage,), {"__init__": begin, "__call__": call_for_each if several else call})
 
 
 def pools(plan: Plan, config: EmbedCatalogConfig) -> dict[str, StageConfig]:
@@ -213,17 +227,27 @@ def pools(plan: Plan, config: EmbedCatalogConfig) -> dict[str, StageConfig]:
     return found | ({"contextualise": resources.contextualise} if plan.checkpoint else {}) | {"write": resources.write}
 
 
-def blocks(titles: Dataset) -> Iterator[pa.Table]:
-    """Run the graph; the blocks of its last stage as they come, none kept.
+def blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> Iterator[pa.Table]:
+    """Run the graph; the blocks of its last stage as they come, none kept. Raises ConfigError where an actor found that it cannot work.
+
+    ``say``: hears, from another thread, which stage waits for which resource of the cluster.
 
     Not iter_batches: every five seconds it sends statistics of all blocks so far to an actor; after 4,000 titles that was a fifth of
     what a profile saw of the driver.
     """
     if SparesTheDriver not in titles.context.custom_execution_callback_classes:
         titles.context.custom_execution_callback_classes.append(SparesTheDriver)
-    for bundle in titles.iter_internal_ref_bundles():
-        for entry in bundle.blocks:
-            yield ray.get(entry.ref)
+    if say:  # Ray Data makes the object, without arguments
+        titles.context.custom_execution_callback_classes.append(type("SaysStarvation", (StarvationCallback,), {"say": staticmethod(say)}))
+    try:
+        for bundle in titles.iter_internal_ref_bundles():
+            for entry in bundle.blocks:
+                yield ray.get(entry.ref)
+    except Exception as error:
+        fault = configuration_fault(error)
+        if fault is None:
+            raise
+        raise fault from None
 
 
 class SparesTheDriver(ExecutionCallback):
@@ -243,3 +267,26 @@ class SparesTheDriver(ExecutionCallback):
             getattr(operator, "_output_blocks_stats", []).clear()
         time.sleep(max(0.0, self.last_step + LEAST_STEP_S - time.monotonic()))
         self.last_step = time.monotonic()
+
+
+class StarvationCallback(ExecutionCallback):
+    """Say which stage has had no actor for a while, for lack of a node with room for one."""
+
+    say: Callable[[str], None]
+
+    def __init__(self) -> None:
+        self.clocks: dict[Any, StarvationClock] = defaultdict(StarvationClock)
+
+    def on_execution_step(self, executor: Any) -> None:
+        """See ExecutionCallback."""
+        for operator in executor._topology or ():
+            pool = getattr(operator, "_actor_pool", None)
+            if pool is None:
+                continue
+            coming = [*pool._pending_actors.values(), *(pool._running_actors if pool.num_restarting_actors() else ())]
+            working = pool.num_running_actors() - pool.num_restarting_actors()
+            if self.clocks[operator].is_due(waits=bool(coming) and not working) and any(map(has_no_node, coming)):
+                wants = operator._ray_remote_args
+                wanted = {"CPU": wants.get("num_cpus"), "GPU": wants.get("num_gpus"), **(wants.get("resources") or {})}
+                described = self.clocks[operator].describe(operator.name, {name: amount for name, amount in wanted.items() if amount})
+                self.say(described)

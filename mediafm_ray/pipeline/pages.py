@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import urllib.parse
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mediafm_ray.downstream.pages import CatalogContent, CatalogTitle, TitleContent, title_page
 from mediafm_ray.pipeline.report import SUMMARY
-from mediafm_ray.spec import MODALITIES, public_line, public_uri
+from mediafm_ray.spec import MODALITIES, parse_json, public_line, public_uri
 from mediafm_ray.storage.dataset import (
     FAILURES,
     SCENES,
@@ -29,6 +28,7 @@ from mediafm_ray.storage.dataset import (
     newest_objects,
     object_key,
     object_name,
+    parse_failure,
     title_facts,
 )
 from mediafm_ray.storage.schemas import embedding_values, read_facts
@@ -99,7 +99,7 @@ def _others(dataset: EmbeddingDataset, title_id: str) -> str:
     """What there is instead of a title that is not: the reason of its failure, or the names of others."""
     failures = [infos[0] for (title, _), infos in dataset.output.list(FAILURES).items() if title == encode_title(title_id)]
     if failures:
-        record = json.loads(dataset.output.store.read(failures[0].name))
+        record = _failure(dataset, failures[0])
         return f"it failed in {record.get('stage')}: {record.get('message')}"
     titles = sorted({urllib.parse.unquote(title) for title, _ in dataset.output.list(SHOTS)})
     if not titles:
@@ -121,7 +121,7 @@ def catalog_content(dataset: EmbeddingDataset, output_uri: str, pages: Store) ->
     failures = newest_objects(dataset.output.list(FAILURES))
     dataset.output.store.remember(committed)
     with ThreadPoolExecutor(READING_THREADS) as threads:
-        records = list(threads.map(lambda info: json.loads(dataset.output.store.read(info.name)), failures))
+        records = list(threads.map(lambda info: _failure(dataset, info), failures))
         failed = {object_key(info.name)[0]: record for info, record in zip(failures, records, strict=True)}
         pictured = len(committed) <= MOST_PICTURES
         titles = list(threads.map(lambda info: _committed_title(dataset, info, failed, there, pictured), committed))
@@ -134,6 +134,15 @@ def catalog_content(dataset: EmbeddingDataset, output_uri: str, pages: Store) ->
         run=_run_summary(output_uri, dataset),
         dims=dataset.model.dims,
     )
+
+
+def _failure(dataset: EmbeddingDataset, info: ObjectInfo) -> Mapping[str, Any]:
+    try:
+        return parse_failure(dataset.output.store.read(info.name))
+    except (FileNotFoundError, ValueError) as error:  # a damaged record is a line of the list, not the end of it
+        title = urllib.parse.unquote(object_key(info.name)[0])
+        reason = f"{info.name} is no failure record ({error}): jobs.verify_dataset can remove it"
+        return {"title_id": title, "stage": "reading back", "type": type(error).__name__, "message": reason}
 
 
 def _committed_title(
@@ -171,9 +180,10 @@ def _light(dataset: EmbeddingDataset, info: ObjectInfo, pictured: bool) -> tuple
 
 def _run_summary(output_uri: str, dataset: EmbeddingDataset) -> Mapping[str, Any] | None:
     try:
-        return json.loads(Store(output_uri, dataset.output.store.config).read(SUMMARY))
-    except FileNotFoundError:
+        content = parse_json(Store(output_uri, dataset.output.store.config).read(SUMMARY))
+    except (FileNotFoundError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 # -------------------------------------------------------------------------------------------------------- writing

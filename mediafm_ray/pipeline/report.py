@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import pyarrow as pa
 
@@ -61,7 +61,7 @@ class Console:
     def __init__(self, stream: TextIO | None = None, log_format: str = "text"):
         self.stream = stream or sys.stdout
         self.log_format = log_format
-        self.lines, self.titles = (tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2))  # noqa: SIM115 (as long as the run)
+        self.lines, self.titles = _kept_lines(), _kept_lines()
 
     def say(self, text: str = "") -> None:
         """Print a text of one or more lines and keep it, with the time of day, for the log; what others wrote belongs into public_line."""
@@ -78,6 +78,13 @@ class Console:
         self.lines.write(f"{stamp} {line}\n")
         self.titles.write(_json_line(record))
 
+    def keep(self, lines: str, shown: bool = False) -> None:
+        """Put lines into the log that a person wants who looks for a cause, such as a traceback; on the terminal only if ``shown``."""
+        lines, stamp = public_lines(lines), time.strftime(TIME_FORMAT)
+        self.lines.writelines(f"{stamp} {line}\n" for line in lines.splitlines())
+        if shown:
+            print(lines, file=sys.stderr)
+
     def write_log(self, store: Store, names: tuple[str, str] = (LOG, TITLES_LOG)) -> None:
         """Put the logs of this run into the output: what was said, and a JSON line for each title that ended."""
         for name, kept in zip(names, (self.lines, self.titles), strict=True):
@@ -89,6 +96,11 @@ class Console:
             print(line, file=self.stream, flush=True)
         elif line.strip():
             print(_json_line(record), end="", file=self.stream, flush=True)
+
+
+def _kept_lines() -> TextIO:
+    """A file without a name that lasts as long as the run; a line is on disk as soon as it is written."""
+    return cast(TextIO, tempfile.TemporaryFile("w+", buffering=1, encoding="utf-8", errors="backslashreplace"))
 
 
 @dataclass
@@ -104,6 +116,7 @@ class Tally:
     bytes_written: int = 0
     ended_by: str = ""  # the limit that kept the run from taking the titles that are left
     aborted: str = ""  # why the run ended before its titles did
+    retry_helps: bool = True  # whether the same command may do better than a run that was aborted
     startup_s: float = 0.0  # until the first title could have begun: Ray, its actors, their models
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     measures: dict[str, float] = field(default_factory=lambda: defaultdict(float))

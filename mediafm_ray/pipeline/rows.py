@@ -242,8 +242,13 @@ def error_value(stage: str, failure: BaseException) -> dict[str, Any]:
     if not isinstance(failure, (TitleError, OutageError)):  # a defect, or trouble outside the title: where it was matters, too
         message = f"{type(failure).__name__}: {message}"
         frames = "".join(traceback.format_exception(failure)[-MAX_TRACEBACK_PARTS:])
-    message, frames = public_line(message), public_lines(frames)
-    return {"stage": stage, "type": type(failure).__name__, "message": message, "traceback": frames, "outage": is_outage(failure)}
+    return {
+        "stage": stage,
+        "type": type(failure).__name__,
+        "message": public_line(message),
+        "traceback": public_lines(frames),
+        "outage": is_outage(failure),
+    }
 
 
 def failed(title: pa.Table, stage: str, failure: BaseException) -> pa.Table:

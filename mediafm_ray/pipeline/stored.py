@@ -28,7 +28,7 @@ from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.pipeline.plan import WITH_SHOTS, Plan, checkpoint_name
 from mediafm_ray.pipeline.report import clean_logs
-from mediafm_ray.pipeline.rows import ERROR, SECONDS, error_value
+from mediafm_ray.pipeline.rows import ERROR, MEASURES, SECONDS, error_value
 from mediafm_ray.pipeline.stages import FACTS, contextual_file, remove_superseded
 from mediafm_ray.spec import TitleError
 from mediafm_ray.storage.dataset import (
@@ -62,6 +62,7 @@ STORED_SCHEMA = pa.schema(
         ("shots", pa.string()),  # name of the committed object
         ("bytes", pa.int64()),  # of that object
         ("superseded", pa.list_(pa.string())),  # objects to remove once this title is committed
+        ("error", ERROR),  # what failed before the stage began: see deaths
     ]
 )
 RESULT_SCHEMA = pa.schema(
@@ -69,6 +70,7 @@ RESULT_SCHEMA = pa.schema(
         ("title_id", pa.string()),
         ("source", pa.string()),
         ("seconds", SECONDS),
+        ("measures", MEASURES),
         ("shot_count", pa.int64()),
         ("duration_s", pa.float64()),
         ("warnings", pa.list_(pa.string())),
@@ -214,6 +216,7 @@ class _Title:
     warnings: list[str] = field(default_factory=list)
     bytes_written: int = 0
     seconds: list[dict[str, Any]] = field(default_factory=list)
+    measures: dict[str, float] = field(default_factory=dict)
     error: dict[str, str] | None = None
 
     def attempt(self, stage: str, work: Callable[[], None]) -> None:
@@ -235,6 +238,7 @@ class _Title:
             "title_id": self.row["title_id"],
             "source": self.row["source"],
             "seconds": self.seconds,
+            "measures": [{"name": name, "value": value} for name, value in self.measures.items()],
             "error": self.error,
         }
         if self.error is None:
@@ -247,6 +251,8 @@ class _Title:
 class ContextualiseStored:
     """Committed shots in, committed contextual embeddings out: ``stage(table) -> one table a title`` that says how it ended."""
 
+    name = "contextualise_stored"
+
     def __init__(self, output_uri: str, model: Model, checkpoint: str, config: ContextualiserConfig, storage: StorageConfig):
         from mediafm_ray.models.contextualiser import TitleContextualiser
 
@@ -255,6 +261,11 @@ class ContextualiseStored:
         self.output = Output(output_uri, model.dataset_version, storage)
         self.model, self.checkpoint = model, checkpoint
         self.group_bytes = config.read_mb * MB
+        self.measured: dict[str, float] = {}
+
+    def measure(self, name: str, value: float) -> None:
+        """Count something of the title that is given next, alone."""
+        self.measured[name] = value
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """``table``: rows of STORED_SCHEMA."""
@@ -273,7 +284,8 @@ class ContextualiseStored:
                 yield written.result()
 
     def _read(self, row: Mapping[str, Any]) -> _Title:
-        title = _Title(row)
+        title = _Title(row, measures=self.measured, error=row["error"])
+        self.measured = {}
 
         def read() -> None:
             title.shots = read_shots(self.output, row["shots"], self.model)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mediafm_ray.models.loading import quiet_transformers
+from mediafm_ray.spec import parse_json
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig, StorageError, Store
 from mediafm_ray.training.trainer import StateError, state_bytes, state_header
 
@@ -41,7 +42,7 @@ class TrainingFolder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON object, or None when it is not there. Raises StorageError where it is not JSON."""
         try:
-            return json.loads(self.store.read(name))
+            return parse_json(self.store.read(name))
         except FileNotFoundError:
             return None
         except ValueError as error:

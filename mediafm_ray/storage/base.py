@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mediafm_ray.spec import resource
 
@@ -22,6 +24,7 @@ class StorageConfig:
     read_timeout_s: float = resource(60.0, "seconds without a byte until a request to object storage is given up")
     retries: int = resource(8, "attempts of one request to object storage, where the error can pass; the pauses grow to 20 s")
     part_mb: int = resource(64, "larger objects are put in parts of so many MB")
+    patience_s: ClassVar[float] = math.inf  # within which an attempt that follows a failed one must begin
 
     def __post_init__(self) -> None:
         if self.retries < 1 or self.connect_timeout_s <= 0 or self.read_timeout_s <= 0:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import math
 import os
@@ -28,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mediafm_ray.spec import PublicError, TimedTextSource, Title, digest_of
+from mediafm_ray.spec import PublicError, TimedTextSource, Title, digest_of, parse_json
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig, Unknown
 from mediafm_ray.storage.errors import StorageError, may_pass
 from mediafm_ray.storage.s3 import S3Objects, hasty
@@ -180,6 +179,9 @@ def _read_folder(store: Store, skipped: list[BadRow] | None) -> list[Entry]:
     if not by_stem:
         raise CatalogError(uri, [f"no video file below this folder (endings known: {' '.join(sorted(VIDEO_ENDINGS))})"])
     sidecars = _sidecars_of(by_stem, objects)
+    names = ((stem, name) for stem, texts in sidecars.items() for name, _, _ in texts)
+    problem = "the name has control characters or is not valid Unicode; rename it"
+    problems.extend(BadRow(name, problem, stem) for stem, name in names if not _is_clean(name))
     described = [stem for stem in by_stem if f"{stem}.json" in objects]
     with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
         found_metadata = dict(zip(described, pool.map(lambda stem: _read_metadata(store, stem, problems), described), strict=True))
@@ -231,7 +233,7 @@ def _sidecars_of(by_stem: Mapping[str, str], objects: Iterable[str]) -> dict[str
 def _read_metadata(store: Store, stem: str, problems: list[BadRow]) -> dict[str, Any]:
     name = f"{stem}.json"
     try:
-        content = json.loads(store.read(name))
+        content = parse_json(store.read(name))
     except FileNotFoundError:  # it was removed just now
         return {}
     except ValueError as error:
@@ -361,7 +363,7 @@ def _problems_of_duration(value: Any) -> list[str]:
     """Of a number, or of its text in a CSV; nothing, or 0, is a duration that is not known."""
     try:
         seconds = float(value or 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # OverflowError: an integer of hundreds of digits
         seconds = math.nan
     return [] if 0 <= seconds < math.inf else [f"duration_s must be a number of seconds, is {value!r}"]
 
@@ -415,7 +417,7 @@ def _jsonl_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             problems.append(BadRow(f"line {number}", f"not valid JSON: {error}"))
             continue

@@ -7,6 +7,7 @@
     <output>/<dataset version>/titles-<fused|contextual>-<options>/shard=<00..ff>/<title>@<source>.parquet
     <output>/<dataset version>/failures/shard=<00..ff>/<title>@<source>.json
     <output>/leases/<dataset version>/...                                       who is at work, see lease.py
+    <output>/runs/<UTC time>-<id>/...                                           the logs of every run, see pipeline/run_log.py
 
 The listing is the ledger: an object that exists is committed, resume is the catalog minus the listing. There is no journal.
 """
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from mediafm_ray.spec import MODALITIES, PublicError, digest_of
+from mediafm_ray.spec import MODALITIES, PublicError, digest_of, parse_json
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, scenes_schema, shots_schema, titles_schema
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig, Store, percent_encode
 
@@ -118,7 +119,7 @@ class Model:
     @classmethod
     def from_json(cls, content: bytes) -> Model:
         """The inverse of ``to_json``."""
-        fields = json.loads(content)
+        fields = parse_json(content)
         spans = {name: (span[0], span[1]) for name, span in fields["spans"].items()}
         return cls(fields["dataset_version"], fields["recipe"], fields["dims"], spans)
 
@@ -165,8 +166,8 @@ def record_failure(output: Output, name: str, title: Mapping[str, Any], error: M
     ``title``: what it says of the title; ``error``: what went wrong.
     """
     try:
-        attempts = json.loads(output.store.read(name))["attempts"]
-    except FileNotFoundError:
+        attempts = parse_failure(output.store.read(name))["attempts"]
+    except (FileNotFoundError, ValueError):  # ValueError: what stands there is no failure record, and is replaced by one
         attempts = 0
     record = {
         **title,
@@ -203,7 +204,7 @@ class EmbeddingDataset:
         self.output = Output(uri, version or versions[0], config)
         try:
             self.model = Model.from_json(self.output.store.read(MODEL))
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:  # absent; not JSON; JSON of something else
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:  # absent; not JSON; JSON of something else
             reason = f"{type(error).__name__}: {error}"
             raise DatasetError(f"{self.output.store.uri}/{MODEL} cannot be read ({reason}): embedding any title again writes it") from error
 
@@ -285,7 +286,18 @@ def title_facts(table: pa.Table) -> dict[str, Any]:
 def read_failures(output: Output) -> Iterator[dict[str, Any]]:
     """The failure records of a dataset version, in the order of their names."""
     for infos in _sorted_objects(output.list(FAILURES)):
-        yield json.loads(output.store.read(infos.name))
+        yield parse_json(output.store.read(infos.name))
+
+
+def parse_failure(content: bytes) -> dict[str, Any]:
+    """A failure record. Raises ValueError where it is none."""
+    record = parse_json(content)
+    if not isinstance(record, dict) or not isinstance(record.get("title_id"), str):
+        raise ValueError("it is no JSON object with a title_id")
+    attempts = record.get("attempts")
+    if type(attempts) is not int or attempts < 0:
+        raise ValueError("its attempts are no number from 0 on")
+    return record
 
 
 def newest_objects(objects: Mapping[tuple[str, str], list[ObjectInfo]]) -> list[ObjectInfo]:

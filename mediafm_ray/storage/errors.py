@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import errno
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -49,12 +50,13 @@ class StorageError(OutageError):
     """A location that cannot be read or written; the message is one line and says which and what to do."""
 
 
-def retrying(operation: Callable[[], Result], attempts: int) -> Result:
-    """What ``operation`` returns, tried up to ``attempts`` times while its errors can pass.
+def retrying(operation: Callable[[], Result], attempts: int, patience_s: float = math.inf) -> Result:
+    """What ``operation`` returns, tried up to ``attempts`` times, none begun after ``patience_s``, while its errors can pass.
 
     The pauses have full jitter (uniform from 0 to a bound that doubles: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture
     Blog 2015): many workers that one fault hit do not come back together. The last error is raised as it is.
     """
+    begun = time.monotonic()
     for attempt in range(1, attempts):
         try:
             return operation()
@@ -62,6 +64,8 @@ def retrying(operation: Callable[[], Result], attempts: int) -> Result:
             if not may_pass(error):
                 raise
             pause_s = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)))
+            if time.monotonic() + pause_s > begun + patience_s:
+                raise
             log.info("attempt %d of %d failed, the next in %.1f s: %s: %s", attempt, attempts, pause_s, type(error).__name__, error)
             time.sleep(pause_s)
     return operation()

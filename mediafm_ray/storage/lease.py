@@ -36,6 +36,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from mediafm_ray.spec import parse_json
 from mediafm_ray.storage.store import ObjectInfo, StorageError, Store
 
 log = logging.getLogger(__name__)
@@ -149,11 +150,11 @@ class Lease:
         newest = max(objects.values(), key=lambda info: info.modified)
         holder, duration_s = "an unknown run", self.duration_s
         try:
-            content = json.loads(self.store.read(newest.name))
+            content = parse_json(self.store.read(newest.name))
             holder, duration_s = str(content["holder"]), float(content["duration_s"])
         except FileNotFoundError:  # withdrawn meanwhile
             return None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             log.warning("%s is no lease object; it counts as one of this run's duration", newest.name)
         since = objects.get(CANDIDATE, newest).modified
         names = tuple(info.name for info in objects.values())

@@ -14,9 +14,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import botocore.session
 from botocore.config import Config
@@ -33,7 +33,8 @@ PAGE_KEYS = 1000  # objects that one listing request tells of: S3's own limit
 THREADS = 16  # requests under way while many objects are looked up
 LEAST_KEYS_OF_A_THREAD = 100
 FEW_KEYS = 2  # so many objects are asked for one by one
-CHECK_CONNECT_S, CHECK_READ_S, CHECK_ATTEMPTS = 5.0, 7.0, 2  # of the first contact: who mistyped an address hears of it within 30 s
+# Of the first contact: who mistyped an address hears of it within 30 s, and a server that fails now and then is asked often enough.
+CHECK_CONNECT_S, CHECK_READ_S, CHECK_PATIENCE_S = 5.0, 7.0, 10.0
 ABANDONED_AFTER_S = 24 * 3600  # an upload that was begun so long ago is nobody's any more
 UPLOAD_STARTS = 3  # of an upload that someone else aborts
 MISSING = ("NoSuchKey", "NoSuchVersion", "404")
@@ -58,12 +59,18 @@ def s3_config_options(config: StorageConfig) -> dict[str, Any]:
 
 def hasty(config: StorageConfig) -> StorageConfig:
     """A configuration for the first contact: an address that is wrong fails soon."""
-    return replace(
-        config,
-        connect_timeout_s=min(config.connect_timeout_s, CHECK_CONNECT_S),
-        read_timeout_s=min(config.read_timeout_s, CHECK_READ_S),
-        retries=min(config.retries, CHECK_ATTEMPTS),
-    )
+    timeouts = {
+        "connect_timeout_s": min(config.connect_timeout_s, CHECK_CONNECT_S),
+        "read_timeout_s": min(config.read_timeout_s, CHECK_READ_S),
+    }
+    return FirstContactConfig(**{**vars(config), **timeouts})
+
+
+@dataclass(frozen=True)
+class FirstContactConfig(StorageConfig):
+    """A configuration whose attempts all begin within seconds."""
+
+    patience_s: ClassVar[float] = CHECK_PATIENCE_S
 
 
 class S3Objects:
@@ -306,7 +313,7 @@ class S3Objects:
 
     def _tried(self, request: Callable[[], Any], key: str) -> Any:
         try:
-            return retrying(request, self.config.retries)
+            return retrying(request, self.config.retries, self.config.patience_s)
         except Exception as error:
             if key and code_of(error) in MISSING:
                 raise FileNotFoundError(f"s3://{self.bucket}/{key}") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.spec import MODALITIES, digest_of
-from mediafm_ray.storage.dataset import FAILURES, MODEL, OBJECT_PATTERN, SCENES, SHOTS, Model, Output, contextual, derived, object_name
+from mediafm_ray.storage.dataset import (
+    FAILURES,
+    MODEL,
+    OBJECT_PATTERN,
+    SCENES,
+    SHOTS,
+    Model,
+    Output,
+    contextual,
+    derived,
+    object_name,
+    parse_failure,
+)
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, scenes_schema, shots_schema, titles_schema
 from mediafm_ray.storage.store import ObjectInfo
 
@@ -190,16 +201,16 @@ def check_derived(content: bytes, name: str, version: str, dataset: str, shots: 
 def check_failure(content: bytes, name: str, version: str) -> None:
     """A failure record. Raises BrokenObject."""
     try:
-        record = json.loads(content)
+        record = parse_failure(content)
         named = object_name(FAILURES, record["title_id"], record["source"])
-        complete = record["attempts"] >= 1 and record["message"] and record["stage"]
+        complete = record["message"] and record["stage"]
         written_by = record["dataset_version"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenObject(f"no failure record: {type(error).__name__}: {error}") from error
     if named != name:
         raise BrokenObject(f"it is the record of title {record['title_id']!r} from source {record['source']}")
     if not complete:
-        raise BrokenObject("the record lacks its stage, message or attempts")
+        raise BrokenObject("the record lacks its stage or message")
     if written_by != version:
         raise BrokenObject(f"it is of dataset version {written_by}")
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from mediafm_ray.pipeline.run_log import RUNS
+
 ROOT = Path(__file__).parents[2]
 RATE = 25  # frames a second
 SIZE = (96, 160)  # height, width
@@ -86,6 +88,5 @@ def kill_after(job: Sequence[str], output: Path, after_objects: int, number: sig
 
 def objects(output: Path) -> dict[str, bytes]:
     """Every object of the datasets below an output, by relative name."""
-    return {
-        str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file() and path.parent != output
-    }
+    paths = [path for path in sorted(output.rglob("*")) if path.is_file() and path.parent != output]
+    return {str(path.relative_to(output)): path.read_bytes() for path in paths if path.relative_to(output).parts[0] != RUNS}

@@ -191,12 +191,33 @@ def test_with_log_format_json_every_line_is_an_object(config, capsys):
     assert all(json.loads(line)["event"] == "message" for line in lines)
 
 
-def test_a_failure_record_that_is_none_counts_as_one_attempt(config, tmp_path):
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", "[" * 100_000, '{"title_id": "b", "attempts": -5}', '{"title_id": "b", "attempts": 1e400}', '{"title_id": "b"}']
+)
+def test_a_failure_record_that_is_none_counts_as_one_attempt(config, tmp_path, content):
     compute(config, failing=["b"])
     (record,) = (tmp_path / "out").rglob("failures/*/b@*.json")
-    record.write_text("{")
+    record.write_text(content)
     assert dict(plan_backfill(config).passed_over) == {"not_due": 1}
     assert dict(plan_backfill(config, now=time.time() + 2 * HOUR).reasons) == {"failed": 1}
+
+
+@pytest.mark.parametrize("attempts", [1_025, 10**300])
+def test_a_title_that_failed_very_often_waits_for_ever_where_it_is_not_given_up(config, tmp_path, attempts):
+    compute(config, failing=["b"])
+    (record,) = (tmp_path / "out").rglob("failures/*/b@*.json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), "attempts": attempts}))
+    assert dict(plan_backfill(config).passed_over) == {"given_up": 1}
+    patient = changed(config, backfill={"max_attempts": 10**301})
+    assert dict(plan_backfill(patient, now=time.time() + 1e9 * HOUR).passed_over) == {"not_due": 1}
+
+
+def test_what_stands_in_place_of_a_failure_record_is_replaced_by_the_next_failure(config, tmp_path):
+    compute(config, failing=["b"])
+    (record,) = (tmp_path / "out").rglob("failures/*/b@*.json")
+    record.write_text('{"title_id": "b", "attempts": "many"}')
+    compute(config, failing=["b"], now=time.time() + 2 * HOUR)
+    assert json.loads(record.read_text())["attempts"] == 1
 
 
 def test_the_newest_videos_go_first_or_the_catalogs_order(config, tmp_path):
@@ -298,7 +319,7 @@ def test_hours_come_from_the_catalog_then_from_stored_facts_then_from_bytes(conf
     assert "3.0 h of video (of 1 titles estimated from bytes, of 1 titles unknown)" in str(hours)
 
 
-@pytest.mark.parametrize("value", ["soon", -1, float("nan"), [3]])
+@pytest.mark.parametrize("value", ["soon", -1, float("nan"), [3], 10**400])
 def test_a_duration_that_is_none_is_a_problem_of_the_catalog(tmp_path, value):
     table = tmp_path / "catalog.jsonl"
     table.write_text(json.dumps({"title_id": "a", "video": "a.mp4", "duration_s": value}))
@@ -411,6 +432,13 @@ def test_nothing_to_do_is_done_without_ray_and_reported(config, tmp_path, monkey
     summary = json.loads((tmp_path / "out" / "run-summary.json").read_text())
     assert summary["titles"]["skipped"] == 4
     assert summary["backfill"]["planned"] == 0
+    first = (tmp_path / "out" / summary["run"] / "run.log").read_bytes()
+    assert backfill_catalog.main(config) == 0
+    runs = sorted(path.name for path in (tmp_path / "out" / "runs").iterdir())
+    assert len(runs) == 2, "a run of its own each"
+    assert (tmp_path / "out" / summary["run"] / "run.log").read_bytes() == first
+    assert json.loads((tmp_path / "out" / "run-summary.json").read_text())["run"] != summary["run"]
+    assert all((tmp_path / "out" / "runs" / run / "run-summary.json").exists() for run in runs)
 
 
 @pytest.mark.parametrize(

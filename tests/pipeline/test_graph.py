@@ -5,10 +5,12 @@ import time
 
 import pyarrow as pa
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 
 from benchmarks import scale
 from mediafm_ray.config import EmbedCatalogConfig, read_config
-from mediafm_ray.pipeline import graph
+from mediafm_ray.pipeline import cluster, graph
 from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.rows import Stage
 from tests.pipeline.test_deaths import plan_of
@@ -32,6 +34,13 @@ class Quick(Stage):
 
     def process(self, row):
         return {"quick_at": time.time()}
+
+
+class Holder:
+    """An actor that holds resources, as another job's does."""
+
+    def well(self):
+        return True
 
 
 class Slow(Quick):
@@ -62,6 +71,31 @@ def test_a_quick_stage_does_not_run_far_ahead_of_a_slow_one(monkeypatch):
     ahead = [sum((row["quick_at"] <= moment) - (row["slow_at"] <= moment) for row in rows) for moment in moments]
     in_flight = graph.TASKS_IN_FLIGHT_PER_ACTOR * (1 + 3)
     assert WAITING <= max(ahead) <= WAITING + in_flight + 3  # three in a bundle that is being filled
+
+
+def test_a_stage_for_which_another_job_leaves_no_room_is_named_until_it_has_some(monkeypatch):
+    monkeypatch.setattr(cluster, "STARVED_S", 1.0)
+    machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"big": 2}, "object_store_memory": 150 << 20})
+    said = []
+    try:
+        config = read_config(EmbedCatalogConfig, [], [f"resources.ray_address={machines.address}", "resources.encode_audio.num_cpus=1.5"])
+        with connected(config.resources):
+            holder = ray.remote(Holder).options(num_cpus=1).remote()
+            ray.get(holder.well.remote())
+
+            def say(line):
+                said.append(line)
+                if len(said) == 2:
+                    ray.kill(holder)
+
+            titles = graph.encode_video(graph.read_plan(plan_of(["one"])), config, stage=Quick)
+            blocks = list(graph.blocks(graph.encode_audio(titles, config, stage=Slow), say))
+    finally:
+        machines.shutdown()
+    assert [block["title_id"].to_pylist() for block in blocks] == [["one"]]
+    assert len(said) == 2
+    for line in said:  # the other stage has its actor, and half a CPU is left
+        assert line.startswith("MapBatches(Slow) has waited for resources for 0 min: an actor needs 1.5 CPU, and free are 0.75 of 2 CPU")
 
 
 @pytest.mark.slow

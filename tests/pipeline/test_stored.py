@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +16,11 @@ from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, read_con
 from mediafm_ray.models.contextualiser import TitleContextualiser, shot_times
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.models.weights import WeightsError
+from mediafm_ray.pipeline import graph
+from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.stages import Contextualise, WriteTitle
 from mediafm_ray.pipeline.stored import ContextualiseStored, make_stored_plan, prepare_stored_output
-from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, read_failures, title_facts
+from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, Output, read_failures, title_facts
 from mediafm_ray.storage.schemas import embedding_values
 
 MODEL = make_model("0123456789ab", video=20, audio=12, text=16)
@@ -72,6 +75,15 @@ def compute(config):
 
 def objects(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Deadly(ContextualiseStored):
+    """The stage, whose process the reading of one title kills, as memory or native code would."""
+
+    def _read(self, row):
+        if row["title_id"] == "fits" and row["error"] is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._read(row)
 
 
 def errors(results):
@@ -358,3 +370,18 @@ def test_files_for_the_embedding_job_serve_here_too(tmp_path):
         read_config(ContextualiseCatalogConfig, [str(file)], [])
     with pytest.raises(ConfigError, match="video"):
         read_config(ContextualiseCatalogConfig, [], ["video.device=cuda"])
+
+
+def test_a_title_that_kills_its_process_fails_alone(output, checkpoint):
+    config = configured(output, checkpoint, "resources.max_deaths_per_title=2")
+    plan = make_stored_plan(config)
+    with connected(config.resources):
+        calls = graph.contextualise_stored(plan, config, stage=Deadly)
+        results = {row["title_id"]: row for block in graph.blocks(calls) for row in block.to_pylist()}
+    assert sorted(results) == sorted(TITLES)
+    assert list(errors(results)) == ["fits"]
+    assert "2 processes ended while stage contextualise_stored worked on it" in errors(results)["fits"]
+    assert {"name": "process_deaths", "value": 2.0} in results["fits"]["measures"]
+    (failure,) = read_failures(Output(str(output), plan.model.dataset_version))
+    assert (failure["title_id"], failure["stage"]) == ("fits", "contextualise_stored")
+    assert make_stored_plan(config).pending["title_id"].to_pylist() == ["fits"]

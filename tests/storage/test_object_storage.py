@@ -241,6 +241,27 @@ def test_errors_that_stay_are_not_tried_again(proxy, swift, status, code):
 
 
 @pytest.mark.usefixtures("s3_keys", "quick_pauses")
+def test_the_first_contact_survives_a_server_that_fails_several_times(proxy, swift):
+    """A run over a bad network was not even begun: with a fault on every fourth request, one of several first contacts met two."""
+    store = Store(f"s3://{swift.bucket()}/root", StorageConfig(endpoint_url=proxy.url))
+    proxy.faults = [Fault("status", match=f"^{method}", times=3) for method in ("GET", "PUT", "DELETE")]
+    store.check_writable()
+    assert store.check_readable() is False
+    assert sum(proxy.injected().values()) == 9
+
+
+@pytest.mark.usefixtures("s3_keys")
+def test_the_first_contact_gives_up_soon(proxy, swift, monkeypatch):
+    monkeypatch.setattr(s3.FirstContactConfig, "patience_s", 1.0)
+    store = Store(f"s3://{swift.bucket()}/root", StorageConfig(endpoint_url=proxy.url, retries=100))  # half an hour of pauses
+    proxy.faults = [Fault("status")]
+    begun = time.monotonic()
+    with pytest.raises(StorageError, match="overloaded or failing"):
+        store.check_readable()
+    assert time.monotonic() - begun < 20  # on a busy machine
+
+
+@pytest.mark.usefixtures("s3_keys", "quick_pauses")
 def test_a_lasting_failure_ends_after_the_configured_attempts(proxy, swift):
     store = faulty(proxy, swift.bucket(), retries=4)
     proxy.faults = [Fault("status")]

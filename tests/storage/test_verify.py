@@ -262,8 +262,10 @@ def test_an_object_under_another_name_or_in_another_shard(uri, capsys):
     ("content", "reason"),
     [
         (b"", "JSONDecodeError"),
-        (b"[]", "TypeError"),
-        (b'{"title_id": "lost"}', "source"),
+        (b"[]", "no JSON object"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"title_id": "lost", "attempts": 1}', "source"),
+        ({"attempts": "2"}, "attempts"),
         ({"attempts": 0}, "attempts"),
         ({"message": ""}, "message"),
         ({"title_id": "found"}, "'found'"),
