@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from mediafm_ray.config import ConfigError, describe, read_config
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline.report import clean_logs, reason_of
-from mediafm_ray.spec import public_lines
+from mediafm_ray.spec import public_line, public_lines
 from mediafm_ray.storage.catalog import CatalogError
 from mediafm_ray.storage.dataset import DatasetError
 from mediafm_ray.storage.store import StorageError
@@ -53,7 +53,7 @@ def guarded(job: Callable[[], int]) -> int:
     except Exception as error:  # a defect of the program, or an input that it does not foresee
         code = _exit_code(error)
         fate = "nothing was started" if code == EXIT_BAD_INPUT else "what was committed stays"
-        print(f"error: unexpected {reason_of(error)[:MAX_REASON]}; {fate}; {_kept_traceback(error)}", file=sys.stderr)
+        print(f"error: unexpected {public_line(reason_of(error))[:MAX_REASON]}; {fate}; {_kept_traceback(error)}", file=sys.stderr)
         return code
 
 
