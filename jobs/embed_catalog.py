@@ -24,6 +24,7 @@ from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
 from mediafm_ray.pipeline.report import Console, Tally, follow, reason_of, summary, summary_table
 from mediafm_ray.pipeline.run_log import RunLog
+from mediafm_ray.spec import public_line
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.store import Store
 
@@ -111,11 +112,11 @@ def say_unknown(plan: Plan, console: Console) -> None:
     if plan.bad_rows:
         console.say(f"warning: {len(plan.bad_rows)} problems of the catalog; their titles are recorded as failures; the first:")
         for row in plan.bad_rows[:UNKNOWN_SHOWN]:
-            console.say(f"  {row}")
+            console.say(public_line(f"  {row}"))
     if plan.unknown:
         console.say(f"warning: {len(plan.unknown)} titles are passed over, because their sources cannot be looked at; the first:")
         for title_id, reason in plan.unknown[:UNKNOWN_SHOWN]:
-            console.say(f"  {title_id}: {reason}")
+            console.say(public_line(f"  {title_id}: {reason}"))
 
 
 def report(

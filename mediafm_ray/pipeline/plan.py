@@ -18,7 +18,7 @@ from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_d
 from mediafm_ray.models.fusion import spans
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.pipeline.rows import plan_table
-from mediafm_ray.spec import digest_of, recipe_of
+from mediafm_ray.spec import digest_of, public_line, recipe_of
 from mediafm_ray.storage.catalog import SOURCE_DIGITS, BadRow, Entry, read_catalog
 from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextual, encode_title, object_name, record_failure
 from mediafm_ray.storage.store import ObjectInfo, StorageError
@@ -254,7 +254,7 @@ def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
     for name in plan.leftovers:
         output.store.delete(name)
     for title_id, problems in _by_title(plan.bad_rows).items():
-        error = {"stage": "catalog", "type": "CatalogError", "message": f"{config.catalog.uri}: {'; '.join(problems)}"}
+        error = {"stage": "catalog", "type": "CatalogError", "message": public_line(f"{config.catalog.uri}: {'; '.join(problems)}")}
         source = digest_of([config.catalog.uri, title_id])[:SOURCE_DIGITS]
         record_failure(output, object_name(FAILURES, title_id, source), {"title_id": title_id, "source": source, "video": ""}, error)
 

@@ -71,8 +71,8 @@ class BadRow:
 
     @property
     def name(self) -> str:
-        """The title's id, or what stands for it where it has none."""
-        return self.title_id or f"({self.where})"
+        """The title's id, or what stands for it where it has none; valid Unicode, which the name of a file need not be."""
+        return (self.title_id or f"({self.where})").encode(errors="backslashreplace").decode()
 
     def __str__(self) -> str:
         title = f" ({self.title_id})" if self.title_id and self.title_id not in self.where else ""

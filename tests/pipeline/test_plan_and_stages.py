@@ -379,3 +379,17 @@ def test_a_checkpoint_of_other_dimensions_is_refused_before_anything_starts(conf
 )
 def test_metadata_text(synopsis, tags, text):
     assert metadata_text(synopsis, tags) == text
+
+
+def test_a_file_whose_name_is_no_unicode_is_a_bad_row(config, tmp_path):
+    (tmp_path / "videos" / os.fsdecode(b"caf\xe9.mp4")).write_bytes(b"x")
+    (tmp_path / "videos" / os.fsdecode(b"caf\xe9.json")).write_bytes(b"[")
+    with pytest.raises(catalog.CatalogError, match=r"caf\\udce9\.mp4: title_id has control characters or is not valid Unicode"):
+        make_plan(config)
+    skipping = dataclasses.replace(config, catalog=dataclasses.replace(config.catalog, on_error="skip"))
+    plan = make_plan(skipping)
+    prepare_output(plan, skipping)
+    assert plan.pending["title_id"].to_pylist() == ["a", "b", "c"]
+    records = list(read_failures(Output(config.output.uri, plan.model.dataset_version)))
+    assert all("caf\\udce9" in record["title_id"] for record in records)
+    assert records

@@ -58,7 +58,7 @@ def test_failures_are_values_and_later_stages_pass_them_through():
     assert table["sum"].to_pylist() == [15.0, None, 0.0, None, 3.0]
     errors = table["error"].to_pylist()
     assert errors[0] is errors[2] is errors[4] is None
-    assert errors[1] == {"stage": "vectors", "type": "TitleError", "message": "the title is bad", "traceback": ""}
+    assert errors[1] == {"stage": "vectors", "type": "TitleError", "message": "the title is bad", "traceback": "", "outage": False}
     assert errors[3]["type"] == "KeyError"
     assert "a defect" in errors[3]["message"]
     assert "in process" in errors[3]["traceback"]

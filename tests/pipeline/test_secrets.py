@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from mediafm_ray.config import BackfillCatalogConfig, EmbedCatalogConfig, read_c
 from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.media.source import open_bytes, read_whole
 from mediafm_ray.pipeline.backfill import Backfill, Hours, Missing, describe
+from mediafm_ray.pipeline.command import guarded
 from mediafm_ray.pipeline.derived import say_failures
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.report import SUMMARY, TITLES_LOG, Console, Tally, follow, reason_of, summary, write_summary
@@ -195,6 +197,30 @@ def test_a_job_that_cannot_start_says_no_secret(arguments, tmp_path):
     assert "error: " in done.stderr
     assert SECRET not in done.stdout + done.stderr
     assert not [character for character in done.stdout + done.stderr if not character.isprintable() and character != "\n"]
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_the_traceback_of_an_unexpected_error_holds_no_secret(debug, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MEDIAFM_DEBUG", debug)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    console = Console(io.StringIO())
+
+    def job():
+        try:
+            raise OSError(f"GET https://user:{SECRET}@host/a?{SIGNED}")
+        except OSError as cause:
+            error = RuntimeError(f"at https://host/b?{SIGNED}")
+            error.__cause__ = cause
+            console.keep("".join(traceback.format_exception(error)), shown=bool(debug))
+            raise error from cause
+
+    assert guarded(job) == 2
+    console.write_log(Store(str(tmp_path)))
+    written = "".join(path.read_text() for path in tmp_path.rglob("*.log"))
+    said = capsys.readouterr().err
+    assert "GET https://host/a" in written
+    assert "RuntimeError: at https://host/b; nothing was started" in said
+    assert SECRET not in written + said
 
 
 HOSTILE = "x\x1b]0;owned\x07\x9b\u202e\u2066\x7f\u2028\x0b"
