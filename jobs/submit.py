@@ -5,7 +5,9 @@
 
 `ray job submit` does the same, but ends with 1 whatever the job's exit code was. Where the cluster asks for a token, it is found as Ray
 finds it: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
-Interrupting this command does not stop the job: `ray job stop ID` does.
+Interrupting this command does not stop the job: `ray job stop ID` does. Where the connection breaks while the log is followed, the job goes
+on: this command connects again, says what it missed, and ends with the job's own exit code.
+Exit code: the job's own; 2: nothing was submitted; 3: the job was stopped or its node lost, or the cluster did not answer for --patience.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +29,16 @@ import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from mediafm_ray.pipeline.command import EXIT_BAD_INPUT
+from mediafm_ray.pipeline.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED, guarded, working
 from mediafm_ray.spec import public_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-EXIT_UNKNOWN = 3  # the job ended and nobody knows with what: its node was lost, or it was stopped
+EXIT_UNKNOWN = 3  # the job ended and nobody knows with what: its node was lost, it was stopped, or the cluster does not answer
+FIRST_PAUSE_S = 1.0  # before the cluster is asked again; it doubles with every further time
+MAX_PAUSE_S = 30.0
+ANSWER_S = 30.0  # for one question about the job
+SILENCE_S = 60.0  # without a line of the log: then the job's state is asked for, because a connection may be dead without a word
+PATIENCE_S = 600.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,16 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SubmitError as error:
         print(public_line(f"error: {error}"), file=sys.stderr)
         return EXIT_BAD_INPUT
-    print(
-        public_line(
-            f"submitted {job}; to look again: ray job status {job} --address {options.address}; ray job logs {job}; ray job stop {job}"
-        ),
-        flush=True,
-    )
+    look = f"ray job status {job} --address {options.address}"
+    print(public_line(f"submitted {job}; to look again: {look}; ray job logs {job}; ray job stop {job}"), flush=True)
     if options.no_wait:
         return 0
-    asyncio.run(follow(client, job))
-    details = client.get_job_info(job)
+    try:
+        with working():
+            details = asyncio.run(Follower(client, job, options.patience).follow())
+    except (KeyboardInterrupt, SystemExit) as ending:  # SystemExit: of SIGTERM
+        print(public_line(f"interrupted: the job goes on; to look: {look}; to stop it: ray job stop {job}"), file=sys.stderr)
+        return EXIT_INTERRUPTED if isinstance(ending, KeyboardInterrupt) else EXIT_TERMINATED
+    except Unreachable as error:
+        why = f"error: the cluster at {options.address} does not answer any more ({error}); the job may still be at work; to look: {look}"
+        print(public_line(why), file=sys.stderr)
+        return EXIT_UNKNOWN
     reason = (details.message or "").partition("\n")[0]  # what follows is the end of the log, once more
     print(f"{job} {details.status}: {reason}", flush=True)
     return exit_code(details)
@@ -56,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class SubmitError(Exception):
     """Why nothing was submitted, and what to do."""
+
+
+class Unreachable(Exception):
+    """The last reason why the cluster said nothing of a job, for longer than is waited."""
 
 
 def submit(options: argparse.Namespace) -> tuple[JobSubmissionClient, str]:
@@ -87,6 +105,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--runtime-env", type=Path, default=Path("conf/cluster/runtime_env.yaml"), help="YAML: what not to take along, variables, packages"
     )
     parser.add_argument("--submission-id", help="a name for the job; a second job of the same name is refused")
+    parser.add_argument("--patience", type=float, default=PATIENCE_S, metavar="SECONDS", help="how long the cluster may be out of reach")
     parser.add_argument("--no-wait", action="store_true", help="submit and leave")
     parser.add_argument("entrypoint", nargs="+", metavar="-- COMMAND", help="what runs on the cluster")
     return parser.parse_args(arguments)
@@ -98,10 +117,80 @@ def runtime_env(options: argparse.Namespace) -> dict[str, Any]:
     return {**found, "working_dir": options.working_dir}
 
 
-async def follow(client: JobSubmissionClient, job: str) -> None:
-    """Print the job's log until it ends."""
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+class Follower:
+    """Prints a job's log until the job ends, over as many connections as it takes."""
+
+    def __init__(self, client: JobSubmissionClient, job: str, patience_s: float):
+        """``patience_s``: how long the cluster may be out of reach."""
+        self.client, self.job, self.patience_s = client, job, patience_s
+        self.printed = 0  # characters of the log
+        self.pause_s = FIRST_PAUSE_S
+
+    async def follow(self) -> Any:
+        """The details of the job when it has ended. Raises Unreachable."""
+        had_ended = False
+        while True:
+            broken = await self._print_log()
+            details = self._details()
+            has_ended = details.status.is_terminal()
+            if has_ended and (had_ended or not broken):  # of a job that has ended, the log is asked for once more
+                if broken:
+                    print(f"the end of the log could not be read ({broken}): ray job logs {self.job}", file=sys.stderr, flush=True)
+                return details
+            if broken and not has_ended and self.pause_s == FIRST_PAUSE_S:
+                print(f"the connection to the job's log broke ({broken}); the job goes on: connecting again", file=sys.stderr, flush=True)
+            had_ended = has_ended
+            await asyncio.sleep(self.pause_s)
+            self.pause_s = min(MAX_PAUSE_S, 2 * self.pause_s)
+
+    async def _print_log(self) -> str:
+        """Print what is new in the log, over one connection; why it ended too early, or empty."""
+        seen = 0  # characters of this connection, which begins with the first of the log
+        log: AsyncIterator[str] = self.client.tail_job_logs(self.job)
+        try:
+            while True:
+                following = asyncio.ensure_future(anext(log))
+                while not (await asyncio.wait({following}, timeout=SILENCE_S))[0]:
+                    if self._details().status.is_terminal():
+                        following.cancel()
+                        return f"no word for {SILENCE_S:g} s"
+                lines = following.result()
+                seen += len(lines)
+                if seen > self.printed:
+                    print(lines[self.printed - seen :], end="", flush=True)
+                    self.printed, self.pause_s = seen, FIRST_PAUSE_S
+        except StopAsyncIteration:
+            return ""
+        except Unreachable:
+            raise
+        except Exception as error:  # aiohttp's of many kinds, Ray's RuntimeError
+            return " ".join(f"{type(error).__name__}: {error}".split())
+
+    def _details(self) -> Any:
+        """What the cluster says of the job, asked until it answers. Raises Unreachable."""
+        until, pause_s = time.monotonic() + self.patience_s, FIRST_PAUSE_S
+        while True:
+            try:
+                return within(ANSWER_S, lambda: self.client.get_job_info(self.job))
+            except Exception as error:  # requests' of many kinds, Ray's RuntimeError
+                if time.monotonic() + pause_s > until:
+                    raise Unreachable(f"for {self.patience_s:g} s: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
+            time.sleep(pause_s)
+            pause_s = min(MAX_PAUSE_S, 2 * pause_s)
+
+
+def within(seconds: float, ask: Callable[[], Any]) -> Any:
+    """The answer to a question, or TimeoutError: Ray's client waits for ever where a server takes a request and does not answer it."""
+    answer: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except Exception as error:  # raised again where it is waited for
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer.result(seconds)
 
 
 def exit_code(details: Any) -> int:
@@ -115,4 +204,4 @@ def exit_code(details: Any) -> int:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)  # Ray's line for every file that is not taken along
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -7,9 +7,12 @@ import contextlib
 import dataclasses
 import logging
 import os
+import queue
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -20,13 +23,17 @@ from mediafm_ray.pipeline.report import clean_logs, reason_of
 from mediafm_ray.spec import public_line, public_lines
 from mediafm_ray.storage.catalog import CatalogError
 from mediafm_ray.storage.dataset import DatasetError
+from mediafm_ray.storage.lease import release_all
 from mediafm_ray.storage.store import StorageError
 
 EXIT_OK = 0
 EXIT_FAILED_TITLES = 1
 EXIT_BAD_INPUT = 2  # configuration, catalog, weights or output: nothing was started
 EXIT_ABORTED = 3  # the run ended before its titles did: an actor, the cluster or the program itself failed
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+TERMINATED = "ended by SIGTERM: every committed title stays; run the same command again to do the rest"
+GRACE_S = 3.0  # after a signal, for what is under way to be left; schedulers kill after 10 to 30 s
 DEBUG_VARIABLE = "MEDIAFM_DEBUG"  # environment: where it is set, tracebacks of unexpected errors go to the terminal
 BEGUN = "the job had begun to change something"  # a note on an error
 MAX_REASON = 1000  # characters of an unexpected error in its line
@@ -43,18 +50,66 @@ def run_job(description: str, kind: type[Job], job: Callable[[Job], int], argume
 def guarded(job: Callable[[], int]) -> int:
     """Run a job; whatever ends it is one line for a person and an exit code: EXIT_ABORTED where it was ``working``, else EXIT_BAD_INPUT."""
     try:
-        return job()
+        with ended_by_signals():
+            return job()
     except (ConfigError, CatalogError, StorageError, WeightsError, DatasetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _exit_code(error)
     except KeyboardInterrupt:
         print("interrupted: every committed title stays; run the same command again to do the rest", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except SystemExit as ending:
+        if ending.code != signal.SIGTERM:
+            raise
+        print(TERMINATED, file=sys.stderr)
+        return EXIT_TERMINATED
     except Exception as error:  # a defect of the program, or an input that it does not foresee
         code = _exit_code(error)
         fate = "nothing was started" if code == EXIT_BAD_INPUT else "what was committed stays"
         print(f"error: unexpected {public_line(reason_of(error))[:MAX_REASON]}; {fate}; {_kept_traceback(error)}", file=sys.stderr)
         return code
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM ends the job as SIGINT does, by an exception (Ray's, SystemExit), so that blocks are left and give back what they hold.
+
+    A block may be left late, such as one whose threads wait for a server that stalls: after GRACE_S the leases are given back all the same,
+    and SIGTERM ends the process. While Ray runs, SIGTERM is its own, or that of ``budget.draining``.
+    Elsewhere than in the main thread, where Python takes no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    come: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put may interrupt anything
+    over = threading.Event()
+
+    def note(number: int, frame: Any) -> None:
+        come.put(number)
+        if number == signal.SIGTERM:
+            sys.exit(number)
+        raise KeyboardInterrupt
+
+    def watch() -> None:
+        number = come.get()
+        if over.wait(GRACE_S if number else None):
+            return
+        release_all()
+        if number == signal.SIGTERM:
+            print(TERMINATED, file=sys.stderr, flush=True)
+            os._exit(EXIT_TERMINATED)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    taken = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores some
+    before = {number: signal.signal(number, note) for number in taken}
+    try:
+        yield
+    finally:
+        release_all()
+        over.set()
+        come.put(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -58,6 +58,15 @@ class LeaseLost(StorageError):
     """The lease could not be renewed in time: another may have it."""
 
 
+_TAKEN: set[Lease] = set()  # the leases that this process has, or is taking
+
+
+def release_all() -> None:
+    """Give back every lease of this process, for its end: where a signal came too soon or too late for the block that holds one."""
+    for lease in tuple(_TAKEN):
+        lease.release()
+
+
 @dataclass(frozen=True)
 class Rival:
     """Another contender, as the listing shows it."""
@@ -91,6 +100,7 @@ class Lease:
     def acquire(self) -> None:
         """Take the lease. Raises LeaseHeld when someone else has it or is about to, and what the store raises."""
         begun = steady_clock()
+        _TAKEN.add(self)
         try:
             self.store.write(self._name(CANDIDATE), self.content)
             dead = self._stand_alone(put_at=steady_clock())
@@ -112,6 +122,7 @@ class Lease:
         """Give the lease back, so that the next one need not wait."""
         self.valid_until = float("-inf")
         self._withdraw()
+        _TAKEN.discard(self)
 
     def is_valid(self) -> bool:
         """Whether nobody else can have the lease."""

@@ -103,9 +103,13 @@ def test_clips_of_every_kind_are_what_their_shots_are(folders, tmp_path, ending,
             elif kind == "text" and row["title_id"] == "000":
                 expected = np.zeros(16, np.float32)
             else:
-                part = slice(*{**MODEL.spans, "fused": (0, 48)}[kind])
-                expected = pool_clip(end - SHOT_S, end, vectors_of(int(row["title_id"]))[:, part], *span)
-            np.testing.assert_array_equal(vector, expected)
+                vectors_SD = vectors_of(int(row["title_id"]))
+                if kind == "neighbours":
+                    vectors_SD = np.stack([vectors_SD[max(0, shot - 2) : shot + 3].mean(0) for shot in range(SHOTS)])
+                else:
+                    vectors_SD = vectors_SD[:, slice(*{**MODEL.spans, "fused": (0, 48)}[kind])]
+                expected = pool_clip(end - SHOT_S, end, vectors_SD, *span)
+            np.testing.assert_allclose(vector, expected, atol=1e-6)
     assert "3 clips of 2 titles" in capsys.readouterr().out
 
 
@@ -223,7 +227,10 @@ def test_what_probes_cannot_do_is_said_before_anything_starts(folders, tmp_path,
     for overrides, reason in (
         ([], "set contextualiser.checkpoint"),
         ([f"output.uri={bare}", "labels.inputs=[fused,contextual]"], "no contextual embeddings; there are: shots"),
-        (["labels.inputs=[smell]"], "no kind of clip vectors smell: there are video, audio, text, fused, neighbours, contextual_alone, contextual"),
+        (
+            ["labels.inputs=[smell]"],
+            "no kind of clip vectors smell: there are video, audio, text, fused, neighbours, contextual_alone, contextual",
+        ),
         (["labels.inputs=[]"], "none given"),
         (["labels.inputs=[fused]", "labels.columns=[genre]"], "has no genre; there are: title_id, start_s, end_s, label, score"),
         (["labels.inputs=[fused]", "labels.columns=[label,score]"], "one column of scores; these are: label"),
