@@ -42,8 +42,10 @@ CACHE_VARIABLE = "MEDIAFM_WEIGHTS_CACHE"  # environment: where remote weights ar
 # Of requests to an S3 server, each of which s3fs repeats five times: who mistyped an address hears of it soon, a copy is patient.
 LISTING = (1, 4.0, 5.0)  # attempts, seconds to connect, seconds without a byte
 COPYING = (5, 10.0, 60.0)
-# s3fs does not repeat a request that is answered with 500 or 503, unless the answer says SlowDown, which that to a HEAD cannot
+# s3fs does not repeat a request that is answered with 500 or 503, unless the answer says SlowDown, which that to a HEAD cannot, nor one
+# whose connection was reset before an answer came (botocore's EndpointConnectionError).
 IN_TROUBLE = (errno.EBUSY, errno.EIO, getattr(errno, "EREMOTEIO", errno.EIO))  # what s3fs makes of such answers
+RESET = "EndpointConnectionError"
 TROUBLE_PAUSES_S = (0.5, 1.0, 2.0, 4.0)  # at most, before a listing is asked for again
 
 # of a checkpoint's folder; README, licence, logs and other frameworks' weights are not part of it
@@ -293,8 +295,8 @@ def _find(files: Any, root: str) -> Mapping[str, Mapping[str, Any]]:
     for pause_s in TROUBLE_PAUSES_S:
         try:
             return files.find(root, detail=True)
-        except OSError as error:
-            if error.errno not in IN_TROUBLE:
+        except Exception as error:
+            if getattr(error, "errno", None) not in IN_TROUBLE and type(error).__name__ != RESET:
                 raise
             time.sleep(random.uniform(0, pause_s))
     return files.find(root, detail=True)
