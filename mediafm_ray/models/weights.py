@@ -313,7 +313,7 @@ def _options(address: str, endpoint_url: str, attempts: int, connect_timeout: fl
     return {"endpoint_url": endpoint_url or None, "config_kwargs": {**timeouts, "retries": retries, "s3": style, **checksums}}
 
 
-def _version_of(entry: dict[str, Any]) -> str:
+def _version_of(entry: Mapping[str, Any]) -> str:
     """What tells two contents of an object apart: the ETag where the store has one, else the time of its last change."""
     for key in ("ETag", "etag", "LastModified", "last_modified", "mtime", "created"):
         if entry.get(key) is not None:
