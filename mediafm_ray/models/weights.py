@@ -16,15 +16,18 @@ wherever they come from.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import importlib.util
 import json
 import os
+import random
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,11 @@ CACHE_VARIABLE = "MEDIAFM_WEIGHTS_CACHE"  # environment: where remote weights ar
 # Of requests to an S3 server, each of which s3fs repeats five times: who mistyped an address hears of it soon, a copy is patient.
 LISTING = (1, 4.0, 5.0)  # attempts, seconds to connect, seconds without a byte
 COPYING = (5, 10.0, 60.0)
+# s3fs does not repeat a request that is answered with 500 or 503, unless the answer says SlowDown, which that to a HEAD cannot, nor one
+# whose connection was reset before an answer came (botocore's EndpointConnectionError).
+IN_TROUBLE = (errno.EBUSY, errno.EIO, getattr(errno, "EREMOTEIO", errno.EIO))  # what s3fs makes of such answers
+RESET = "EndpointConnectionError"
+TROUBLE_PAUSES_S = (0.5, 1.0, 2.0, 4.0)  # at most, before a listing is asked for again
 
 # of a checkpoint's folder; README, licence, logs and other frameworks' weights are not part of it
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*/config.json")
@@ -262,7 +270,7 @@ def _fetch_from_storage(address: str, endpoint_url: str) -> Path:
 
     try:
         files, root = fsspec.core.url_to_fs(address, **_options(address, endpoint_url, *LISTING))
-        found = {entry["name"]: entry for entry in files.find(root, detail=True).values()}
+        found = {entry["name"]: entry for entry in _find(files, root).values()}
     except Exception as error:  # every file system raises its own: credentials, names, network, missing library
         raise WeightsError(
             f"{address} could not be listed ({type(error).__name__}: {error}): check the name and the credentials"
@@ -302,6 +310,18 @@ def _fetch_from_storage(address: str, endpoint_url: str) -> Path:
     return inside
 
 
+def _find(files: Any, root: str) -> Mapping[str, Mapping[str, Any]]:
+    """Every object below a path, with its facts; asked for again while the server is in trouble."""
+    for pause_s in TROUBLE_PAUSES_S:
+        try:
+            return files.find(root, detail=True)
+        except Exception as error:
+            if getattr(error, "errno", None) not in IN_TROUBLE and type(error).__name__ != RESET:
+                raise
+            time.sleep(random.uniform(0, pause_s))
+    return files.find(root, detail=True)
+
+
 def _options(address: str, endpoint_url: str, attempts: int, connect_timeout: float, read_timeout: float) -> dict[str, Any]:
     """What fsspec is told of an S3 server; checksums only where S3 demands them, for older servers refuse others."""
     if not address.startswith("s3://"):
@@ -313,7 +333,7 @@ def _options(address: str, endpoint_url: str, attempts: int, connect_timeout: fl
     return {"endpoint_url": endpoint_url or None, "config_kwargs": {**timeouts, "retries": retries, "s3": style, **checksums}}
 
 
-def _version_of(entry: dict[str, Any]) -> str:
+def _version_of(entry: Mapping[str, Any]) -> str:
     """What tells two contents of an object apart: the ETag where the store has one, else the time of its last change."""
     for key in ("ETag", "etag", "LastModified", "last_modified", "mtime", "created"):
         if entry.get(key) is not None:

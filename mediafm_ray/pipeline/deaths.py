@@ -44,6 +44,10 @@ class DeathRegister:
         self.processes_with.update(keys)
         return others
 
+    def alone_with(self, stage: str, title: str) -> int:
+        """Count the processes that have this title in hand and no other."""
+        return sum(keys == [(stage, title)] for keys in self.in_hand.values())
+
 
 class GuardedStage(Protocol):
     """What the guard needs to know of a stage."""
@@ -85,13 +89,15 @@ class DeathGuard:
 
     def _judged(self, stage: GuardedStage, row: TitleRow) -> pa.Table:
         (deaths,) = self._take(stage, [row.title_id])
-        if deaths >= 2 * self.max_deaths:
+        if deaths > 2 * self.max_deaths:
             raise TooManyDeaths(
                 f"title {row.title_id}: {deaths} processes ended at stage {stage.name}, the last ones while its failure was recorded"
             )
         if deaths:
             stage.measure("process_deaths", deaths)
         if deaths < self.max_deaths or row["error"] is not None:
+            return row.table
+        if ray.get(self.register.alone_with.remote(stage.name, row.title_id)) == 1:  # this one: the others may have ended of another title
             return row.table
         reason = (
             f"{deaths} processes ended while stage {stage.name} worked on it (resources.max_deaths_per_title={self.max_deaths}): "

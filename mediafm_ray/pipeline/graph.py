@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -288,5 +289,5 @@ class StarvationCallback(ExecutionCallback):
             if self.clocks[operator].is_due(waits=bool(coming) and not working) and any(map(has_no_node, coming)):
                 wants = operator._ray_remote_args
                 wanted = {"CPU": wants.get("num_cpus"), "GPU": wants.get("num_gpus"), **(wants.get("resources") or {})}
-                described = self.clocks[operator].describe(operator.name, {name: amount for name, amount in wanted.items() if amount})
-                self.say(described)
+                stage = "stage " + re.sub(r"MapBatches\((\w+)\)", r"\1", operator.name)
+                self.say(self.clocks[operator].describe(stage, {name: amount for name, amount in wanted.items() if amount}))

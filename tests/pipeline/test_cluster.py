@@ -76,3 +76,11 @@ def test_the_reason_of_waiting_names_the_resource():
     taken = room_for(wanted, [node(CPU=8, GPU=2), node(CPU=8, GPU=2)], {"CPU": 15})
     assert "free are 15 of 16 CPU, 0 of 4 GPU: other jobs or stages hold the rest" in taken
     assert "at most 0 CPU" in room_for({"CPU": 1}, [], {})
+
+
+@pytest.mark.slow
+def test_a_local_ray_without_the_nodes_that_a_stage_is_kept_to_refuses_at_once(tmp_path):
+    video = make_clip(tmp_path / "videos" / "one.mp4", [30])
+    done = embed(video.parent, tmp_path / "out", "resources.encode_video.node_resource=decoder")
+    assert done.returncode == EXIT_BAD_INPUT, done.stdout + done.stderr
+    assert "error: resources.encode_video.node_resource=decoder: a local Ray has no such resource; leave it empty" in done.stderr

@@ -89,6 +89,7 @@ def test_the_register_counts_processes_that_never_went_on():
     assert register.take("p3", "s", ["c"]) == [0]  # p3 lives and went on
     assert register.take("p4", "s", ["a"]) == [2]  # p3 gave it back
     assert register.take("p5", "another stage", ["a"]) == [0]
+    assert register.alone_with("s", "a") == 2  # p2 and p4; p1 had another title, too
 
 
 def test_the_register_does_not_grow_with_titles():

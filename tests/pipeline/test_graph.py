@@ -95,7 +95,7 @@ def test_a_stage_for_which_another_job_leaves_no_room_is_named_until_it_has_some
     assert [block["title_id"].to_pylist() for block in blocks] == [["one"]]
     assert len(said) == 2
     for line in said:  # the other stage has its actor, and half a CPU is left
-        assert line.startswith("MapBatches(Slow) has waited for resources for 0 min: an actor needs 1.5 CPU, and free are 0.75 of 2 CPU")
+        assert line.startswith("stage Slow has waited for resources for 0 min: an actor needs 1.5 CPU, and free are 0.75 of 2 CPU")
 
 
 @pytest.mark.slow

@@ -6,6 +6,9 @@ import json
 import pyarrow as pa
 import pytest
 
+from jobs.embed_catalog import report, run
+from mediafm_ray.config import ConfigError, EmbedCatalogConfig, read_config
+from mediafm_ray.pipeline.command import EXIT_ABORTED
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.report import SUMMARY, Console, Tally, follow, reason_of, redacted, summary, summary_table, write_summary
 from mediafm_ray.pipeline.rows import plan_table
@@ -82,3 +85,24 @@ def test_the_reason_of_an_early_end_is_the_error_that_began_it():
     assert reason_of(carried) == "RuntimeError: mediafm_ray.models.weights.WeightsError: no weights at y"
     assert reason_of(ValueError("two\nlines")) == "ValueError: two lines"
     assert reason_of(MemoryError()) == "MemoryError: MemoryError()"
+
+
+def test_a_configuration_fault_in_the_middle_of_a_run_gets_a_summary_and_no_advice_to_repeat_it(tmp_path):
+    """Before any title ended it is the command's error; later, what was done is reported all the same."""
+    pending = [{"title_id": f"t{number}", "source": "s", "video": "v", "timed_text": [], "superseded": []} for number in range(3)]
+    plan = Plan(MODEL, "", plan_table(pending), titles=3, done=0, failed_before=0, left=0, only_contextual=0, leftovers=())
+
+    def work(tally, results):
+        follow(iter([pa.Table.from_pylist([row]) for row in results]), tally, begun=0.0, console=Console(io.StringIO()))
+        raise ConfigError("stage encode_video: device 'cuda': this process sees 0 CUDA devices")
+
+    tally = Tally.of(plan)
+    with pytest.raises(ConfigError):
+        run(plan, tally, lambda: work(tally, []))
+    run(plan, tally, lambda: work(tally, [result("t0")]))
+    stream = io.StringIO()
+    config = read_config(EmbedCatalogConfig, [], [f"output.uri={tmp_path}"])
+    assert report(plan, tally, 1.0, config, Console(stream)) == EXIT_ABORTED
+    assert stream.getvalue().splitlines()[-1] == (
+        "error: the run ended early, 2 titles were not done: stage encode_video: device 'cuda': this process sees 0 CUDA devices"
+    )

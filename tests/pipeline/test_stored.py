@@ -372,8 +372,9 @@ def test_files_for_the_embedding_job_serve_here_too(tmp_path):
         read_config(ContextualiseCatalogConfig, [], ["video.device=cuda"])
 
 
-def test_a_title_that_kills_its_process_fails_alone(output, checkpoint):
-    config = configured(output, checkpoint, "resources.max_deaths_per_title=2")
+def test_a_title_that_kills_its_process_fails_alone(output, checkpoint, monkeypatch):
+    monkeypatch.setattr(graph, "CALLS_PER_ACTOR", 1)  # all titles at once
+    config = configured(output, checkpoint, "resources.max_deaths_per_title=1")
     plan = make_stored_plan(config)
     with connected(config.resources):
         calls = graph.contextualise_stored(plan, config, stage=Deadly)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 PIECE_BYTES = 1 << 16
+RANDOM_NAME = re.compile(r"[0-9a-f]{8,}")  # in names of buckets and probes
 ACTIONS = ("status", "reset_before", "reset_middle", "reset_after", "truncate", "stall", "delay", "throttle")
 
 
@@ -123,8 +124,9 @@ class FaultProxy:
         self._loop.run_until_complete(asyncio.sleep(0.05))
 
     def _fault_for(self, line: str) -> Fault | None:
-        chance = random.Random(f"{self.seed}|{line}|{self._came[line]}")
-        self._came[line] += 1
+        drawn = RANDOM_NAME.sub("*", line)  # or no seed would be what it was
+        chance = random.Random(f"{self.seed}|{drawn}|{self._came[drawn]}")
+        self._came[drawn] += 1
         for fault in self.faults:
             if re.search(fault.match, line) and chance.random() < fault.share:
                 fault.seen += 1

@@ -176,6 +176,28 @@ def test_weights_on_object_storage_are_fetched_once_and_checked(server, tmp_path
 # ------------------------------------------------------------------------------------------------------------- faults
 
 
+@pytest.mark.usefixtures("s3_keys")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"action": "status", "status": 503, "code": "ServiceUnavailable"},
+        {"action": "status", "status": 500, "code": "InternalError"},
+        {"action": "reset_before"},
+        {"action": "stall", "seconds": 0.5},
+    ],
+)
+def test_weights_are_fetched_from_a_server_that_fails_now_and_then(proxy, swift, tmp_path, monkeypatch, fault):
+    monkeypatch.setenv(weights.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(weights, "TROUBLE_PAUSES_S", (0.01,) * 4)
+    bucket = swift.bucket()
+    Store(f"s3://{bucket}", StorageConfig(endpoint_url=swift.url)).write("detector.pth", b"tensors")
+    requests = ("^HEAD", "^GET .*list-type", r"^GET [^?]*\.pth$")
+    proxy.faults = [Fault(**fault, match=match, times=2) for match in requests]
+    file = weights.resolve(weights.with_endpoint(f"s3://{bucket}/detector.pth", proxy.url))
+    assert file.read_bytes() == b"tensors"
+    assert proxy.injected().total() == 6
+
+
 @pytest.mark.usefixtures("s3_keys", "quick_pauses")
 @pytest.mark.parametrize(
     "fault",
