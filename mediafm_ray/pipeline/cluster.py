@@ -51,8 +51,8 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
     try:
         context = DataContext.get_current()
         context.enable_progress_bars = False
-        if not address:  # actors that still import torch would take the cores from the first titles; a cluster has others, or grows
-            context.wait_for_min_actors_s = START_TIMEOUT_S
+        # actors that still import torch would take the cores from the first titles; a cluster has others, or grows
+        context.wait_for_min_actors_s = -1 if address else START_TIMEOUT_S
         context.execution_no_progress_timeout_s = resources.no_progress_timeout_s or -1
         yield
     finally:

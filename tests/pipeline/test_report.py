@@ -12,6 +12,7 @@ from mediafm_ray.pipeline.command import EXIT_ABORTED
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.report import SUMMARY, Console, Tally, follow, reason_of, redacted, summary, summary_table, write_summary
 from mediafm_ray.pipeline.rows import plan_table
+from mediafm_ray.pipeline.run_log import RunLog
 from mediafm_ray.storage.dataset import Model
 from mediafm_ray.storage.store import Store
 
@@ -98,11 +99,13 @@ def test_a_configuration_fault_in_the_middle_of_a_run_gets_a_summary_and_no_advi
 
     tally = Tally.of(plan)
     with pytest.raises(ConfigError):
-        run(plan, tally, lambda: work(tally, []))
-    run(plan, tally, lambda: work(tally, [result("t0")]))
+        run(plan, tally, Console(io.StringIO()), lambda: work(tally, []))
     stream = io.StringIO()
+    console = Console(stream)
+    run(plan, tally, console, lambda: work(tally, [result("t0")]))
     config = read_config(EmbedCatalogConfig, [], [f"output.uri={tmp_path}"])
-    assert report(plan, tally, 1.0, config, Console(stream)) == EXIT_ABORTED
+    with RunLog(console, Store(str(tmp_path))) as log:
+        assert report(plan, tally, 1.0, config, console, log) == EXIT_ABORTED
     assert stream.getvalue().splitlines()[-1] == (
         "error: the run ended early, 2 titles were not done: stage encode_video: device 'cuda': this process sees 0 CUDA devices"
     )
