@@ -291,16 +291,14 @@ def test_bad_configuration_exits_with_2_before_anything_starts(videos, tmp_path,
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
-def test_a_run_that_ends_early_says_so_and_exits_with_3(videos, tmp_path):
-    """Weights that are there and cannot be loaded: every actor fails."""
+def test_weights_that_no_actor_can_load_exit_with_2_and_one_line(videos, tmp_path):
     weights = tmp_path / "weights.pth"
     weights.write_text("not weights")
     done = embed(videos, tmp_path / "out", f"detector.weights={weights}")
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert "WeightsError" in done.stdout.splitlines()[-1]
-    summary = json.loads((tmp_path / "out" / "run-summary.json").read_text())
-    assert summary["titles"]["lost"] == len(GOOD)
-    assert "weights.pth" in summary["aborted"]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: stage detect_shots: ")
+    assert "weights.pth is not a readable torch weights file" in done.stderr.splitlines()[-1]
+    assert "run the same command again" not in done.stdout + done.stderr
 
 
 def test_a_bad_catalog_exits_with_2_and_names_its_rows(tmp_path):
