@@ -32,7 +32,7 @@ from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.spec import parse_json, public_line
 from mediafm_ray.storage.catalog import Entry
 from mediafm_ray.storage.dataset import SHOTS, Model, Output, dataset_versions, encode_title, parse_failure
-from mediafm_ray.storage.store import Store
+from mediafm_ray.storage.store import ObjectInfo, Store
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Missing:
     """What is there of titles that the catalog does not have."""
 
     titles: Sequence[str]  # as their objects name them
-    objects: Sequence[str]  # names below the dataset version
+    objects: Sequence[ObjectInfo]
     of_titles: int  # titles that have objects, in all
 
     def first_names(self) -> list[str]:
@@ -143,7 +143,7 @@ def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now
         failed_before=counts[NOT_DUE] + counts[GIVEN_UP],
         left=len(pending) - len(taken),
         only_contextual=sum(key_of(entry) in there.wanted[0] for entry in taken),
-        leftovers=tuple(name for entry in done for name in there.leftovers(entry)),
+        leftovers=tuple(leftover for entry in done for leftover in there.leftovers(entry)),
         outdone=tuple(name for entry in done for name in there.outdone(entry)),
         given_up=counts[GIVEN_UP],
         bad_rows=tuple(there.bad_rows),
@@ -221,8 +221,8 @@ def _in_order(entries: Iterable[Entry], order: str) -> list[Entry]:
 def _missing(there: Survey) -> Missing:
     in_catalog = {key_of(entry)[0] for entry in there.entries} | {encode_title(row.name) for row in there.bad_rows}
     titles = sorted(set(there.objects_of_title) - in_catalog)
-    objects = [info.name for title in titles for _, info in there.objects_of_title[title]]
-    return Missing(titles, sorted(objects), len(there.objects_of_title))
+    objects = [info for title in titles for _, info in there.objects_of_title[title]]
+    return Missing(titles, objects, len(there.objects_of_title))
 
 
 def check_missing(missing: Missing, config: BackfillCatalogConfig) -> None:
@@ -237,9 +237,12 @@ def check_missing(missing: Missing, config: BackfillCatalogConfig) -> None:
 
 
 def delete_missing(missing: Missing, output: Output) -> int:
-    """Delete what is there of titles that the catalog does not have; how many objects. Raises what the store raises."""
+    """Delete what is there of titles that the catalog does not have; how many objects. Raises what the store raises.
+
+    What was written again since it was listed stays: the title is back.
+    """
     with ThreadPoolExecutor(STORE_THREADS) as pool:
-        return sum(1 for _ in pool.map(output.store.delete, missing.objects))
+        return sum(pool.map(output.store.delete_listed, missing.objects))
 
 
 # ------------------------------------------------------------------------------------------------------------- hours

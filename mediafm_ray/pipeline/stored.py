@@ -105,7 +105,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
     for shots in committed:
         title, source = key = object_key(shots.name)
         # only what is older: a job that embeds a newer source writes its contextual object before its shots
-        older = [info.name for info in written_of_title.get(title, ()) if object_key(info.name) != key and info.modified <= shots.modified]
+        older = [info for info in written_of_title.get(title, ()) if object_key(info.name) != key and info.modified <= shots.modified]
         if key in written:
             done += 1
             leftovers += older
@@ -114,7 +114,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
         else:
             failed = [sibling(shots.name, FAILURES)] if key in failures else []
             row = {"title_id": urllib.parse.unquote(title), "source": source, "shots": shots.name, "bytes": shots.size}
-            rows.append({**row, "superseded": [*older, *failed]})
+            rows.append({**row, "superseded": [*(info.name for info in older), *failed]})
     taken = rows[: config.run.max_titles] if config.run.max_titles else rows
     return Plan(
         model=dataset.model,
@@ -144,8 +144,8 @@ def prepare_stored_output(plan: Plan, config: ContextualiseCatalogConfig) -> Non
     """See that the output can be written, and finish removals that an earlier run did not get to. Raises StorageError."""
     output = Output(config.output.uri, plan.model.dataset_version, config.storage)
     output.store.check_writable()
-    for name in plan.leftovers:
-        output.store.delete(name)
+    for leftover in plan.leftovers:
+        output.store.delete_listed(leftover)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

@@ -19,6 +19,7 @@ from mediafm_ray.pipeline.stages import Fuse, WriteTitle, metadata_text
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, object_name, read_failures, title_facts
+from mediafm_ray.storage.store import StorageError
 
 SHOT = {
     "start_frame": 0,
@@ -146,6 +147,35 @@ def test_a_source_that_was_changed_back_is_the_one_that_readers_get(config, tmp_
     assert not of_second.exists()
     assert not (contextual / of_second.name).exists()
     assert make_plan(config).leftovers == make_plan(config).outdone == ()
+
+
+@pytest.mark.parametrize("first_ends", [True, False])
+def test_two_jobs_that_take_a_title_for_another_source_leave_one_object(config, tmp_path, first_ends):
+    """Of both sources an object is there; one job was planned before the video was changed back, the other after that."""
+    video = tmp_path / "videos" / "a.mp4"
+    sources = {}
+    for content, modified in ((b"the first", 1), (b"the second film", 2)):
+        video.write_bytes(content)
+        os.utime(video, (modified, modified))
+        compute(config)
+        (path,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+        sources[path] = path.read_bytes()
+    for second, (path, content) in enumerate(sources.items(), 1):
+        path.write_bytes(content)
+        os.utime(path, (second, second))
+    of_second = make_plan(config)
+    video.write_bytes(b"the first")
+    os.utime(video, (1, 1))
+    of_first = make_plan(config)
+    plans = [of_first, of_second] if first_ends else [of_second, of_first]
+    try:
+        for plan in plans:
+            prepare_output(plan, config)
+    except StorageError as error:
+        assert "another job is at work" in str(error)  # noqa: PT017
+    assert len(list((tmp_path / "out").rglob("shots/*/a@*.parquet"))) == 1
+    compute(config)
+    assert EmbeddingDataset(config.output.uri).title_object("a").endswith(next(iter(sources)).name)
 
 
 def test_a_failure_record_of_a_night_that_is_over_does_not_stay(config, tmp_path):
