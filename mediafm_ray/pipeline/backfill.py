@@ -15,6 +15,7 @@ and objects of titles that the catalog does not have are *missing* ones: listed,
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mediafm_ray.config import BackfillCatalogConfig, BackfillConfig, ConfigError
-from mediafm_ray.pipeline.plan import Plan, Survey, key_of, survey
+from mediafm_ray.pipeline.plan import Plan, Survey, key_of, shots_first, survey
 from mediafm_ray.pipeline.report import SUMMARY, Tally
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.spec import parse_json, public_line
@@ -241,8 +242,9 @@ def delete_missing(missing: Missing, output: Output) -> int:
 
     What was written again since it was listed stays: the title is back.
     """
+    groups = itertools.groupby(shots_first(missing.objects), key=lambda info: info.name.startswith(f"{SHOTS}/"))
     with ThreadPoolExecutor(STORE_THREADS) as pool:
-        return sum(pool.map(output.store.delete_listed, missing.objects))
+        return sum(removed for _, infos in groups for removed in list(pool.map(output.store.delete_listed, infos)))
 
 
 # ------------------------------------------------------------------------------------------------------------- hours

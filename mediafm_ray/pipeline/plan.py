@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -133,9 +133,9 @@ class Survey:
         return bool(entry.unknown) and not self.is_done(entry) and (entry.is_outage or key_of(entry)[0] in self.titles_with_shots)
 
     def others(self, entry: Entry) -> list[ObjectInfo]:
-        """The objects of a title's other sources."""
+        """The objects of a title's other sources, as they are removed: see ``shots_first``."""
         title, source = key_of(entry)
-        return [info for other, info in self.objects_of_title.get(title, ()) if other != source]
+        return shots_first(info for other, info in self.objects_of_title.get(title, ()) if other != source)
 
     def leftovers(self, entry: Entry) -> list[ObjectInfo]:
         """What a title that is done must not have any more: objects of other sources, and records of failures.
@@ -165,6 +165,11 @@ class Survey:
             "tags": list(title.tags),
             "superseded": [info.name for info in self.others(entry)],
         }
+
+
+def shots_first(infos: Iterable[ObjectInfo]) -> list[ObjectInfo]:
+    """Objects in the order of their removal: a kill in between must not leave shots that count as done without what was made of them."""
+    return sorted(infos, key=lambda info: not info.name.startswith(f"{SHOTS}/"))
 
 
 def _modified(info: ObjectInfo) -> float:

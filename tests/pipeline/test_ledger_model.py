@@ -2,7 +2,7 @@
 
 The jobs are the real plan, the real preparation of the output and the real writer over the real local store; what stands before the writer
 is left out. A job runs in a thread of its own and stops before each of its calls of the store, so that it can be killed there, or another
-job can go on. Times of objects come from a clock that goes on only when it is told to: objects of the same second are common.
+job can go on. Objects may be of the same second, as they are on object storage, but where jobs meet.
 
 The default run takes half a minute; ``LEDGER_EXAMPLES=10000 pytest -m slow tests/pipeline/test_ledger_model.py`` as long as it is told to.
 """
@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from mediafm_ray.config import BackfillCatalogConfig, EmbedCatalogConfig, read_config
 from mediafm_ray.models.options import FusionConfig
 from mediafm_ray.pipeline import backfill, plan
-from mediafm_ray.pipeline.stages import Fuse, WriteTitle
 from mediafm_ray.pipeline.rows import TitleLeft, TitleRow
+from mediafm_ray.pipeline.stages import Fuse, WriteTitle
 from mediafm_ray.spec import OutageError, TitleError
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
-from mediafm_ray.storage.dataset import FAILURES, SHOTS, EmbeddingDataset, encode_title, newest_objects, object_key, parse_failure, title_facts
+from mediafm_ray.storage.dataset import (
+    FAILURES,
+    SHOTS,
+    EmbeddingDataset,
+    encode_title,
+    newest_objects,
+    object_key,
+    parse_failure,
+    title_facts,
+)
 from mediafm_ray.storage.store import StorageError, Store
 from tests.datasets import MODEL, finished_row, with_error
 
@@ -50,7 +60,7 @@ EMBED, BACKFILL, DELETING = "embed", "backfill", "backfill that deletes"
 MAX_CALLS = 14  # of the store by one job, about
 
 SETTINGS = settings(
-    max_examples=100, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+    max_examples=50, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
 )
 LONG = settings(SETTINGS, max_examples=int(os.environ.get("LEDGER_EXAMPLES", "1000")), stateful_step_count=50, derandomize=False)
 
@@ -82,6 +92,7 @@ class Job:
         self.dead = False
         self.ended = False
         self.error: BaseException | None = None
+        self.planned = False
         self.gone: set[str] = set()  # encoded titles that it may delete
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -174,6 +185,7 @@ class Ledger(RuleBasedStateMachine):
             made, missing = planned.plan, planned.missing
             if changes == self.changes:
                 assert not set(missing.titles) & {encode_title(title) for title in self.videos()}, "what is there counts as gone"
+        job.planned = True
         plan.prepare_output(made, config)
         if job.kind == DELETING:
             job.gone = set(missing.titles)
@@ -204,7 +216,7 @@ class Ledger(RuleBasedStateMachine):
             result = iter(list(result))
         name = f"{store.root}/{arguments[0]}" if arguments else ""
         if method == "write":
-            self.clock += self.ticks
+            self.clock += self.ticks or bool(self.jobs)
             os.utime(name, (self.clock, self.clock))
         if method in ("write", "delete") and Path(name).is_relative_to(self.out) and "shard=" in name:
             try:
@@ -314,32 +326,44 @@ class Ledger(RuleBasedStateMachine):
             job.go_on(calls)
             job.kill(after)
 
+    @precondition(lambda self: not self.jobs)
+    @rule(first=changes, second=changes, ours=kinds, theirs=kinds, order=st.permutations([0, 0, 0, 1, 1, 1]), calls=st.integers(1, 8))
+    def run_two(self, first: dict[str, int], second: dict[str, int], ours: str, theirs: str, order: list[int], calls: int) -> None:
+        """Two jobs are planned, each for a catalog of its own, and then run by turns."""
+        for videos, kind in ((first, ours), (second, theirs)):
+            self.put(videos)
+            job = Job(self, kind, {})
+            self.jobs.append(job)
+            while not job.planned:
+                job.go_on(1)
+        jobs = list(self.jobs)
+        for number in [*order, *order[:2]]:
+            if jobs[number] in self.jobs:
+                self.go_on(-1 - self.jobs.index(jobs[number]), calls)
+        self.end_all()
+        self.run_whole({}, ours, {}, True)
+
     @precondition(lambda self: self.jobs)
-    @rule(ticks=st.booleans())
-    def end_all(self, ticks: bool) -> None:
+    @rule()
+    def end_all(self) -> None:
         """The jobs end, the last to begin first."""
         while self.jobs:
-            self.go_on(0, 1000, ticks)
+            self.go_on(0, 1000)
 
     @precondition(lambda self: len(self.jobs) < 2)
     @rule(changes=changes, kind=kinds, faults=faults, calls=st.integers(0, MAX_CALLS))
     def begin(self, changes: dict[str, int], kind: str, faults: dict[str, str], calls: int) -> None:
         self.put(changes)
         self.jobs.append(Job(self, kind, faults))
-        self.go_on(0, calls, True)
+        self.go_on(0, calls)
 
     @precondition(lambda self: self.jobs)
-    @rule(which=st.integers(0, 2), calls=st.integers(1, MAX_CALLS), ticks=st.booleans())
-    def go_on(self, which: int, calls: int, ticks: bool) -> None:
+    @rule(which=st.integers(0, 2), calls=st.integers(1, MAX_CALLS))
+    def go_on(self, which: int, calls: int) -> None:
         """A job goes on for some calls of the store, or to its end."""
-        self.ticks = ticks
         job = self.jobs[-1 - which % len(self.jobs)]
-        try:
+        with self.among_others():
             job.go_on(calls)
-        except CatalogError:
-            assert not self.videos()
-        except StorageError as error:  # the other job has done it meanwhile
-            assert "another job is at work" in str(error)
         if job.ended:
             self.jobs.remove(job)
 
@@ -347,8 +371,18 @@ class Ledger(RuleBasedStateMachine):
     @rule(which=st.integers(0, 2), after=st.booleans())
     def kill(self, which: int, after: bool) -> None:
         job = self.jobs.pop(-1 - which % len(self.jobs))
-        with contextlib.suppress(CatalogError):
+        with self.among_others():
             job.kill(after)
+
+    @contextlib.contextmanager
+    def among_others(self) -> Iterator[None]:
+        """What a job may end with where others are at work."""
+        try:
+            yield
+        except CatalogError:
+            assert not self.videos()
+        except StorageError as error:
+            assert "another job is at work" in str(error)
 
     # --------------------------------------------------------------------------------------------------------- checks
 
@@ -386,6 +420,7 @@ class Ledger(RuleBasedStateMachine):
 
     def check_failed(self, title: str, source: str, fault: str, before: dict[str, tuple[bytes, int]]) -> None:
         """Only its own faults are attempts of a title, and only the record of its source stays."""
+
         def attempts_of(records: dict[str, bytes]) -> int:
             return sum(json.loads(content)["attempts"] for path, content in records.items() if path.endswith(f"/{title}@{source}.json"))
 

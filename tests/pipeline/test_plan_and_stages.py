@@ -13,13 +13,13 @@ import pytest
 from mediafm_ray.config import ConfigError, EmbedCatalogConfig, read_config
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.dry_run import describe_cost
-from mediafm_ray.pipeline.plan import describe_model, make_plan, prepare_output
+from mediafm_ray.pipeline.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
 from mediafm_ray.pipeline.rows import FLAGS, SHOTS, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import Fuse, WriteTitle, metadata_text
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, object_name, read_failures, title_facts
-from mediafm_ray.storage.store import StorageError
+from mediafm_ray.storage.store import StorageError, Store
 
 SHOT = {
     "start_frame": 0,
@@ -176,6 +176,34 @@ def test_two_jobs_that_take_a_title_for_another_source_leave_one_object(config, 
     assert len(list((tmp_path / "out").rglob("shots/*/a@*.parquet"))) == 1
     compute(config)
     assert EmbeddingDataset(config.output.uri).title_object("a").endswith(next(iter(sources)).name)
+
+
+def test_a_job_killed_while_it_removes_what_is_superseded_leaves_no_shots_without_their_context(config, tmp_path, monkeypatch):
+    """Then the video is changed back: its shots would count as done, and nothing would write their context again."""
+    compute(config)
+    (of_first,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+    context = of_first.parents[2] / BUILTIN_DATASET / of_first.parent.name / of_first.name
+    context.parent.mkdir(parents=True)
+    context.write_bytes(b"of the first source")
+    video = tmp_path / "videos" / "a.mp4"
+    first, times = video.read_bytes(), (video.stat().st_atime_ns, video.stat().st_mtime_ns)
+    video.write_bytes(b"another film")
+    real, removed = Store.delete, []
+
+    def killed(store, name):
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(name)
+        real(store, name)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Store, "delete", killed)
+        patch.setattr(Store, "check_writable", lambda store: None)
+        compute(config)
+    assert removed
+    video.write_bytes(first)
+    os.utime(video, ns=times)
+    assert make_plan(config).pending["title_id"].to_pylist() == ["a"] or context.exists()
 
 
 def test_a_failure_record_of_a_night_that_is_over_does_not_stay(config, tmp_path):
