@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -168,11 +169,9 @@ def test_two_jobs_that_take_a_title_for_another_source_leave_one_object(config, 
     os.utime(video, (1, 1))
     of_first = make_plan(config)
     plans = [of_first, of_second] if first_ends else [of_second, of_first]
-    try:
-        for plan in plans:
-            prepare_output(plan, config)
-    except StorageError as error:
-        assert "another job is at work" in str(error)  # noqa: PT017
+    prepare_output(plans[0], config)
+    with nullcontext() if first_ends else pytest.raises(StorageError, match="another job is at work"):
+        prepare_output(plans[1], config)
     assert len(list((tmp_path / "out").rglob("shots/*/a@*.parquet"))) == 1
     compute(config)
     assert EmbeddingDataset(config.output.uri).title_object("a").endswith(next(iter(sources)).name)
@@ -196,9 +195,8 @@ def test_a_job_killed_while_it_removes_what_is_superseded_leaves_no_shots_withou
         removed.append(name)
         real(store, name)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Store, "delete", killed)
-        patch.setattr(Store, "check_writable", lambda store: None)
+    monkeypatch.setattr(Store, "delete", killed)
+    with pytest.raises(KeyboardInterrupt):
         compute(config)
     assert removed
     video.write_bytes(first)
