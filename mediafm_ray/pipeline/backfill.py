@@ -243,8 +243,12 @@ def delete_missing(missing: Missing, output: Output) -> int:
     What was written again since it was listed stays: the title is back.
     """
     groups = itertools.groupby(shots_first(missing.objects), key=lambda info: info.name.startswith(f"{SHOTS}/"))
+
+    def delete(info: ObjectInfo) -> bool:
+        return output.store.delete_unless_newer(info.name, info.modified)
+
     with ThreadPoolExecutor(STORE_THREADS) as pool:
-        return sum(removed for _, infos in groups for removed in list(pool.map(output.store.delete_listed, infos)))
+        return sum(removed for _, infos in groups for removed in list(pool.map(delete, infos)))
 
 
 # ------------------------------------------------------------------------------------------------------------- hours

@@ -259,7 +259,7 @@ def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
                 f"{output.store.uri}/{name} was removed while this run was planned: another job is at work; run the same command again"
             ) from None
     for leftover in plan.leftovers:  # written again since: a job at work takes the title for another source, and would remove this one's
-        output.store.delete_listed(leftover)
+        output.store.delete_unless_newer(leftover.name, leftover.modified)
     for title_id, problems in _by_title(plan.bad_rows).items():
         error = {"stage": "catalog", "type": "CatalogError", "message": public_line(f"{config.catalog.uri}: {'; '.join(problems)}")}
         source = digest_of([config.catalog.uri, title_id])[:SOURCE_DIGITS]

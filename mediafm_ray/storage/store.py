@@ -159,15 +159,15 @@ class Store:
         """Remove an object; one that is not there is fine."""
         self._explained(lambda: self.objects.delete(name), name)
 
-    def delete_listed(self, listed: ObjectInfo) -> bool:
-        """Remove an object, unless it was written again since it was listed; whether it was removed.
+    def delete_unless_newer(self, name: str, modified: float) -> bool:
+        """Remove an object, unless it was written after the given time, which the store gave; whether it was removed.
 
         No store does both at once: what is written between the look and the removal is lost.
         """
-        found = self.info(listed.name)
-        if found is None or found.modified > listed.modified:  # not the version: the same bytes written again have the same ETag
+        found = self.info(name)
+        if found is None or found.modified > modified:  # not the version: the same bytes written again have the same ETag
             return False
-        self.delete(listed.name)
+        self.delete(name)
         return True
 
     def remember(self, listed: Iterable[ObjectInfo]) -> None:

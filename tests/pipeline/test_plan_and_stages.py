@@ -13,6 +13,7 @@ import pytest
 
 from mediafm_ray.config import ConfigError, EmbedCatalogConfig, read_config
 from mediafm_ray.models.tiny import make_contextualiser
+from mediafm_ray.pipeline import stages
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
 from mediafm_ray.pipeline.rows import FLAGS, SHOTS, vectors_cell, vectors_type
@@ -70,12 +71,12 @@ def compute(config, failing=()):
     """Plan and write what is pending; the titles computed and how they ended."""
     plan = make_plan(config)
     prepare_output(plan, config)
-    stages = [Fuse(plan.model.dims["fused"], config.fusion), WriteTitle(config.output.uri, plan.model, "", config.storage)]
+    steps = [Fuse(plan.model.dims["fused"], config.fusion), WriteTitle(config.output.uri, plan.model, "", config.storage)]
     ended = {}
     for index in range(plan.pending.num_rows):
         row = encoded(plan.pending.slice(index, 1), plan.model, failing)
-        for stage in stages:
-            row = stage(row)
+        for step in steps:
+            row = step(row)
         ended[row["title_id"][0].as_py()] = row["error"][0].as_py()
     return plan, ended
 
@@ -175,6 +176,28 @@ def test_two_jobs_that_take_a_title_for_another_source_leave_one_object(config, 
     assert len(list((tmp_path / "out").rglob("shots/*/a@*.parquet"))) == 1
     compute(config)
     assert EmbeddingDataset(config.output.uri).title_object("a").endswith(next(iter(sources)).name)
+
+
+def test_a_job_that_commits_while_another_takes_the_title_for_the_source_before_leaves_one_object(config, tmp_path, monkeypatch):
+    """The video is changed, committed, and changed back before the job has removed what it supersedes."""
+    video = tmp_path / "videos" / "a.mp4"
+    video.write_bytes(b"the first")
+    os.utime(video, (1, 1))
+    compute(config)
+    (of_first,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+    os.utime(of_first, (1, 1))
+    video.write_bytes(b"the second film")
+    real = stages.remove_superseded
+
+    def late(*arguments):
+        video.write_bytes(b"the first")
+        os.utime(video, (1, 1))
+        prepare_output(make_plan(config), config)
+        return real(*arguments)
+
+    monkeypatch.setattr(stages, "remove_superseded", late)
+    assert set(compute(config)[1]) == {"a"}
+    assert list((tmp_path / "out").rglob("shots/*/a@*.parquet")) == [of_first]
 
 
 def test_a_job_killed_while_it_removes_what_is_superseded_leaves_no_shots_without_their_context(config, tmp_path, monkeypatch):
