@@ -266,7 +266,7 @@ def test_an_object_under_another_name_or_in_another_shard(uri, capsys):
         (b"[" * 100_000, "nested too deeply"),
         (b'{"title_id": "lost", "attempts": 1}', "source"),
         ({"attempts": "2"}, "attempts"),
-        ({"attempts": 0}, "attempts"),
+        ({"attempts": -1}, "attempts"),
         ({"message": ""}, "message"),
         ({"title_id": "found"}, "'found'"),
         ({"dataset_version": "ffffffffffff"}, "ffffffffffff"),
