@@ -245,7 +245,7 @@ class EmbeddingDataset:
         return pads.dataset(
             [store.path(info.name) for info in newest],
             schema=self._schema(name),
-            format="parquet",
+            format=pads.ParquetFileFormat(default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)),
             filesystem=store.filesystem,
             partitioning=pads.partitioning(pa.schema([("shard", pa.string())]), flavor="hive"),
         )
