@@ -74,12 +74,18 @@ def fsspec_options(uri: str, config: StorageConfig) -> dict[str, Any]:
 
 
 def absolute(uri: str) -> str:
-    """A URI that means the same in every working folder: a local path becomes absolute, '~' is the home folder."""
+    """A URI that means the same in every working folder: a local path becomes absolute, '~' is the home folder.
+
+    Raises StorageError for what cannot be a path.
+    """
     if scheme_of(uri) != "file" or not uri:
         return uri
     path = local_path(uri)
     assert path is not None
-    return os.path.abspath(os.path.expanduser(path) if path is uri else path)
+    try:
+        return os.path.abspath(os.path.expanduser(path) if path is uri else path)
+    except ValueError as error:  # of a user's name
+        raise StorageError(f"{uri!r} is no path: {error}") from error
 
 
 def join(base: str, relative: str) -> str:
