@@ -1,34 +1,72 @@
 """Very many mutated inputs of the parsers: how many, how fast, and whether anything but a result or the documented error came.
 
-    python -m benchmarks.fuzzing FOLDER --inputs 1000000 [--processes 2] [--seed 1]
+    python -m benchmarks.fuzzing FOLDER --inputs 1000000 [--processes 2] [--seed 1] [--kinds text message table uri record model object]
 
-The inputs are the timed text files below FOLDER, the same joined to a megabyte, and the messages of a reading process, with
-seeded random changes: bytes flipped, pieces cut, doubled, overwritten, inserted, and tokens of the formats. No hypothesis is in
-between: see tests/media/test_fuzz.py for that. The time of an input is the processor's, for a megabyte, or a whole input if that
-is smaller: an input of 10 kB that takes 1 s counts as 1 s/MB. Ends with 1 where there was an exception or an input was too slow.
+The inputs are, by kind,
+
+    text      the timed text files below FOLDER, the same joined to a megabyte
+    message   what a reading process says
+    table     catalogs as JSON lines, CSV and Parquet
+    uri       locations of every form, none on a network
+    record    failure records
+    model     model.json
+    object    the Parquet objects of a title, with another set of facts or as bytes
+
+with seeded random changes: bytes flipped, pieces cut, doubled, overwritten, inserted, and tokens of the formats. No hypothesis is in
+between: see tests/media/test_fuzz.py and tests/storage/test_fuzz.py for that. The time of an input is the processor's, for a megabyte,
+or a whole input if that is smaller: an input of 10 kB that takes 1 s counts as 1 s/MB. Ends with 1 where there was an exception or an
+input was too slow.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import functools
+import io
 import json
 import logging
 import multiprocessing
+import os
 import random
+import shutil
 import socket
 import sys
+import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from mediafm_ray.media import timed_text
-from mediafm_ray.media.options import TimedTextConfig
+from mediafm_ray.media.options import MediaConfig, TimedTextConfig
+from mediafm_ray.media.source import file_name, open_bytes
 from mediafm_ray.media.wire import LENGTH, Channel, WireError
-from mediafm_ray.spec import TitleError
+from mediafm_ray.pipeline.derived import read_vectors
+from mediafm_ray.spec import OutageError, TitleError, local_path
+from mediafm_ray.storage import catalog
+from mediafm_ray.storage.catalog import CatalogError, read_catalog
+from mediafm_ray.storage.dataset import (
+    FAILURES,
+    SHOTS,
+    DatasetError,
+    EmbeddingDataset,
+    contextual,
+    object_name,
+    read_failures,
+    record_failure,
+    sibling,
+)
+from mediafm_ray.storage.schemas import METADATA_KEY
+from mediafm_ray.storage.store import ObjectInfo, StorageError, Store, join, scheme_of
+from mediafm_ray.storage.verify import check_model, check_title, list_titles
+from tests.datasets import CHECKPOINT, MODEL, SOURCE, write_dataset
 
 MEGABYTE = 1 << 20
 MAX_S_PER_MB = 2.0
@@ -50,6 +88,13 @@ SEEDS = [  # formats of which a folder may have no file
     b"{0}{0}25\n{25}{50}{y:i}Hello|there\n{75}{100}Bye\n",
     b"[10][20]Hello|there\n[30][40]/Bye\n",
 ]
+KINDS = ("text", "message", "table", "uri", "record", "model", "object")
+TABLES = {
+    "jsonl": b'{"title_id": "a", "video": "a.mp4", "timed_text": ["a.en.srt"], "synopsis": "A film.", "tags": ["x"], "duration_s": 3.5}\n'
+    b'{"title_id": "b", "video": "b.mp4"}\n',
+    "csv": b'title_id,video,timed_text,synopsis,tags,duration_s\na,a.mp4,a.srt;b.srt,"A ""film"".",x;y,3.5\nb,b.mp4,,,,\n',
+}
+URIS = [b"/videos/film.mp4", b"videos/my film#1.mp4", b"file:///videos/my%20film.mp4", b"~/film.mp4", b"memory://a/b", b"s3://bucket/key?x"]
 HEADERS = [
     {"kind": "shot", "span": {"start_frame": 0, "end_frame": 64}, "start_s": 0.0, "end_s": 2.0, "sizes": [9, 5]},
     {"kind": "end", "texts": ["Hello"], "languages": ["en"], "duration_s": 2.0, "frame_count": 64, "has_sound": True, "sizes": []},
@@ -105,9 +150,126 @@ def read_message(data: bytes) -> str:
     return "message read"
 
 
-def run(arguments: tuple[list[bytes], int, int]) -> tuple[collections.Counter[str], list[str], float, str]:
+class Places:
+    """What the stored kinds are read from: a folder for tables, and an output with one title."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="fuzzing-"))
+        atexit.register(shutil.rmtree, self.folder)
+        self.output = write_dataset(str(self.folder / "out"), {"a": [10, 20, 30]}, failed=["b"])
+        self.dataset = EmbeddingDataset(str(self.folder / "out"))
+        self.shots = self.dataset.title_object("a")
+        self.objects = {name: self.output.store.read(sibling(self.shots, name)) for name in (SHOTS, contextual(CHECKPOINT))}
+        self.record = self.output.store.read(object_name(FAILURES, "b", SOURCE))
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"title_id": ["a", "b"], "video": ["a.mp4", "b.mp4"], "tags": [["x"], None]}), sink)
+        self.tables = {**TABLES, "parquet": sink.getvalue()}
+
+    def read_table(self, ending: str, data: bytes) -> str:
+        """What comes of bytes as a catalog, in a word."""
+        path = self.folder / f"catalog.{ending}"
+        path.write_bytes(data)
+        try:
+            entries = read_catalog(str(path), skipped=[])
+        except (CatalogError, StorageError) as error:
+            str(error).encode(errors="backslashreplace")
+            return "table refused"
+        for entry in entries:
+            object_name(SHOTS, entry.title.title_id, entry.source)
+        return "table read"
+
+    def read_record(self, data: bytes) -> str:
+        """What comes of bytes as a failure record, in a word."""
+        name = object_name(FAILURES, "b", SOURCE)
+        self.output.store.write(name, data)
+        count = len(list(read_failures(self.output)))
+        check_title(self.output, MODEL, [(FAILURES, ObjectInfo(name, len(data), "", 0.0))])
+        record_failure(self.output, name, {"title_id": "b"}, {"stage": "x", "message": "y"})
+        return "record read" if count else "record refused"
+
+    def read_model(self, data: bytes) -> str:
+        """What comes of bytes as model.json, in a word."""
+        self.output.store.write("model.json", data)
+        check_model(self.output)
+        try:
+            dataset = EmbeddingDataset(str(self.folder / "out"), MODEL.dataset_version)
+        except DatasetError:
+            return "model refused"
+        return f"model read, and {self._vectors(dataset)}"
+
+    def read_object(self, name: str, data: bytes) -> str:
+        """What comes of bytes as an object of a title, in a word."""
+        self.output.store.write(sibling(self.shots, name), data)
+        for objects in list_titles(self.output)[0]:
+            check_title(self.output, MODEL, objects)
+        said = self._vectors(self.dataset)
+        self.output.store.write(sibling(self.shots, name), self.objects[name])
+        return said
+
+    def _vectors(self, dataset: EmbeddingDataset) -> str:
+        try:
+            for name in self.objects:
+                read_vectors(dataset, self.shots, name)
+        except TitleError:
+            return "object refused"
+        return "object read"
+
+
+def read_uri(uri: str) -> str:
+    """What comes of text as a location that is not on a network, in a word."""
+    file_name(uri).encode()
+    join(uri, uri)
+    if scheme_of(uri) not in ("file", "memory") or (local_path(uri) or "").startswith("/dev"):
+        return "uri of another scheme"
+    try:
+        Store(uri).info("x")
+        open_bytes(uri, MediaConfig()).close()
+    except (StorageError, OutageError, TitleError):
+        return "uri refused"
+    return "uri read"
+
+
+@functools.cache
+def places() -> Places:
+    """Those of this process."""
+    real_look_up = catalog._look_up
+    catalog._look_up = lambda uris, config: real_look_up([uri for uri in uris if scheme_of(uri) == "file"], config)  # no network
+    os.fsync = lambda fd: None  # nothing here outlives the process
+    return Places()
+
+
+def with_facts(content: bytes, chance: random.Random) -> bytes:
+    """A Parquet object with changed facts."""
+    table = pq.read_table(pa.BufferReader(content))
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: mutated(table.schema.metadata[METADATA_KEY], chance)}), sink)
+    return sink.getvalue()
+
+
+def stored_deed(kind: str, chance: random.Random) -> tuple[bytes, Callable[[], str]]:
+    """An input of one of the stored kinds, and what is done with it."""
+    here = places()
+    if kind == "table":
+        ending, seed = chance.choice(list(here.tables.items()))
+        data = mutated(seed, chance)
+        return data, functools.partial(here.read_table, ending, data)
+    if kind == "uri":
+        data = mutated(chance.choice(URIS), chance)
+        return data, functools.partial(read_uri, os.fsdecode(data) if chance.random() < 0.5 else data.decode("latin-1"))
+    if kind == "record":
+        data = mutated(here.record, chance)
+        return data, functools.partial(here.read_record, data)
+    if kind == "model":
+        data = mutated(MODEL.to_json(), chance)
+        return data, functools.partial(here.read_model, data)
+    name, seed = chance.choice(list(here.objects.items()))
+    data = with_facts(seed, chance) if chance.random() < 0.5 else mutated(seed, chance)
+    return data, functools.partial(here.read_object, name, data)
+
+
+def run(arguments: tuple[list[bytes], Sequence[str], int, int]) -> tuple[collections.Counter[str], list[str], float, str]:
     """Some inputs: counts of outcomes, the exceptions, and the slowest with what it was."""
-    files, first, count = arguments
+    files, kinds, first, count = arguments
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     counts: collections.Counter[str] = collections.Counter()
@@ -116,7 +278,10 @@ def run(arguments: tuple[list[bytes], int, int]) -> tuple[collections.Counter[st
     for seed in range(first, first + count):
         chance = random.Random(seed)
         deed: Callable[[], str]
-        if chance.random() < 0.2:
+        kind = chance.choice(kinds)
+        if kind not in ("text", "message"):
+            data, deed = stored_deed(kind, chance)
+        elif kind == "message":
             header = mutated(json.dumps(chance.choice(HEADERS)).encode(), chance)
             data = LENGTH.pack(len(header)) + header + bytes(14)
             data = data if chance.random() < 0.8 else mutated(data, chance)
@@ -146,17 +311,18 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     paths = sorted(path for ending in ENDINGS for path in options.folder.rglob(f"*.{ending}") if path.stat().st_size < MEGABYTE)
     files = [content for path in paths if (content := path.read_bytes())] + SEEDS
     piece = 2000
-    pieces = [(files, options.seed + start, min(piece, options.inputs - start)) for start in range(0, options.inputs, piece)]
+    pieces = [(files, options.kinds, options.seed + start, min(piece, options.inputs - start)) for start in range(0, options.inputs, piece)]
     counts: collections.Counter[str] = collections.Counter()
     exceptions: list[str] = []
     slowest, what = 0.0, ""
     started = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        for done, (some, raised, slow, slow_what) in enumerate(pool.imap_unordered(run, pieces), 1):
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:  # raises where a process dies
+        for done, (some, raised, slow, slow_what) in enumerate(pool.map(run, pieces), 1):
             counts += some
             exceptions += raised
             slowest, what = max((slowest, what), (slow, slow_what))
@@ -166,7 +332,7 @@ def main() -> int:
         print(one)
     print(f"{counts.total()} inputs from {len(files)} files in {time.monotonic() - started:.0f} s with {options.processes} processes")
     for outcome, count in sorted(counts.items()):
-        print(f"  {outcome:16} {count}")
+        print(f"  {outcome:32} {count}")
     print(f"  uncaught exceptions: {counts['uncaught']}")
     print(f"  slowest input: {slowest:.2f} s/MB ({what})")
     return int(counts["uncaught"] > 0 or slowest > MAX_S_PER_MB)

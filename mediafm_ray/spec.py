@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -173,7 +172,7 @@ def local_path(uri: str) -> str | None:
         return uri
     if scheme.lower() != "file":
         return None
-    path = os.fsdecode(urllib.parse.unquote_to_bytes(rest))
+    path = urllib.parse.unquote(rest, errors="surrogateescape")  # as os.fsdecode does
     return path.removeprefix("localhost") if path.startswith("localhost/") else path
 
 

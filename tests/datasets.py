@@ -1,6 +1,7 @@
 """Small datasets as the jobs write them, without a video or an encoder: the real writer over made shots."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -67,7 +68,7 @@ def with_error(row: pa.Table, failure: Exception) -> pa.Table:
 
 
 def write_dataset(
-    uri: str, titles: dict[str, list[int]], failed: list[str] = (), model: Model = MODEL, checkpoint: str = CHECKPOINT
+    uri: str, titles: dict[str, list[int]], failed: Sequence[str] = (), model: Model = MODEL, checkpoint: str = CHECKPOINT
 ) -> Output:
     """An output with the given titles (frames of their shots), shots and contextual embeddings, and failure records of others."""
     output = Output(uri, model.dataset_version)

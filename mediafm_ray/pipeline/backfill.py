@@ -15,6 +15,7 @@ and objects of titles that the catalog does not have are *missing* ones: listed,
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -26,13 +27,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mediafm_ray.config import BackfillCatalogConfig, BackfillConfig, ConfigError
-from mediafm_ray.pipeline.plan import Plan, Survey, key_of, survey
+from mediafm_ray.pipeline.plan import Plan, Survey, key_of, shots_first, survey
 from mediafm_ray.pipeline.report import SUMMARY, Tally
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.spec import parse_json, public_line
 from mediafm_ray.storage.catalog import Entry
 from mediafm_ray.storage.dataset import SHOTS, Model, Output, dataset_versions, encode_title, parse_failure
-from mediafm_ray.storage.store import Store
+from mediafm_ray.storage.store import ObjectInfo, Store
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class Missing:
     """What is there of titles that the catalog does not have."""
 
     titles: Sequence[str]  # as their objects name them
-    objects: Sequence[str]  # names below the dataset version
+    objects: Sequence[ObjectInfo]
     of_titles: int  # titles that have objects, in all
 
     def first_names(self) -> list[str]:
@@ -143,7 +144,7 @@ def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now
         failed_before=counts[NOT_DUE] + counts[GIVEN_UP],
         left=len(pending) - len(taken),
         only_contextual=sum(key_of(entry) in there.wanted[0] for entry in taken),
-        leftovers=tuple(name for entry in done for name in there.leftovers(entry)),
+        leftovers=tuple(leftover for entry in done for leftover in there.leftovers(entry)),
         outdone=tuple(name for entry in done for name in there.outdone(entry)),
         given_up=counts[GIVEN_UP],
         bad_rows=tuple(there.bad_rows),
@@ -221,8 +222,8 @@ def _in_order(entries: Iterable[Entry], order: str) -> list[Entry]:
 def _missing(there: Survey) -> Missing:
     in_catalog = {key_of(entry)[0] for entry in there.entries} | {encode_title(row.name) for row in there.bad_rows}
     titles = sorted(set(there.objects_of_title) - in_catalog)
-    objects = [info.name for title in titles for _, info in there.objects_of_title[title]]
-    return Missing(titles, sorted(objects), len(there.objects_of_title))
+    objects = [info for title in titles for _, info in there.objects_of_title[title]]
+    return Missing(titles, objects, len(there.objects_of_title))
 
 
 def check_missing(missing: Missing, config: BackfillCatalogConfig) -> None:
@@ -237,9 +238,17 @@ def check_missing(missing: Missing, config: BackfillCatalogConfig) -> None:
 
 
 def delete_missing(missing: Missing, output: Output) -> int:
-    """Delete what is there of titles that the catalog does not have; how many objects. Raises what the store raises."""
+    """Delete what is there of titles that the catalog does not have; how many objects. Raises what the store raises.
+
+    What was written again since it was listed stays: the title is back.
+    """
+    groups = itertools.groupby(shots_first(missing.objects), key=lambda info: info.name.startswith(f"{SHOTS}/"))
+
+    def delete(info: ObjectInfo) -> bool:
+        return output.store.delete_unless_newer(info.name, info.modified)
+
     with ThreadPoolExecutor(STORE_THREADS) as pool:
-        return sum(1 for _ in pool.map(output.store.delete, missing.objects))
+        return sum(removed for _, infos in groups for removed in list(pool.map(delete, infos)))
 
 
 # ------------------------------------------------------------------------------------------------------------- hours

@@ -10,7 +10,6 @@ Shapes
 
 from __future__ import annotations
 
-import base64
 import logging
 import time
 import urllib.parse
@@ -31,8 +30,8 @@ from mediafm_ray.pipeline.plan import BUILTIN_DATASET
 from mediafm_ray.pipeline.report import MAX_FAILURES_SHOWN, Console
 from mediafm_ray.pipeline.stored import read_shots
 from mediafm_ray.spec import TitleError, public_line
-from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, contextual, newest_objects, object_key, sibling
-from mediafm_ray.storage.schemas import embedding_values, encode_parquet, read_facts
+from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, contextual, encode_title, newest_objects, object_key, sibling
+from mediafm_ray.storage.schemas import contextual_schema, embedding_values, encode_parquet, read_facts, vector_fact
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 5.0  # seconds between lines of progress
@@ -96,11 +95,20 @@ def read_vectors(dataset: EmbeddingDataset, shots: str, vectors: str) -> TitleVe
         return TitleVectors(stored.facts["title_id"], stored.facts["source"], stored.start_S, stored.end_S, stored.fused_SD)
     name = sibling(shots, vectors)
     try:
-        table = pq.read_table(pa.BufferReader(dataset.output.store.read(name)), use_threads=False)
+        content = pa.BufferReader(dataset.output.store.read(name))
+        table = pq.read_table(content, use_threads=False, page_checksum_verification=True)
         facts = read_facts(table.schema)
-        cls_D = np.frombuffer(base64.b64decode(facts["cls_embedding"]), "<f4")
+        title_id, cls_D = facts["title_id"], vector_fact(facts, "cls_embedding")
+        dim = dataset.model.dims["fused"]
+        written = [table.schema.field(field.name).type == field.type for field in contextual_schema(dim)]
+        if not all(written) or any(table[field.name].null_count for field in contextual_schema(dim)):
+            raise ValueError("its columns are not of the types that were written")
+        if not isinstance(title_id, str) or (encode_title(title_id), facts["source"]) != object_key(name):
+            raise ValueError(f"it holds the title {title_id!r} ({facts['source']})")
+        if cls_D is None or len(cls_D) != dim:
+            raise ValueError(f"its cls_embedding has not {dim} numbers")
         return TitleVectors(
-            facts["title_id"],
+            title_id,
             facts["source"],
             table["start_s"].to_numpy(),
             table["end_s"].to_numpy(),

@@ -172,7 +172,8 @@ def title_rows(dataset: EmbeddingDataset, facts: IndexFacts, name: str) -> pa.Ta
         raise TitleError(
             f"{facts.vectors} has {len(vectors.vectors_SD)} shots of it, not {len(fused.vectors_SD)}: run jobs.contextualise_catalog again"
         )
-    shots = pq.read_table(pa.BufferReader(dataset.output.store.read(name)), columns=list(SHOT_COLUMNS), use_threads=False)
+    content = pa.BufferReader(dataset.output.store.read(name))
+    shots = pq.read_table(content, columns=list(SHOT_COLUMNS), use_threads=False, page_checksum_verification=True)
     count = len(shots)
     columns = {"title_id": pa.array([fused.title_id] * count), "source": pa.array([fused.source] * count)}
     columns |= {column: shots[column].combine_chunks() for column in SHOT_COLUMNS}

@@ -172,7 +172,7 @@ def _light(dataset: EmbeddingDataset, info: ObjectInfo, pictured: bool) -> tuple
     """The facts of a title, how many shots it has, and the picture of the one in the middle; little more than the object's end is read."""
     store = dataset.output.store
     with store.filesystem.open(store.path(info.name), "rb") as stream:
-        file = pq.ParquetFile(stream)
+        file = pq.ParquetFile(stream, page_checksum_verification=True)
         shots = file.metadata.num_rows
         pictures = file.read(["thumbnail"])["thumbnail"] if pictured and shots else None
         return read_facts(file.schema_arrow), shots, b"" if pictures is None else pictures[shots // 2].as_py()

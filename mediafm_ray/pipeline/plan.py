@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,7 +44,7 @@ class Plan:
     failed_before: int  # passed over because of a failure record (run.retry_failed=false)
     left: int  # pending, but beyond run.max_titles
     only_contextual: int  # pending whose shots are committed: the checkpoint is what is new
-    leftovers: tuple[str, ...]  # objects that an earlier run should have removed after it committed their successor
+    leftovers: tuple[ObjectInfo, ...]  # objects that an earlier run should have removed after it committed their successor
     outdone: tuple[str, ...] = ()  # objects to put again before, because one of the leftovers is newer: their source was changed back
     bad_rows: tuple[BadRow, ...] = ()  # of the catalog, passed over (catalog.on_error=skip)
     unknown: tuple[tuple[str, str], ...] = ()  # titles passed over because their source cannot be looked at, and why
@@ -133,11 +133,11 @@ class Survey:
         return bool(entry.unknown) and not self.is_done(entry) and (entry.is_outage or key_of(entry)[0] in self.titles_with_shots)
 
     def others(self, entry: Entry) -> list[ObjectInfo]:
-        """The objects of a title's other sources."""
+        """The objects of a title's other sources, as they are removed: see ``shots_first``."""
         title, source = key_of(entry)
-        return [info for other, info in self.objects_of_title.get(title, ()) if other != source]
+        return shots_first(info for other, info in self.objects_of_title.get(title, ()) if other != source)
 
-    def leftovers(self, entry: Entry) -> list[str]:
+    def leftovers(self, entry: Entry) -> list[ObjectInfo]:
         """What a title that is done must not have any more: objects of other sources, and records of failures.
 
         Another job may have committed them later, from a source that the catalog had meanwhile. The listing is older than the catalog
@@ -145,7 +145,7 @@ class Survey:
         """
         if entry.unknown:
             return []
-        return [info.name for info in [*self.others(entry), *self.failures.get(key_of(entry), ())]]
+        return [*self.others(entry), *self.failures.get(key_of(entry), ())]
 
     def outdone(self, entry: Entry) -> list[str]:
         """The objects of a title that is done which readers pass over, because one of another source is not older."""
@@ -165,6 +165,11 @@ class Survey:
             "tags": list(title.tags),
             "superseded": [info.name for info in self.others(entry)],
         }
+
+
+def shots_first(infos: Iterable[ObjectInfo]) -> list[ObjectInfo]:
+    """Objects in the order of their removal: a kill in between must not leave shots that count as done without what was made of them."""
+    return sorted(infos, key=lambda info: not info.name.startswith(f"{SHOTS}/"))
 
 
 def _modified(info: ObjectInfo) -> float:
@@ -200,7 +205,9 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
     Raises CatalogError with every problem of the catalog, StorageError, WeightsError.
     """
     there = survey(config)
-    rows, leftovers, outdone, unknown = [], [], [], []
+    rows, unknown = [], []
+    leftovers: list[ObjectInfo] = []
+    outdone: list[str] = []
     done = failed_before = only_contextual = without_context = 0
     for entry in there.entries:
         if there.is_done(entry):
@@ -251,8 +258,8 @@ def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
             raise StorageError(
                 f"{output.store.uri}/{name} was removed while this run was planned: another job is at work; run the same command again"
             ) from None
-    for name in plan.leftovers:
-        output.store.delete(name)
+    for leftover in plan.leftovers:  # written again since: a job at work takes the title for another source, and would remove this one's
+        output.store.delete_unless_newer(leftover.name, leftover.modified)
     for title_id, problems in _by_title(plan.bad_rows).items():
         error = {"stage": "catalog", "type": "CatalogError", "message": public_line(f"{config.catalog.uri}: {'; '.join(problems)}")}
         source = digest_of([config.catalog.uri, title_id])[:SOURCE_DIGITS]

@@ -50,7 +50,7 @@ from mediafm_ray.pipeline.rows import (
     was_left,
 )
 from mediafm_ray.spec import MODALITIES, public_line, public_uri
-from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name, record_failure
+from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name, record_failure, sibling
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import StorageConfig, fsspec_options
@@ -350,11 +350,11 @@ class WriteTitle(Stage):
             files[contextual(self.checkpoint)] = self._contextual_file(row, shots)
         files[SHOTS_DATASET] = self._shots_file(row, shots, media)
         for dataset, content in files.items():
-            self.output.write(dataset, title_id, source, content)
+            own = self.output.write(dataset, title_id, source, content)
         return {
             "shot_count": len(shots),
             "duration_s": media["duration_s"],
-            "warnings": media["warnings"] + remove_superseded(self.output, [*row["superseded"], object_name(FAILURES, title_id, source)]),
+            "warnings": media["warnings"] + remove_superseded(self.output, own, [*row["superseded"], sibling(own, FAILURES)]),
             "bytes_written": sum(map(len, files.values())),
         }
 
@@ -434,12 +434,18 @@ def contextual_file(
     return encode_parquet(_table(columns, contextual_schema(vectors.type.list_size)), facts)
 
 
-def remove_superseded(output: Output, names: Sequence[str]) -> list[str]:
-    """Remove what a committed title supersedes; what cannot be removed is a warning, for the title is done."""
+def remove_superseded(output: Output, own: str, names: Sequence[str]) -> list[str]:
+    """Remove what a committed title supersedes; what cannot be removed is a warning, for the title is done.
+
+    ``own``: the title's object. Where it is gone, or another one is newer, another job takes the title for that source meanwhile.
+    """
     warnings = []
     for name in names:
         try:
-            output.store.delete(name)
+            if name == sibling(own, FAILURES):
+                output.store.delete(name)
+            elif (committed := output.store.info(own)) is not None:
+                output.store.delete_unless_newer(name, committed.modified)
         except Exception as error:  # fsspec implementations raise many kinds
             warnings.append(f"{name} is superseded and could not be removed ({public_line(str(error))}); the next run will try again")
     return warnings

@@ -11,7 +11,6 @@ Shapes
 
 from __future__ import annotations
 
-import base64
 import logging
 import time
 import urllib.parse
@@ -46,7 +45,7 @@ from mediafm_ray.storage.dataset import (
     record_failure,
     sibling,
 )
-from mediafm_ray.storage.schemas import embedding_type, embedding_values, read_facts
+from mediafm_ray.storage.schemas import embedding_type, embedding_values, read_facts, shots_schema, vector_fact
 from mediafm_ray.storage.store import StorageConfig
 
 log = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
     for shots in committed:
         title, source = key = object_key(shots.name)
         # only what is older: a job that embeds a newer source writes its contextual object before its shots
-        older = [info.name for info in written_of_title.get(title, ()) if object_key(info.name) != key and info.modified <= shots.modified]
+        older = [info for info in written_of_title.get(title, ()) if object_key(info.name) != key and info.modified <= shots.modified]
         if key in written:
             done += 1
             leftovers += older
@@ -114,7 +113,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
         else:
             failed = [sibling(shots.name, FAILURES)] if key in failures else []
             row = {"title_id": urllib.parse.unquote(title), "source": source, "shots": shots.name, "bytes": shots.size}
-            rows.append({**row, "superseded": [*older, *failed]})
+            rows.append({**row, "superseded": [*(info.name for info in older), *failed]})
     taken = rows[: config.run.max_titles] if config.run.max_titles else rows
     return Plan(
         model=dataset.model,
@@ -144,8 +143,8 @@ def prepare_stored_output(plan: Plan, config: ContextualiseCatalogConfig) -> Non
     """See that the output can be written, and finish removals that an earlier run did not get to. Raises StorageError."""
     output = Output(config.output.uri, plan.model.dataset_version, config.storage)
     output.store.check_writable()
-    for name in plan.leftovers:
-        output.store.delete(name)
+    for leftover in plan.leftovers:
+        output.store.delete_unless_newer(leftover.name, leftover.modified)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -179,23 +178,33 @@ def read_shots(output: Output, name: str, model: Model) -> StoredShots:
         raise _damaged(name, f"it has no {', '.join(missing) or 'facts of its title'}")
     if table.num_rows == 0:
         raise _damaged(name, "it has no shots")
-    if table.schema.field("fused_embedding").type.value_type != pa.float32() or any(column.null_count for column in table.columns):
+    vectors, written = table.schema.field("fused_embedding").type, shots_schema(model.dims["fused"])
+    wrong = any(table.schema.field(column).type != written.field(column).type for column in COLUMNS if column != "fused_embedding")
+    if wrong or not _is_embedding(vectors) or any(column.null_count for column in table.columns):
         raise _damaged(name, "its columns are not of the types that were written")
-    key = encode_title(facts["title_id"]), facts["source"]
+    media = facts["media"]
+    try:
+        key = encode_title(facts["title_id"]), facts["source"]
+        metadata_M = vector_fact(facts, "metadata_embedding")
+        float(media["duration_s"])
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise _damaged(name, f"its facts are not those that were written ({type(error).__name__}: {error})") from error
     if key != object_key(name) or facts["dataset_version"] != model.dataset_version:
         raise _damaged(
             name, f"it holds the title {facts['title_id']!r} ({facts['source']}) of the dataset version {facts['dataset_version']}"
         )
-    if table.schema.field("fused_embedding").type != embedding_type(model.dims["fused"]):
-        raise _damaged(name, f"its vectors are {table.schema.field('fused_embedding').type}, not of {model.dims['fused']} dimensions")
+    if vectors != embedding_type(model.dims["fused"]):
+        raise _damaged(name, f"its vectors are {vectors}, not of {model.dims['fused']} dimensions")
     start_S, end_S = table["start_s"].to_numpy(), table["end_s"].to_numpy()
     if not np.array_equal(table["shot_index"].to_numpy(), np.arange(len(table))):
         raise _damaged(name, "its shots are not in order")
     if not (np.isfinite(start_S).all() and np.isfinite(end_S).all() and (end_S > start_S).all() and (np.diff(start_S) > 0).all()):
         raise _damaged(name, "the times of its shots do not rise")
-    encoded = facts.get("metadata_embedding")
-    metadata_M = None if encoded is None else np.frombuffer(base64.b64decode(encoded), "<f4")
     return StoredShots(embedding_values(table["fused_embedding"]), start_S, end_S, metadata_M, facts)
+
+
+def _is_embedding(kind: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32()
 
 
 def _damaged(name: str, what: str) -> TitleError:
@@ -319,9 +328,10 @@ class ContextualiseStored:
             assert title.contextual_SD is not None
             assert title.cls_D is not None
             content = contextual_file(shots.facts, self.checkpoint, (shots.start_S, shots.end_S), title.contextual_SD, title.cls_D)
-            self.output.store.write(sibling(title.row["shots"], contextual(self.checkpoint)), content)
+            own = sibling(title.row["shots"], contextual(self.checkpoint))
+            self.output.store.write(own, content)
             title.bytes_written = len(content)
-            title.warnings = remove_superseded(self.output, title.row["superseded"])
+            title.warnings = remove_superseded(self.output, own, title.row["superseded"])
 
         title.attempt("write", write)
         if title.error is not None:

@@ -40,7 +40,8 @@ def titles_dataset(vectors: str, config: ScenesConfig) -> str:
 def describe_title(dataset: EmbeddingDataset, vectors: str, pending: PendingTitle, config: ScenesConfig) -> Derived:
     """The row of one title. Raises TitleError for a title whose vectors are missing, damaged or without a common direction."""
     title = read_vectors(dataset, pending.shots, vectors)
-    shots = pq.read_table(pa.BufferReader(dataset.output.store.read(pending.shots)), columns=list(TEXT_COLUMNS), use_threads=False)
+    content = pa.BufferReader(dataset.output.store.read(pending.shots))
+    shots = pq.read_table(content, columns=list(TEXT_COLUMNS), use_threads=False, page_checksum_verification=True)
     seconds_S = title.end_S - title.start_S
     if len(shots) != len(seconds_S):
         raise TitleError(

@@ -376,11 +376,11 @@ def _parquet_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dic
         if missing:
             problems.extend(BadRow("", f"the column {name} is missing (there are: {', '.join(names)})") for name in missing)
             return []
-        table = file.read([name for name in COLUMNS if name in names])
-    except (pa.ArrowException, OSError) as error:
+        rows = file.read([name for name in COLUMNS if name in names]).to_pylist()
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the latter of times that Python has no value for
         problems.append(BadRow("", f"not a readable Parquet file: {error}"))
         return []
-    return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
+    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _csv_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:

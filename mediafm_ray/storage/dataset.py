@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from mediafm_ray.spec import MODALITIES, PublicError, digest_of, parse_json
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, scenes_schema, shots_schema, titles_schema
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig, Store, percent_encode
 
+log = logging.getLogger(__name__)
+
 SHOTS = "shots"
 FAILURES = "failures"
 SCENES = "scenes"  # kinds of datasets that are derived from the vectors of shots: see derived()
@@ -37,6 +40,7 @@ TITLES = "titles"
 LEASES = "leases"
 MODEL = "model.json"
 DERIVED_DIGITS = 12  # hex digits that tell derived datasets of one kind apart
+MAX_DIM = 1 << 31  # Arrow counts the numbers of a vector with 32 bits
 MAX_NAME_BYTES = 160  # of an encoded title in an object's name; file systems allow 255 in all
 VERSION_PATTERN = re.compile(r"[0-9a-f]{12}")
 DATASET_PATTERN = re.compile(r"shots|failures|contextual-.+|(?:scenes|titles)-(?:fused|contextual)-[0-9a-f]{12}")
@@ -118,10 +122,25 @@ class Model:
 
     @classmethod
     def from_json(cls, content: bytes) -> Model:
-        """The inverse of ``to_json``."""
+        """The inverse of ``to_json``. Raises ValueError where the content is not that of a model."""
         fields = parse_json(content)
-        spans = {name: (span[0], span[1]) for name, span in fields["spans"].items()}
-        return cls(fields["dataset_version"], fields["recipe"], fields["dims"], spans)
+        if not isinstance(fields, dict):
+            raise ValueError("it is no JSON object")
+        version, recipe, dims, spans = (fields.get(name) for name in ("dataset_version", "recipe", "dims", "spans"))
+        if not isinstance(version, str) or not isinstance(recipe, dict):
+            raise ValueError("it lacks its dataset_version or its recipe")
+        if not isinstance(dims, dict) or not all(
+            type(dims.get(name)) is int and 0 < dims[name] < MAX_DIM for name in (*MODALITIES, "fused")
+        ):
+            raise ValueError(f"its dims are not those of {', '.join(MODALITIES)} and fused")
+        if not isinstance(spans, dict) or spans.keys() != set(MODALITIES) or not all(map(is_span, spans.values())):
+            raise ValueError(f"its spans are not those of {', '.join(MODALITIES)}")
+        return cls(version, recipe, dims, {name: (span[0], span[1]) for name, span in spans.items()})
+
+
+def is_span(value: Any) -> bool:
+    """Whether a value of JSON is [start, end) of a modality in a fused embedding."""
+    return isinstance(value, list) and [type(end) for end in value] == [int, int] and 0 <= value[0] <= value[1] < MAX_DIM
 
 
 class Output:
@@ -204,7 +223,7 @@ class EmbeddingDataset:
         self.output = Output(uri, version or versions[0], config)
         try:
             self.model = Model.from_json(self.output.store.read(MODEL))
-        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:  # absent; not JSON; JSON of something else
+        except (FileNotFoundError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DatasetError(f"{self.output.store.uri}/{MODEL} cannot be read ({reason}): embedding any title again writes it") from error
 
@@ -226,7 +245,7 @@ class EmbeddingDataset:
         return pads.dataset(
             [store.path(info.name) for info in newest],
             schema=self._schema(name),
-            format="parquet",
+            format=pads.ParquetFileFormat(default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)),
             filesystem=store.filesystem,
             partitioning=pads.partitioning(pa.schema([("shard", pa.string())]), flavor="hive"),
         )
@@ -240,8 +259,8 @@ class EmbeddingDataset:
         return self.read(self.title_object(title_id, name))
 
     def read(self, name: str) -> pa.Table:
-        """The shots in the object of that name. Raises FileNotFoundError, and pyarrow's errors where it is no Parquet file."""
-        return pq.read_table(pa.BufferReader(self.output.store.read(name)))
+        """The shots in the object of that name. Raises FileNotFoundError, and pyarrow's errors or OSError where it is damaged."""
+        return pq.read_table(pa.BufferReader(self.output.store.read(name)), page_checksum_verification=True)
 
     def title_object(self, title_id: str, name: str = SHOTS) -> str:
         """The name of a title's newest object, from a listing of its shard. Raises DatasetError when the title is not committed."""
@@ -284,9 +303,14 @@ def title_facts(table: pa.Table) -> dict[str, Any]:
 
 
 def read_failures(output: Output) -> Iterator[dict[str, Any]]:
-    """The failure records of a dataset version, in the order of their names."""
-    for infos in _sorted_objects(output.list(FAILURES)):
-        yield parse_json(output.store.read(infos.name))
+    """The failure records of a dataset version, in the order of their names; what is none is left to jobs.verify_dataset."""
+    for info in _sorted_objects(output.list(FAILURES)):
+        try:
+            yield parse_failure(output.store.read(info.name))
+        except FileNotFoundError:  # a job has done the title meanwhile
+            continue
+        except ValueError as error:
+            log.warning("%s is no failure record (%s); jobs.verify_dataset can remove it", info.name, error)
 
 
 def parse_failure(content: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ model stand as JSON in the file's key-value metadata under ``mediafm_ray``.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from mediafm_ray.spec import parse_json
 
 METADATA_KEY = b"mediafm_ray"
 COMPRESSION = "zstd"
@@ -135,8 +138,24 @@ def encode_parquet(table: pa.Table, facts: Mapping[str, Any]) -> bytes:
 
 
 def read_facts(schema: pa.Schema) -> dict[str, Any]:
-    """The facts of the title and the model that stand in a file's metadata; empty where there are none."""
-    return json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    """The facts of the title and the model that stand in a file's metadata; empty where there are none.
+
+    Raises ValueError where something else stands there.
+    """
+    facts = parse_json((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    if not isinstance(facts, dict):
+        raise ValueError("its facts are no JSON object")
+    return facts
+
+
+def vector_fact(facts: Mapping[str, Any], name: str) -> np.ndarray | None:
+    """A vector among the facts (float32, little-endian, base64); None where there is none. Raises ValueError for anything else."""
+    encoded = facts.get(name)
+    if encoded is None:
+        return None
+    if not isinstance(encoded, str):
+        raise ValueError(f"its {name} is no vector")
+    return np.frombuffer(base64.b64decode(encoded, validate=True), "<f4")
 
 
 def _is_float(type_: pa.DataType) -> bool:

@@ -74,12 +74,18 @@ def fsspec_options(uri: str, config: StorageConfig) -> dict[str, Any]:
 
 
 def absolute(uri: str) -> str:
-    """A URI that means the same in every working folder: a local path becomes absolute, '~' is the home folder."""
+    """A URI that means the same in every working folder: a local path becomes absolute, '~' is the home folder.
+
+    Raises StorageError for what cannot be a path.
+    """
     if scheme_of(uri) != "file" or not uri:
         return uri
     path = local_path(uri)
     assert path is not None
-    return os.path.abspath(os.path.expanduser(path) if path is uri else path)
+    try:
+        return os.path.abspath(os.path.expanduser(path) if path is uri else path)
+    except ValueError as error:  # of a user's name
+        raise StorageError(f"{uri!r} is no path: {error}") from error
 
 
 def join(base: str, relative: str) -> str:
@@ -158,6 +164,17 @@ class Store:
     def delete(self, name: str) -> None:
         """Remove an object; one that is not there is fine."""
         self._explained(lambda: self.objects.delete(name), name)
+
+    def delete_unless_newer(self, name: str, modified: float) -> bool:
+        """Remove an object, unless it was written after the given time, which the store gave; whether it was removed.
+
+        No store does both at once: what is written between the look and the removal is lost.
+        """
+        found = self.info(name)
+        if found is None or found.modified > modified:  # not the version: the same bytes written again have the same ETag
+            return False
+        self.delete(name)
+        return True
 
     def remember(self, listed: Iterable[ObjectInfo]) -> None:
         """Tell ``self.filesystem`` what a listing said, so that a reader of these objects does not ask for each of them again."""

@@ -135,3 +135,8 @@ def test_whether_a_file_is_cut_off(tmp_path, ending, content, cut):
     with source.open_bytes(str(made.path), MediaConfig()) as stream:
         assert source.is_cut_off(stream) is cut
         assert stream.tell() == 0
+
+
+def test_a_uri_with_half_a_surrogate_pair_is_a_file_that_does_not_exist():
+    with pytest.raises(TitleError, match="cannot be opened"):
+        source.open_bytes("file:///videos/\ud800.mp4", MediaConfig())

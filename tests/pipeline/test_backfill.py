@@ -278,6 +278,41 @@ def test_titles_gone_are_deleted_by_choice_in_every_dataset_of_the_version_only(
     assert not plan_backfill(wanted).missing.titles
 
 
+def test_a_job_killed_while_it_deletes_titles_leaves_no_shots_without_their_context(config, tmp_path, monkeypatch):
+    compute(config)
+    (shots,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+    contextual = shots.parents[2] / "contextual-0123456789ab" / shots.parent.name / shots.name
+    contextual.parent.mkdir(parents=True)
+    contextual.write_bytes(shots.read_bytes())
+    (tmp_path / "videos" / "a.mp4").unlink()
+    missing = plan_backfill(config).missing
+    real, removed = Store.delete, []
+
+    def killed(store, name):
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(name)
+        real(store, name)
+
+    monkeypatch.setattr(Store, "delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        delete_missing(missing, Output(config.output.uri, describe_model(config).dataset_version))
+    assert (shots.exists(), contextual.exists()) == (False, True)
+
+
+def test_a_title_that_came_back_while_titles_gone_were_deleted_stays(config, tmp_path):
+    compute(config)
+    video = tmp_path / "videos" / "a.mp4"
+    video.rename(tmp_path / "a.mp4")
+    missing = plan_backfill(config).missing
+    (shots,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+    shots.unlink()
+    (tmp_path / "a.mp4").rename(video)
+    compute(config)
+    assert delete_missing(missing, Output(config.output.uri, describe_model(config).dataset_version)) == 0
+    assert plan_backfill(config).plan.done == 4
+
+
 def test_a_catalog_that_lost_too_many_titles_deletes_nothing(config, tmp_path):
     compute(config)
     for name in ("a", "b"):

@@ -1,6 +1,7 @@
 """Scenes and titles as datasets: from committed objects to objects, as a user runs the jobs."""
 
 import base64
+import io
 import json
 import os
 
@@ -18,9 +19,19 @@ from mediafm_ray.downstream.scenes import find_scenes
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, share_of
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.command import run_job
+from mediafm_ray.pipeline.derived import read_vectors
 from mediafm_ray.pipeline.stored import ContextualiseStored, make_stored_plan
+from mediafm_ray.spec import TitleError
 from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, Output, contextual, sibling
-from mediafm_ray.storage.schemas import embedding_values, encode_parquet, read_facts, scenes_schema, titles_schema
+from mediafm_ray.storage.schemas import (
+    METADATA_KEY,
+    embedding_array,
+    embedding_values,
+    encode_parquet,
+    read_facts,
+    scenes_schema,
+    titles_schema,
+)
 
 MODEL = make_model("0123456789ab", video=20, audio=12, text=16)
 METADATA = np.linspace(-1, 1, 16, dtype=np.float32)
@@ -175,6 +186,47 @@ def test_a_damaged_title_is_that_titles_failure(folder, tmp_path, capsys):
     contextualise(folder, tmp_path / "checkpoint")  # the missing one comes back, the damaged one is still listed
     assert segment(folder) == 1
     assert "2 committed before, 2 to do" in capsys.readouterr().out
+
+
+def flipped(content):
+    place = content.index(b"PAR1", 4) // 4
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def rewritten(content, change=lambda table: table, facts=None):
+    table = change(pq.read_table(pa.BufferReader(content)))
+    sink = io.BytesIO()
+    pq.write_table(table if facts is None else table.replace_schema_metadata({METADATA_KEY: facts}), sink)
+    return sink.getvalue()
+
+
+def doubled(table):
+    place = table.column_names.index("contextual_embedding")
+    vectors_SD = embedding_values(table["contextual_embedding"])
+    return table.set_column(place, "contextual_embedding", embedding_array(np.concatenate([vectors_SD, vectors_SD], axis=1)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flipped,
+        lambda content: rewritten(content, facts=b"null"),
+        lambda content: rewritten(content, facts=b"[" * 100_000),
+        lambda content: rewritten(content, facts=b'{"title_id": "drama", "cls_embedding": 7}'),
+        lambda content: rewritten(content, lambda table: table.set_column(2, "start_s", pa.array(["x"] * len(table)))),
+        lambda content: rewritten(content, doubled),
+    ],
+    ids=["a byte is flipped", "facts are null", "facts nest", "[CLS] is a number", "times are text", "other dimensions"],
+)
+def test_damaged_contextual_embeddings_are_no_vectors(folder, tmp_path, damage):
+    checkpoint = contextual(contextualise(folder, tmp_path / "checkpoint"))
+    dataset = EmbeddingDataset(str(folder))
+    shots = dataset.title_object("drama")
+    assert read_vectors(dataset, shots, checkpoint).title_id == "drama"
+    name = sibling(shots, checkpoint)
+    dataset.output.store.write(name, damage(dataset.output.store.read(name)))
+    with pytest.raises(TitleError, match=r"cannot be read .* delete it and run jobs\.contextualise_catalog"):
+        read_vectors(dataset, shots, checkpoint)
 
 
 def test_titles_say_what_their_shots_say(folder, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +13,15 @@ import pytest
 
 from mediafm_ray.config import ConfigError, EmbedCatalogConfig, read_config
 from mediafm_ray.models.tiny import make_contextualiser
+from mediafm_ray.pipeline import stages
 from mediafm_ray.pipeline.dry_run import describe_cost
-from mediafm_ray.pipeline.plan import describe_model, make_plan, prepare_output
+from mediafm_ray.pipeline.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
 from mediafm_ray.pipeline.rows import FLAGS, SHOTS, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import Fuse, WriteTitle, metadata_text
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, object_name, read_failures, title_facts
+from mediafm_ray.storage.store import StorageError, Store
 
 SHOT = {
     "start_frame": 0,
@@ -68,12 +71,12 @@ def compute(config, failing=()):
     """Plan and write what is pending; the titles computed and how they ended."""
     plan = make_plan(config)
     prepare_output(plan, config)
-    stages = [Fuse(plan.model.dims["fused"], config.fusion), WriteTitle(config.output.uri, plan.model, "", config.storage)]
+    steps = [Fuse(plan.model.dims["fused"], config.fusion), WriteTitle(config.output.uri, plan.model, "", config.storage)]
     ended = {}
     for index in range(plan.pending.num_rows):
         row = encoded(plan.pending.slice(index, 1), plan.model, failing)
-        for stage in stages:
-            row = stage(row)
+        for step in steps:
+            row = step(row)
         ended[row["title_id"][0].as_py()] = row["error"][0].as_py()
     return plan, ended
 
@@ -146,6 +149,82 @@ def test_a_source_that_was_changed_back_is_the_one_that_readers_get(config, tmp_
     assert not of_second.exists()
     assert not (contextual / of_second.name).exists()
     assert make_plan(config).leftovers == make_plan(config).outdone == ()
+
+
+@pytest.mark.parametrize("first_ends", [True, False])
+def test_two_jobs_that_take_a_title_for_another_source_leave_one_object(config, tmp_path, first_ends):
+    """Of both sources an object is there; one job was planned before the video was changed back, the other after that."""
+    video = tmp_path / "videos" / "a.mp4"
+    sources = {}
+    for content, modified in ((b"the first", 1), (b"the second film", 2)):
+        video.write_bytes(content)
+        os.utime(video, (modified, modified))
+        compute(config)
+        (path,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+        sources[path] = path.read_bytes()
+    for second, (path, content) in enumerate(sources.items(), 1):
+        path.write_bytes(content)
+        os.utime(path, (second, second))
+    of_second = make_plan(config)
+    video.write_bytes(b"the first")
+    os.utime(video, (1, 1))
+    of_first = make_plan(config)
+    plans = [of_first, of_second] if first_ends else [of_second, of_first]
+    prepare_output(plans[0], config)
+    with nullcontext() if first_ends else pytest.raises(StorageError, match="another job is at work"):
+        prepare_output(plans[1], config)
+    assert len(list((tmp_path / "out").rglob("shots/*/a@*.parquet"))) == 1
+    compute(config)
+    assert EmbeddingDataset(config.output.uri).title_object("a").endswith(next(iter(sources)).name)
+
+
+def test_a_job_that_commits_while_another_takes_the_title_for_the_source_before_leaves_one_object(config, tmp_path, monkeypatch):
+    """The video is changed, committed, and changed back before the job has removed what it supersedes."""
+    video = tmp_path / "videos" / "a.mp4"
+    video.write_bytes(b"the first")
+    os.utime(video, (1, 1))
+    compute(config)
+    (of_first,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+    os.utime(of_first, (1, 1))
+    video.write_bytes(b"the second film")
+    real = stages.remove_superseded
+
+    def late(*arguments):
+        video.write_bytes(b"the first")
+        os.utime(video, (1, 1))
+        prepare_output(make_plan(config), config)
+        return real(*arguments)
+
+    monkeypatch.setattr(stages, "remove_superseded", late)
+    assert set(compute(config)[1]) == {"a"}
+    assert list((tmp_path / "out").rglob("shots/*/a@*.parquet")) == [of_first]
+
+
+def test_a_job_killed_while_it_removes_what_is_superseded_leaves_no_shots_without_their_context(config, tmp_path, monkeypatch):
+    """Then the video is changed back: its shots would count as done, and nothing would write their context again."""
+    compute(config)
+    (of_first,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
+    context = of_first.parents[2] / BUILTIN_DATASET / of_first.parent.name / of_first.name
+    context.parent.mkdir(parents=True)
+    context.write_bytes(b"of the first source")
+    video = tmp_path / "videos" / "a.mp4"
+    first, times = video.read_bytes(), (video.stat().st_atime_ns, video.stat().st_mtime_ns)
+    video.write_bytes(b"another film")
+    real, removed = Store.delete, []
+
+    def killed(store, name):
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(name)
+        real(store, name)
+
+    monkeypatch.setattr(Store, "delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compute(config)
+    assert removed
+    video.write_bytes(first)
+    os.utime(video, ns=times)
+    assert make_plan(config).pending["title_id"].to_pylist() == ["a"] or context.exists()
 
 
 def test_a_failure_record_of_a_night_that_is_over_does_not_stay(config, tmp_path):

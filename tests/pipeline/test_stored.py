@@ -21,7 +21,7 @@ from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.stages import Contextualise, WriteTitle
 from mediafm_ray.pipeline.stored import ContextualiseStored, make_stored_plan, prepare_stored_output
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, Output, read_failures, title_facts
-from mediafm_ray.storage.schemas import embedding_values
+from mediafm_ray.storage.schemas import METADATA_KEY, embedding_values
 
 MODEL = make_model("0123456789ab", video=20, audio=12, text=16)
 SHAPE = {"max_shots": 8, "initializer_range": 0.2}
@@ -216,6 +216,14 @@ def with_times(times):
     return change
 
 
+def as_text(column):
+    return lambda table: table.set_column(table.column_names.index(column), column, pa.array(["x"] * len(table)))
+
+
+def with_raw_facts(path, facts):
+    pq.write_table(pq.read_table(path).replace_schema_metadata({METADATA_KEY: facts}), path)
+
+
 DAMAGE = {
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "no readable Parquet"),
     "empty": (lambda path: path.write_bytes(b""), "no readable Parquet"),
@@ -230,6 +238,17 @@ DAMAGE = {
     "another title": (lambda path: rewrite(path, lambda table: table, title_id="other"), "holds the title 'other'"),
     "another version": (lambda path: rewrite(path, lambda table: table, dataset_version="f" * 12), "dataset version ffffffffffff"),
     "metadata": (lambda path: rewrite(path, lambda table: table, metadata_embedding="AAAAAA=="), "metadata embeddings of 16 dimensions"),
+    "facts are null": (lambda path: with_raw_facts(path, b"null"), "facts are no JSON object"),
+    "facts nest": (lambda path: with_raw_facts(path, b"[" * 100_000), "nested too deeply"),
+    "title is null": (lambda path: rewrite(path, lambda table: table, title_id=None), "facts are not those that were written"),
+    "title is no Unicode": (lambda path: rewrite(path, lambda table: table, title_id="\ud800"), "facts are not those that were written"),
+    "media is null": (lambda path: rewrite(path, lambda table: table, media=None), "facts are not those that were written"),
+    "metadata is no base64": (
+        lambda path: rewrite(path, lambda table: table, metadata_embedding="A"),
+        "facts are not those that were written",
+    ),
+    "vectors are text": (lambda path: rewrite(path, as_text("fused_embedding")), "not of the types"),
+    "times are text": (lambda path: rewrite(path, as_text("start_s")), "not of the types"),
     "no facts": (lambda path: pq.write_table(pq.read_table(path).replace_schema_metadata(None), path), "facts of its title"),
 }
 

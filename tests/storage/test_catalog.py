@@ -205,3 +205,10 @@ def test_the_source_digest_follows_the_objects(tmp_path):
     table = tmp_path / "c.jsonl"
     table.write_text(json.dumps({"title_id": "other id", "video": "a.mp4", "timed_text": ["a.srt"]}))
     assert read_catalog(str(table))[0].source == third
+
+
+def test_times_that_python_has_no_value_for_are_a_problem_of_the_table(tmp_path):
+    durations = pa.array([2**62], pa.duration("s"))
+    pq.write_table(pa.table({"title_id": ["a"], "video": ["a.mp4"], "duration_s": durations}), tmp_path / "c.parquet")
+    with pytest.raises(CatalogError, match="not a readable Parquet file"):
+        read_catalog(str(tmp_path / "c.parquet"))

@@ -22,8 +22,10 @@ from mediafm_ray.storage.dataset import (
     encode_title,
     object_name,
     read_failures,
+    record_failure,
 )
 from mediafm_ray.storage.schemas import embedding_array, embedding_values, encode_parquet, read_facts, shots_schema
+from tests.datasets import write_dataset
 
 DIMS = {"video": 5, "audio": 3, "text": 4}
 SPANS = {"video": (0, 5), "audio": (5, 8), "text": (8, 12)}
@@ -186,6 +188,48 @@ def test_the_parquet_file_is_what_the_design_says(output):
         assert "BYTE_STREAM_SPLIT" in columns[path].encodings, path
         assert not any("DICTIONARY" in encoding for encoding in columns[path].encodings), path
     assert {column.compression for column in columns.values()} == {"ZSTD"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dims", None),
+        ("dims", {"fused": 12}),
+        ("dims", {"video": 5, "audio": 3, "text": 4, "fused": 2**40}),
+        ("dims", {"video": 5, "audio": 3, "text": 4, "fused": "12"}),
+        ("spans", {"video": [0, 5]}),
+        ("spans", {"video": [0], "audio": [5, 8], "text": [8, 12]}),
+        ("recipe", None),
+        ("dataset_version", 7),
+    ],
+)
+def test_a_model_that_is_not_what_was_written_is_said_before_anything_is_read(output, name, value):
+    output.store.write("model.json", json.dumps({**json.loads(MODEL.to_json()), name: value}).encode())
+    with pytest.raises(DatasetError, match=rf"model\.json cannot be read .*{name}"):
+        EmbeddingDataset(output.store.uri.rpartition("/")[0])
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"[" * 100_000, b'{"title_id": 7}', b"\xff"])
+def test_what_is_no_failure_record_hides_no_other(output, content):
+    title = {"title_id": "bad", "source": "s1"}
+    record_failure(output, object_name(FAILURES, "bad", "s1"), title, {"stage": "x", "message": "y"})
+    output.store.write(object_name(FAILURES, "worse", "s1"), content)
+    assert [record["title_id"] for record in read_failures(output)] == ["bad"]
+
+
+def test_a_changed_byte_in_the_vectors_of_a_title_is_no_vector(tmp_path):
+    """It is noticed by everybody who reads, not by jobs.verify_dataset only."""
+    output = write_dataset(str(tmp_path / "out"), {"a": [10] * 100})
+    dataset = EmbeddingDataset(str(tmp_path / "out"))
+    name = dataset.title_object("a")
+    content = bytearray(output.store.read(name))
+    place = pq.ParquetFile(pa.BufferReader(bytes(content))).metadata.row_group(0).column(18)
+    content[place.data_page_offset + place.total_compressed_size // 2] ^= 1
+    output.store.write(name, bytes(content))
+    with pytest.raises(OSError, match="CRC"):
+        dataset.title("a")
+    with pytest.raises(OSError, match="CRC"):
+        dataset.dataset().to_table()
 
 
 def test_model_round_trip_and_failures(output):

@@ -129,3 +129,8 @@ def test_threads_that_write_at_once_do_not_trip_over_each_other(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: store.write(f"object{number}", str(number).encode()), range(600)))
     assert {info.name: store.read(info.name) for info in store.list()} == {f"object{number}": str(number).encode() for number in range(600)}
+
+
+def test_a_location_that_is_no_path_is_refused():
+    with pytest.raises(StorageError, match="is no path"):
+        Store("~nobody\0/out")

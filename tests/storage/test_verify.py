@@ -134,6 +134,8 @@ TABLES = {  # of the shots: (table, facts) -> (table, facts), and what the reaso
     "facts of another version": (fact(dataset_version="ffffffffffff"), "dataset version ffffffffffff"),
     "facts of other dimensions": (fact(dims={**MODEL.dims, "fused": 13}), "model.json"),
     "no facts of the media": (fact(media="gone"), "media"),
+    "a title that is no Unicode": (fact(title_id="\ud800"), "no valid Unicode"),
+    "a metadata embedding of a number": (fact(metadata_embedding=7), "metadata_embedding"),
     "a metadata embedding cut short": (fact(metadata_embedding="AACAPw=="), "metadata_embedding"),
 }
 CONTEXTUAL = {
@@ -285,6 +287,9 @@ def test_failure_records(uri, capsys, content, reason):
     [
         (lambda model: b"{", "cannot be read"),
         (lambda model: None, "not there"),
+        (lambda model: {**model, "dims": None}, "dims"),
+        (lambda model: {**model, "spans": {"video": 1}}, "spans"),
+        (lambda model: [], "no JSON object"),
         (lambda model: {**model, "recipe": {"other": 1}}, "digest"),
         (lambda model: {**model, "dims": {**model["dims"], "fused": 13}}, "do not agree"),
         (lambda model: {**model, "dataset_version": "ffffffffffff"}, "ffffffffffff"),
@@ -302,6 +307,16 @@ def test_model_json(uri, capsys, change, reason):
         kept = path.read_bytes()
         verify(uri, "verify.repair=true")
         assert path.read_bytes() == kept, "the next job puts it anew"
+
+
+def test_without_a_model_the_facts_of_an_object_are_not_believed(uri, capsys):
+    (uri / MODEL.dataset_version / "model.json").unlink()
+    spans = dict.fromkeys(MODEL.spans)
+    rewrite(uri / MODEL.dataset_version / SHOTS_OF_ONE, fact(spans=spans))
+    rewrite(uri / MODEL.dataset_version / CONTEXTUAL_OF_ONE, fact(dims={**MODEL.dims, "fused": 2**40}))
+    broken = found(uri, capsys)
+    assert "spans" in broken[SHOTS_OF_ONE]
+    assert "dims.fused" in broken[CONTEXTUAL_OF_ONE]
 
 
 def test_a_repair_deletes_what_is_broken_and_nothing_else(uri, capsys):
