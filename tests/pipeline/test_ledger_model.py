@@ -166,7 +166,8 @@ class Ledger(RuleBasedStateMachine):
         self.forgotten: dict[str, tuple[str, bool]] = {}  # title -> why it cannot be looked at, and whether that may pass
         self.committed: set[str] = set()  # encoded titles that had shots and must have some for ever
         self.own_faults: Counter[tuple[str, str]] = Counter()
-        self.changes = 0  # of the videos
+        self.versions: dict[str, int] = {}  # of the videos
+        self.changes = 0
         Ledger.current = self
 
     def teardown(self) -> None:
@@ -260,6 +261,7 @@ class Ledger(RuleBasedStateMachine):
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"v" * (version + 1))
             os.utime(path, (version, version))
+            self.versions[title] = version
             self.changes += 1
 
     @initialize(committed=st.booleans())
@@ -273,6 +275,7 @@ class Ledger(RuleBasedStateMachine):
     @rule(title=titles)
     def remove(self, title: str) -> None:
         (self.root / "videos" / f"{title}.mp4").unlink(missing_ok=True)
+        self.versions.pop(title, None)
         self.changes += 1
 
     @precondition(lambda self: not self.forgotten)
@@ -322,26 +325,53 @@ class Ledger(RuleBasedStateMachine):
         if not self.jobs:
             self.check_end(job, before)
 
-    @rule(changes=changes, kind=kinds, ticks=st.booleans(), calls=st.integers(1, MAX_CALLS), after=st.booleans())
-    def run_killed(self, changes: dict[str, int], kind: str, ticks: bool, calls: int, after: bool) -> None:
-        """One job that is killed at some call of the store."""
+    @rule(
+        changes=changes,
+        kind=kinds,
+        ticks=st.booleans(),
+        calls=st.integers(1, MAX_CALLS),
+        after=st.booleans(),
+        failed=st.booleans(),
+        then=st.sampled_from(["nothing", "the same again", "the videos before"]),
+    )
+    def run_killed(self, changes: dict[str, int], kind: str, ticks: bool, calls: int, after: bool, failed: bool, then: str) -> None:
+        """One job that is killed at some call of the store, perhaps on titles that failed before, and what may come next."""
+        earlier = dict(self.versions)
         self.put(changes)
+        if failed:
+            self.run_whole({}, kind, dict.fromkeys(changes, "own"), ticks)
         self.ticks = ticks
         job = Job(self, kind, {})
-        with contextlib.suppress(CatalogError):
+        with self.among_others():
             job.go_on(calls)
             job.kill(after)
+        if then != "nothing":
+            self.run_whole(earlier if then == "the videos before" else {}, kind, {}, ticks)
 
     @precondition(lambda self: not self.jobs)
-    @rule(first=changes, second=changes, ours=kinds, theirs=kinds, order=st.permutations([0, 0, 0, 1, 1, 1]), calls=st.integers(1, 8))
-    def run_two(self, first: dict[str, int], second: dict[str, int], ours: str, theirs: str, order: list[int], calls: int) -> None:
-        """Two jobs are planned, each for a catalog of its own, and then run by turns."""
+    @rule(
+        first=changes,
+        second=changes,
+        ours=kinds,
+        theirs=kinds,
+        lead=st.integers(0, 8),
+        order=st.permutations([0, 0, 0, 1, 1, 1]),
+        calls=st.integers(1, 8),
+    )
+    def run_two(
+        self, first: dict[str, int], second: dict[str, int], ours: str, theirs: str, lead: int, order: list[int], calls: int
+    ) -> None:
+        """Two jobs, each planned for a catalog of its own, the second while the first is at work; then they run by turns."""
         for videos, kind in ((first, ours), (second, theirs)):
             self.put(videos)
             job = Job(self, kind, {})
             self.jobs.append(job)
             while not job.planned:
                 job.go_on(1)
+            if len(self.jobs) == 1:
+                self.go_on(0, lead)
+                if not self.jobs:
+                    return
         jobs = list(self.jobs)
         for number in [*order, *order[:2]]:
             if jobs[number] in self.jobs:
