@@ -151,7 +151,7 @@ def read_message(data: bytes) -> str:
 
 
 class Places:
-    """What the stored kinds are read from: a folder for tables, and an output with one title."""
+    """The places that the stored kinds are read from: a folder for tables, and an output with one title."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fuzzing-"))
@@ -166,7 +166,7 @@ class Places:
         self.tables = {**TABLES, "parquet": sink.getvalue()}
 
     def read_table(self, ending: str, data: bytes) -> str:
-        """What comes of bytes as a catalog, in a word."""
+        """Read bytes as a catalog; the outcome in a word."""
         path = self.folder / f"catalog.{ending}"
         path.write_bytes(data)
         try:
@@ -179,7 +179,7 @@ class Places:
         return "table read"
 
     def read_record(self, data: bytes) -> str:
-        """What comes of bytes as a failure record, in a word."""
+        """Read bytes as a failure record; the outcome in a word."""
         name = object_name(FAILURES, "b", SOURCE)
         self.output.store.write(name, data)
         count = len(list(read_failures(self.output)))
@@ -188,7 +188,7 @@ class Places:
         return "record read" if count else "record refused"
 
     def read_model(self, data: bytes) -> str:
-        """What comes of bytes as model.json, in a word."""
+        """Read bytes as model.json; the outcome in a word."""
         self.output.store.write("model.json", data)
         check_model(self.output)
         try:
@@ -198,7 +198,7 @@ class Places:
         return f"model read, and {self._vectors(dataset)}"
 
     def read_object(self, name: str, data: bytes) -> str:
-        """What comes of bytes as an object of a title, in a word."""
+        """Read bytes as an object of a title; the outcome in a word."""
         self.output.store.write(sibling(self.shots, name), data)
         for objects in list_titles(self.output)[0]:
             check_title(self.output, MODEL, objects)
@@ -216,7 +216,7 @@ class Places:
 
 
 def read_uri(uri: str) -> str:
-    """What comes of text as a location that is not on a network, in a word."""
+    """Open text as a location that is not on a network; the outcome in a word."""
     file_name(uri).encode()
     join(uri, uri)
     if scheme_of(uri) not in ("file", "memory") or (local_path(uri) or "").startswith("/dev"):

@@ -108,7 +108,7 @@ def say_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
 
 
 def say_unknown(plan: Plan, console: Console) -> None:
-    """Which titles are passed over: their rows are bad, or nobody can say whether their sources are those that are committed."""
+    """Name titles that are passed over: their rows are bad, or nobody can say whether their sources are those that are committed."""
     if plan.bad_rows:
         console.say(f"warning: {len(plan.bad_rows)} problems of the catalog; their titles are recorded as failures; the first:")
         for row in plan.bad_rows[:UNKNOWN_SHOWN]:
@@ -145,7 +145,7 @@ def report(
         console.say(f"error: {tally.lost} titles were planned and never came back; run the same command again")
         return EXIT_FAILED_TITLES
     fraction = config.run.max_failed_fraction
-    too_many = tally.failed > fraction * tally.finished or len(plan.unknown) + plan.given_up + len(plan.bad_rows) > fraction * plan.titles
+    too_many = tally.failed > fraction * tally.finished or len(plan.unknown) + plan.given_up + len(plan.bad_titles) > fraction * plan.titles
     return EXIT_FAILED_TITLES if too_many else EXIT_OK
 
 

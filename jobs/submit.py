@@ -167,7 +167,7 @@ class Follower:
             return " ".join(f"{type(error).__name__}: {error}".split())
 
     def _details(self) -> Any:
-        """What the cluster says of the job, asked until it answers. Raises Unreachable."""
+        """Ask the cluster for the job's details until it answers. Raises Unreachable."""
         until, pause_s = time.monotonic() + self.patience_s, FIRST_PAUSE_S
         while True:
             try:

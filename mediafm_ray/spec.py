@@ -146,7 +146,7 @@ class OutageError(PublicError):
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether a network, a server, a disk or a right that is missing failed, whatever title was at hand."""
+    """Tell failures of a network, a server, a disk or of missing rights from those of the title at hand."""
     if type(error).__module__.startswith("av."):  # FFmpeg's codes are PyAV's OSErrors, whatever in the media they come from
         return False
     passing = (OutageError, ConnectionError, TimeoutError, PermissionError)
@@ -154,7 +154,7 @@ def is_outage(error: BaseException) -> bool:
 
 
 def says_absent(error: FileNotFoundError) -> bool:
-    """Whether an error of fsspec means what it says: of HTTP it is raised, too, where the server failed or was not reached."""
+    """Tell absence from trouble: fsspec raises the same of HTTP where the server failed or was not reached."""
     cause = error.__cause__
     status = getattr(cause, "status", None)
     if isinstance(status, int):

@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from mediafm_ray.models.options import FusionConfig
 from mediafm_ray.pipeline.rows import FLAGS, SHOTS, error_value, plan_table, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import Fuse, WriteTitle
 from mediafm_ray.spec import MODALITIES, TitleError, digest_of
 from mediafm_ray.storage.dataset import Model, Output
-from mediafm_ray.storage.store import StorageConfig
+from mediafm_ray.storage.store import StorageConfig, Store
 
 RATE = 25  # frames a second
 DIMS = {"video": 5, "audio": 3, "text": 4}
@@ -59,6 +61,21 @@ def finished_row(row: pa.Table, model: Model, shot_frames: list[int], checkpoint
         row = row.append_column("contextual_embeddings", vectors_cell(vectors_SD))
         row = row.append_column("cls_embedding", pa.array([vectors_SD[0].tolist()], pa.list_(pa.float32())))
     return row
+
+
+def kill_after_one_removal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the process be interrupted before it removes a second object; the name of the first, once it is removed."""
+    real: Any = Store.delete
+    removed: list[str] = []
+
+    def killed(store: Store, name: str) -> None:
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(name)
+        real(store, name)
+
+    monkeypatch.setattr(Store, "delete", killed)
+    return removed
 
 
 def with_error(row: pa.Table, failure: Exception) -> pa.Table:

@@ -16,9 +16,10 @@ NO_DIRECTION = 1e-6  # norm of a mean of unit vectors below which it is rounding
 
 def mean_of_neighbours(vectors_SD: np.ndarray) -> np.ndarray:
     """(S, D) float32 mean of each shot and those up to MEAN_REACH before and after it: the context that costs nothing."""
-    place_S = np.arange(len(vectors_SD))
-    near_SS = np.abs(place_S[:, None] - place_S[None]) <= MEAN_REACH
-    return (near_SS / near_SS.sum(1, keepdims=True) @ vectors_SD).astype(np.float32)
+    place_S, shots = np.arange(len(vectors_SD)), len(vectors_SD)
+    first_S, end_S = np.maximum(place_S - MEAN_REACH, 0), np.minimum(place_S + MEAN_REACH + 1, shots)
+    sums_SD = np.concatenate([np.zeros((1, vectors_SD.shape[1])), np.cumsum(vectors_SD, axis=0, dtype=np.float64)])
+    return ((sums_SD[end_S] - sums_SD[first_S]) / (end_S - first_S)[:, None]).astype(np.float32)
 
 
 def clip_overlaps(start_S: np.ndarray, end_S: np.ndarray, start_s: float, end_s: float) -> np.ndarray:

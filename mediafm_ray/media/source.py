@@ -164,7 +164,7 @@ class RemoteStream:
 
 
 def _version_of(opened: Any) -> str:
-    """What tells the versions of an open file apart, where the file system says it."""
+    """The mark that tells versions of an open file apart, where the file system gives one."""
     return str(opened.details.get("ETag") or opened.details.get("Last-Modified", ""))
 
 

@@ -3,8 +3,8 @@
 A title is, in this order of precedence,
 
     done          committed under this dataset version, from its source as it is now
-    stale         the same source is committed under another dataset version only; computed by choice
     unknown       its source cannot be looked at, so that it may or may not be what is committed: passed over, and reported
+    stale         the same source is committed under another dataset version only; computed by choice
     failed        has a failure record: tried again when its delay is over, given up after so many attempts of its own fault
     contextual    its shots are committed, this checkpoint's contextual embeddings are not
     changed       committed (or failed) from another source
@@ -197,7 +197,7 @@ def _classify(there: Survey, elsewhere: Elsewhere, wanted: BackfillConfig, now: 
 
 
 def _attempts(there: Survey, failed: Sequence[Entry]) -> Mapping[tuple[str, str], int]:
-    """How often each of these titles failed by its own fault, as its failure record says."""
+    """The number of times that each of these titles failed by its own fault, as its failure record says."""
 
     def read(entry: Entry) -> int:
         name = there.failures[key_of(entry)][0].name

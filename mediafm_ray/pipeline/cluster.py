@@ -151,12 +151,6 @@ def room_for(wanted: Mapping[str, float], nodes: Iterable[Mapping[str, Any]], fr
     return f"an actor needs {each}, and free are {there}: other jobs or stages hold the rest (see ray status)"
 
 
-def has_no_node(actor: Any) -> bool:
-    """Whether an actor is not placed yet, rather than that its constructor runs."""
-    found = ray._private.state.actors(actor._actor_id.hex())
-    return not found.get("Address", {}).get("IPAddress")
-
-
 def runs_alone() -> bool:
     """Whether the Ray that this process is connected to is one machine: ours, or a cluster of one node."""
     return len(ray.nodes()) == 1

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from mediafm_ray.config import ConfigError, describe, read_config
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline.report import clean_logs, reason_of
-from mediafm_ray.spec import public_line, public_lines
+from mediafm_ray.spec import public_lines
 from mediafm_ray.storage.catalog import CatalogError
 from mediafm_ray.storage.dataset import DatasetError
 from mediafm_ray.storage.lease import release_all
@@ -66,7 +66,7 @@ def guarded(job: Callable[[], int]) -> int:
     except Exception as error:  # a defect of the program, or an input that it does not foresee
         code = _exit_code(error)
         fate = "nothing was started" if code == EXIT_BAD_INPUT else "what was committed stays"
-        print(f"error: unexpected {public_line(reason_of(error))[:MAX_REASON]}; {fate}; {_kept_traceback(error)}", file=sys.stderr)
+        print(f"error: unexpected {reason_of(error)[:MAX_REASON]}; {fate}; {_kept_traceback(error)}", file=sys.stderr)
         return code
 
 
@@ -125,7 +125,7 @@ def working() -> Iterator[None]:
 
 
 def debugging() -> bool:
-    """Whether a person wants tracebacks on the terminal."""
+    """Tell whether a person wants tracebacks on the terminal."""
     return bool(os.environ.get(DEBUG_VARIABLE))
 
 
@@ -134,7 +134,7 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _kept_traceback(error: BaseException) -> str:
-    """Where the traceback of an error is; it is put there."""
+    """Put the traceback of an error where a person finds it, and say where."""
     lines = public_lines("".join(traceback.format_exception(error)))
     if not debugging():
         with (

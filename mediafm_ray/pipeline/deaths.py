@@ -50,7 +50,7 @@ class DeathRegister:
 
 
 class GuardedStage(Protocol):
-    """What the guard needs to know of a stage."""
+    """The side of a stage that the guard needs to know."""
 
     name: ClassVar[str]
 

@@ -7,7 +7,7 @@ from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.rows import TitleRow
 from mediafm_ray.pipeline.stages import media_options, metadata_text
-from mediafm_ray.spec import Title, TitleError
+from mediafm_ray.spec import OutageError, Title, TitleError
 
 
 def describe_cost(plan: Plan, config: EmbedCatalogConfig) -> str:
@@ -40,5 +40,5 @@ def _texts(title: Title, config: EmbedCatalogConfig, reader: IsolatedReader) -> 
     reader.media = media_options(config.media, title.video, config.storage)
     try:
         return reader.texts(title)
-    except TitleError:  # the text is as hostile as a video: it took too long, or ended the process that parsed it
+    except (TitleError, OutageError):  # hostile text took too long, or ended the process that parsed it; a server did not give it
         return []

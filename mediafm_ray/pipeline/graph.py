@@ -25,7 +25,7 @@ from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCat
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline import stages, stored
 from mediafm_ray.pipeline.allowance import SharedAllowance
-from mediafm_ray.pipeline.cluster import StarvationClock, configuration_fault, has_no_node, runs_alone
+from mediafm_ray.pipeline.cluster import StarvationClock, configuration_fault, runs_alone
 from mediafm_ray.pipeline.deaths import DeathGuard
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.report import clean_logs
@@ -286,8 +286,14 @@ class StarvationCallback(ExecutionCallback):
                 continue
             coming = [*pool._pending_actors.values(), *(pool._running_actors if pool.num_restarting_actors() else ())]
             working = pool.num_running_actors() - pool.num_restarting_actors()
-            if self.clocks[operator].is_due(waits=bool(coming) and not working) and any(map(has_no_node, coming)):
+            if self.clocks[operator].is_due(waits=bool(coming) and not working) and any(map(_has_no_node, coming)):
                 wants = operator._ray_remote_args
                 wanted = {"CPU": wants.get("num_cpus"), "GPU": wants.get("num_gpus"), **(wants.get("resources") or {})}
                 stage = "stage " + re.sub(r"MapBatches\((\w+)\)", r"\1", operator.name)
                 self.say(self.clocks[operator].describe(stage, {name: amount for name, amount in wanted.items() if amount}))
+
+
+def _has_no_node(actor: Any) -> bool:
+    """Tell an actor that is not placed yet from one whose constructor runs."""
+    found = ray._private.state.actors(actor._actor_id.hex())
+    return not found.get("Address", {}).get("IPAddress")

@@ -52,6 +52,14 @@ class Plan:
     without_context: int = 0  # done, but without embeddings of builtin:neighbours: jobs.contextualise_catalog writes them
     titles_are: str = IN_CATALOG  # what ``titles`` counts
 
+    @property
+    def bad_titles(self) -> Mapping[str, Sequence[str]]:
+        """The problems of each title whose row is bad."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for row in self.bad_rows:
+            found[row.name].append(str(row))
+        return found
+
 
 def describe_model(config: EmbedCatalogConfig) -> Model:
     """Everything that decides the numbers of a dataset version, and its digest.
@@ -126,7 +134,7 @@ class Survey:
         return {title for title, _ in self.listed.get(SHOTS, {})}
 
     def is_unknown(self, entry: Entry) -> bool:
-        """Whether a title is passed over because nobody can say now whether its source is another than the committed one.
+        """Tell a title that is passed over because nobody can say now whether its source is another than the committed one.
 
         Where nothing is committed, and the look-up does not fail for a reason that passes, its turn will show what is wrong.
         """
@@ -138,7 +146,7 @@ class Survey:
         return shots_first(info for other, info in self.objects_of_title.get(title, ()) if other != source)
 
     def leftovers(self, entry: Entry) -> list[ObjectInfo]:
-        """What a title that is done must not have any more: objects of other sources, and records of failures.
+        """The objects that a title that is done must not have any more: those of other sources, and records of failures.
 
         Another job may have committed them later, from a source that the catalog had meanwhile. The listing is older than the catalog
         (see ``survey``), so that the catalog knows better.
@@ -149,9 +157,12 @@ class Survey:
 
     def outdone(self, entry: Entry) -> list[str]:
         """The objects of a title that is done which readers pass over, because one of another source is not older."""
-        others = {} if entry.unknown else {info.name.split("/")[0]: info.modified for info in sorted(self.others(entry), key=_modified)}
-        own = [info for listing in self.listed.values() for info in listing.get(key_of(entry), ())]
-        return [info.name for info in own if info.modified <= others.get(info.name.split("/")[0], -math.inf)]
+        newest: dict[str, float] = {}  # modification time of another source's object, by dataset
+        for info in [] if entry.unknown else self.others(entry):
+            dataset = info.name.split("/")[0]
+            newest[dataset] = max(newest.get(dataset, -math.inf), info.modified)
+        own = [(info, modified) for dataset, modified in newest.items() for info in self.listed[dataset].get(key_of(entry), ())]
+        return [info.name for info, modified in own if info.modified <= modified]
 
     def row(self, entry: Entry) -> dict[str, Any]:
         """A pending title as a row of the plan."""
@@ -170,10 +181,6 @@ class Survey:
 def shots_first(infos: Iterable[ObjectInfo]) -> list[ObjectInfo]:
     """Objects in the order of their removal: a kill in between must not leave shots that count as done without what was made of them."""
     return sorted(infos, key=lambda info: not info.name.startswith(f"{SHOTS}/"))
-
-
-def _modified(info: ObjectInfo) -> float:
-    return info.modified
 
 
 def key_of(entry: Entry) -> tuple[str, str]:
@@ -260,17 +267,10 @@ def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
             ) from None
     for leftover in plan.leftovers:  # written again since: a job at work takes the title for another source, and would remove this one's
         output.store.delete_unless_newer(leftover.name, leftover.modified)
-    for title_id, problems in _by_title(plan.bad_rows).items():
+    for title_id, problems in plan.bad_titles.items():
         error = {"stage": "catalog", "type": "CatalogError", "message": public_line(f"{config.catalog.uri}: {'; '.join(problems)}")}
         source = digest_of([config.catalog.uri, title_id])[:SOURCE_DIGITS]
         record_failure(output, object_name(FAILURES, title_id, source), {"title_id": title_id, "source": source, "video": ""}, error)
-
-
-def _by_title(rows: Sequence[BadRow]) -> Mapping[str, list[str]]:
-    found = defaultdict(list)
-    for row in rows:
-        found[row.name].append(str(row))
-    return found
 
 
 def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, model: Model) -> str:

@@ -227,7 +227,7 @@ def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) 
             "skipped_failed_before": plan.failed_before,
             "given_up": plan.given_up,
             "skipped_unknown": len(plan.unknown),
-            "skipped_bad_rows": len({row.name for row in plan.bad_rows}),
+            "skipped_bad_rows": len(plan.bad_titles),
             "left": tally.left,
         },
         "left_because_of": tally.ended_by or None,

@@ -92,7 +92,7 @@ class RunLog:
 
 
 class _Parts:
-    """What is kept of one log, as objects of at most MAX_PART_BYTES."""
+    """One log as objects of at most MAX_PART_BYTES."""
 
     def __init__(self, store: Store, name: str, stream: TextIO):
         self.store, self.name, self.descriptor = store, name, stream.fileno()

@@ -26,7 +26,6 @@ import pyarrow.parquet as pq
 from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.pipeline.plan import WITH_SHOTS, Plan, checkpoint_name
-from mediafm_ray.pipeline.report import clean_logs
 from mediafm_ray.pipeline.rows import ERROR, MEASURES, SECONDS, error_value
 from mediafm_ray.pipeline.stages import FACTS, contextual_file, remove_superseded
 from mediafm_ray.spec import TitleError
@@ -265,7 +264,6 @@ class ContextualiseStored:
     def __init__(self, output_uri: str, model: Model, checkpoint: str, config: ContextualiserConfig, storage: StorageConfig):
         from mediafm_ray.models.contextualiser import TitleContextualiser
 
-        clean_logs()
         self.contextualiser = TitleContextualiser(config)
         self.output = Output(output_uri, model.dataset_version, storage)
         self.model, self.checkpoint = model, checkpoint

@@ -31,7 +31,7 @@ from mediafm_ray.spec import PublicError, TimedTextSource, Title, digest_of, par
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig, Unknown
 from mediafm_ray.storage.errors import StorageError, may_pass
 from mediafm_ray.storage.s3 import S3Objects, hasty
-from mediafm_ray.storage.store import ALLOWED_SCHEMES, Store, absolute, join, scheme_of
+from mediafm_ray.storage.store import ALLOWED_SCHEMES, LOOK_UP_THREADS, Store, absolute, join, scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ TABLE_ENDINGS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjs
 CSV_LIST_SEPARATOR = ";"
 MAX_TITLE_ID_BYTES = 1024  # of UTF-8
 MAX_PROBLEMS_SHOWN = 50
-LOOK_UP_THREADS = 16
 MAX_FAILED_LOOK_UPS = 16  # of a server that has answered none: it is down, or its address is wrong
 SOURCE_DIGITS = 16  # hex digits of a source digest
 
@@ -453,7 +452,7 @@ def _look_up(uris: Iterable[str], config: StorageConfig) -> dict[str, ObjectInfo
 
 @dataclass
 class _Server:
-    """How look-ups at a server went; counts need not be exact, for threads share them without a lock."""
+    """Outcomes of the look-ups at a server; counts need not be exact, for threads share them without a lock."""
 
     answered: bool = False
     failed: int = 0
@@ -465,7 +464,7 @@ def _server_of(uri: str) -> str:
 
 
 def _info(uri: str, config: StorageConfig, server: _Server) -> ObjectInfo | Unknown | None:
-    """What is known of one object. Raises StorageError where its server has failed again and again and never answered."""
+    """Look one object up. Raises StorageError where its server has failed again and again and never answered."""
     folder, _, name = uri.rpartition("/") if scheme_of(uri) != "file" else absolute(uri).rpartition("/")
     try:
         found = Store(folder or "/", hasty(config)).info(name)

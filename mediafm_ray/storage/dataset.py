@@ -139,7 +139,7 @@ class Model:
 
 
 def is_span(value: Any) -> bool:
-    """Whether a value of JSON is [start, end) of a modality in a fused embedding."""
+    """Tell [start, end) of a modality in a fused embedding from other values of JSON."""
     return isinstance(value, list) and [type(end) for end in value] == [int, int] and 0 <= value[0] <= value[1] < MAX_DIM
 
 

@@ -158,10 +158,10 @@ class S3Objects:
             except StorageError as error:
                 if code_of(error) not in DENIED:
                     raise
-            try:  # a HEAD is refused without a reason: is it this object, or wrong credentials?
-                answer = self._ask("get_object", Key=self.prefix + name, Range="bytes=0-0")
-                answer["Body"].close()
-                return self._info(name, {**answer, "Size": answer["ContentRange"].rpartition("/")[2]})
+            try:
+                if answer := self._first_byte(name):
+                    return self._info(name, {**answer, "Size": answer["ContentRange"].rpartition("/")[2]})
+                return ObjectInfo(name, 0, "", 0.0)
             except FileNotFoundError:
                 return None
             except StorageError as error:
@@ -272,13 +272,24 @@ class S3Objects:
         if not name:
             return bool(quick._ask("list_objects_v2", Prefix=self.prefix, MaxKeys=1).get("Contents"))
         try:
-            quick._ask("get_object", Key=self.prefix + name, Range="bytes=0-0")["Body"].close()  # a HEAD would be refused without a reason
+            quick._first_byte(name)
         except FileNotFoundError:
             return False
-        except StorageError as error:
-            if code_of(error) != "InvalidRange":  # there, and empty
-                raise
         return True
+
+    def _first_byte(self, name: str) -> Mapping[str, Any]:
+        """Ask for the beginning of an object: a HEAD would be refused without a reason. The answer is empty where the object is.
+
+        Raises FileNotFoundError, StorageError.
+        """
+        try:
+            answer = self._ask("get_object", Key=self.prefix + name, Range="bytes=0-0")
+        except StorageError as error:
+            if code_of(error) != "InvalidRange":
+                raise
+            return {}
+        answer["Body"].close()
+        return answer
 
     def check_writable(self, name: str) -> None:
         """Put and remove an object. Raises StorageError within seconds when that is not possible."""

@@ -11,7 +11,6 @@ import contextlib
 import email.utils
 import errno
 import fcntl
-import itertools
 import os
 import secrets
 import stat
@@ -34,8 +33,8 @@ from mediafm_ray.storage.s3 import S3Objects, s3_config_options
 PARTIAL_FOLDER = ".partial"  # of a root: files that are being written (local stores), and what tries whether it can be written to
 ALLOWED_SCHEMES = ("file", "s3", "memory", "gs", "abfs", "az", "http", "https")  # what a catalog may make us open
 PARTIAL_ATTEMPTS = 3
-LOOK_UP_THREADS = 16  # objects of which a listing says nothing, looked up at once
-LOOK_UP_BATCH = 1000
+LOOK_UP_THREADS = 16  # objects that are looked up one by one, at once
+NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 FILE_MODE = 0o644  # before the umask
 PROBE_BYTES = 1 << 20  # what must fit on a disk before a job begins
 
@@ -320,7 +319,7 @@ class LocalObjects:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link to one. Raises OSError where that cannot be told."""
+    """Tell a folder, or a link to one, from all else. Raises OSError where that cannot be told."""
     try:
         return entry.is_dir()
     except OSError as error:
@@ -336,12 +335,10 @@ def _stat(path: str, name: str) -> ObjectInfo | None:
     """
     try:
         status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return ObjectInfo(name, 0, "", 0.0) if os.path.islink(path) else None
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            return ObjectInfo(name, 0, "", 0.0)
-        raise
+        if error.errno not in NOTHING_THERE:
+            raise
+        return ObjectInfo(name, 0, "", 0.0) if os.path.islink(path) else None
     return ObjectInfo(name, status.st_size, str(status.st_mtime_ns), status.st_mtime) if stat.S_ISREG(status.st_mode) else None
 
 
@@ -379,10 +376,17 @@ class FsspecObjects:
         self.filesystem.invalidate_cache()
         flat = getattr(type(self.filesystem), "_find", AsyncFileSystem._find) is not AsyncFileSystem._find  # one listing, not one a folder
         entries = self._find(top) if flat else self._walk(top)
-        named = ((info["name"].removeprefix(base).lstrip("/"), info) for info in entries if info.get("type", "file") == "file")
+        unsized = []  # a web server's listing says names only
+        for info in entries:
+            name = info["name"].removeprefix(base).lstrip("/")
+            if info.get("type", "file") != "file":
+                continue
+            if info.get("size") is None:
+                unsized.append(name)
+            else:
+                yield _object_info(name, info)
         with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
-            while some := list(itertools.islice(named, LOOK_UP_BATCH)):
-                yield from filter(None, pool.map(self._listed, some))
+            yield from filter(None, pool.map(self.info, unsized))
 
     def _find(self, top: str) -> Iterable[dict[str, Any]]:
         try:
@@ -405,10 +409,6 @@ class FsspecObjects:
                 yield from self._walk(info["name"], is_top=False)
             else:
                 yield info
-
-    def _listed(self, named: tuple[str, dict[str, Any]]) -> ObjectInfo | None:
-        """What a listing says of an object; a web server's says its name only, so that it is asked for by itself."""
-        return _object_info(*named) if named[1].get("size") is not None else self.info(named[0])
 
     def children(self) -> tuple[Sequence[str], Mapping[str, ObjectInfo]]:
         self.filesystem.invalidate_cache()

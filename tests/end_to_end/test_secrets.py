@@ -1,16 +1,15 @@
 """A whole run over signed addresses, one of which fails: no file, no line and no log of Ray's processes holds the signature."""
 
-import http.server
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.clips import PROFILE, ROOT, make_clip
+from tests.servers.web import QuietHandler, serving
 
 SECRET = "SeCrEt0123"
 HOSTILE = "%1b%5d0;owned%07%0aFORGED%e2%80%ae"  # in the name of a file, as an address writes it
@@ -21,9 +20,7 @@ def server(tmp_path):
     """The address of a server that gives whole.mp4, and fails to give anything else."""
     content = make_clip(tmp_path / "whole.mp4", [30, 30]).read_bytes()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(QuietHandler):
         def do_HEAD(self):
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
@@ -39,15 +36,8 @@ def server(tmp_path):
             self.end_headers()
             self.wfile.write(there)
 
-        def log_message(self, *arguments):
-            pass
-
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    running.daemon_threads = True
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
-    running.server_close()
+    with serving(Handler) as address:
+        yield address
 
 
 @pytest.fixture

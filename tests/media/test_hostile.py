@@ -5,12 +5,10 @@ Where the shared corpus is there its files are read, too; the generators here ne
 
 from __future__ import annotations
 
-import http.server
 import json
 import random
 import re
 import struct
-import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -23,6 +21,7 @@ import pytest
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.spec import Title, TitleError, TitleMedia
+from tests.servers.web import QuietHandler, serving
 from tests.videos import KnownCuts, make_video
 
 CORPUS = Path(__file__).parents[3] / "shared" / "corpus" / "hostile"
@@ -143,21 +142,13 @@ def loopback() -> Iterator[tuple[str, list[str]]]:
     """A server on this machine that notes who asks for what."""
     asked: list[str] = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self):
             asked.append(self.path)
             self.send_error(404)
 
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as address:
+        yield address, asked
 
 
 @pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "list.mkv"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
 import re
-import threading
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from mediafm_ray.media import source
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.spec import TimedTextSource, Title, TitleError
+from tests.servers.web import QuietHandler, serving
 from tests.videos import KnownCuts, flat, make_video
 
 
@@ -25,9 +24,7 @@ def served(tmp_path) -> Iterator[tuple[str, Path, list[tuple[int, int]]]]:
     folder = tmp_path / "served"
     folder.mkdir()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(QuietHandler):
         def do_HEAD(self):
             self.answer(body=False)
 
@@ -54,17 +51,8 @@ def served(tmp_path) -> Iterator[tuple[str, Path, list[tuple[int, int]]]]:
                 ranges.append((first, last))
                 self.wfile.write(content[first : last + 1])
 
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", folder, ranges
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as address:
+        yield address, folder, ranges
 
 
 def test_remote_file_is_read_by_ranges_and_gives_the_same(served):

@@ -24,7 +24,7 @@ from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.dataset import Output, lease_folder
 from mediafm_ray.storage.lease import LeaseHeld, held
 from mediafm_ray.storage.store import StorageError, Store
-from tests.datasets import finished_row, with_error
+from tests.datasets import finished_row, kill_after_one_removal, with_error
 
 NAMES = ("a", "b", "c", "d")
 BAD = TitleError("it is bad")
@@ -286,15 +286,7 @@ def test_a_job_killed_while_it_deletes_titles_leaves_no_shots_without_their_cont
     contextual.write_bytes(shots.read_bytes())
     (tmp_path / "videos" / "a.mp4").unlink()
     missing = plan_backfill(config).missing
-    real, removed = Store.delete, []
-
-    def killed(store, name):
-        if removed:
-            raise KeyboardInterrupt
-        removed.append(name)
-        real(store, name)
-
-    monkeypatch.setattr(Store, "delete", killed)
+    kill_after_one_removal(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         delete_missing(missing, Output(config.output.uri, describe_model(config).dataset_version))
     assert (shots.exists(), contextual.exists()) == (False, True)

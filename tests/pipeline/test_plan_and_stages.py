@@ -16,12 +16,13 @@ from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline import stages
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
-from mediafm_ray.pipeline.rows import FLAGS, SHOTS, vectors_cell, vectors_type
+from mediafm_ray.pipeline.rows import FLAGS, SHOTS, plan_table, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import Fuse, WriteTitle, metadata_text
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, object_name, read_failures, title_facts
-from mediafm_ray.storage.store import StorageError, Store
+from mediafm_ray.storage.store import StorageError
+from tests.datasets import kill_after_one_removal
 
 SHOT = {
     "start_frame": 0,
@@ -210,15 +211,7 @@ def test_a_job_killed_while_it_removes_what_is_superseded_leaves_no_shots_withou
     video = tmp_path / "videos" / "a.mp4"
     first, times = video.read_bytes(), (video.stat().st_atime_ns, video.stat().st_mtime_ns)
     video.write_bytes(b"another film")
-    real, removed = Store.delete, []
-
-    def killed(store, name):
-        if removed:
-            raise KeyboardInterrupt
-        removed.append(name)
-        real(store, name)
-
-    monkeypatch.setattr(Store, "delete", killed)
+    removed = kill_after_one_removal(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         compute(config)
     assert removed
@@ -405,6 +398,14 @@ def test_a_dry_run_survives_text_that_would_end_or_hold_up_the_run(config, tmp_p
     started = time.monotonic()
     assert "0 texts" in describe_cost(make_plan(api), api)
     assert time.monotonic() - started < 60
+
+
+def test_a_dry_run_survives_a_server_that_does_not_give_the_text(config):
+    paid = dataclasses.replace(config, text=dataclasses.replace(config.text, encoder="openai"))
+    plan = make_plan(paid)
+    sidecar = {"uri": "http://127.0.0.1:9/a.srt", "language": "", "kind": ""}  # nobody listens there
+    pending = plan_table({**row, "timed_text": [sidecar]} for row in plan.pending.to_pylist())
+    assert "3 titles would be computed; 0 texts" in describe_cost(dataclasses.replace(plan, pending=pending), paid)
 
 
 def test_what_is_written_carries_the_facts(config):

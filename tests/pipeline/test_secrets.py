@@ -1,13 +1,11 @@
 """What a run writes and says about addresses with secrets and names with control characters, over a real server and real processes."""
 
 import dataclasses
-import http.server
 import io
 import json
 import os
 import subprocess
 import sys
-import threading
 import traceback
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from mediafm_ray.pipeline.titles import describe_titles
 from mediafm_ray.spec import OutageError, TitleError
 from mediafm_ray.storage.dataset import Model, Output
 from mediafm_ray.storage.store import Store
+from tests.servers.web import QuietHandler, serving
 
 ROOT = Path(__file__).parents[2]
 SECRET = "SeCrEt0123"
@@ -39,9 +38,7 @@ MODEL = Model("0123456789ab", {}, {"video": 1, "audio": 1, "text": 1, "fused": 3
 def failing():
     """The address of a server that says what an object is, and then fails to give it; /moved leads to a signed address."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(QuietHandler):
         def do_HEAD(self):
             self.answer(200, 1_000_000)
 
@@ -59,17 +56,8 @@ def failing():
             self.send_header("Content-Length", str(length))
             self.end_headers()
 
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as address:
+        yield address.removeprefix("http://")
 
 
 def addresses(server):

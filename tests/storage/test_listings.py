@@ -1,12 +1,11 @@
 """What a listing does not tell: folders that cannot be read, servers that fail, names that URIs write in another way."""
 
 import contextlib
-import http.server
 import json
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.spec import OutageError, TitleError, local_path
 from mediafm_ray.storage.catalog import BadRow, CatalogError, read_catalog
 from mediafm_ray.storage.store import StorageError, Store
+from tests.servers.web import QuietHandler, serving
 
 NOBODY = 65534
 
@@ -105,55 +105,44 @@ def test_a_file_uri_may_hold_bytes_that_are_no_text():
 # ---------------------------------------------------------------------------------------------------------- web servers
 
 
+@dataclass
 class Web:
-    """A web server on this machine: what it answers stands in ``answers`` by path, as a status and headers."""
+    """A web server on this machine, and what it answers."""
 
-    def __init__(self) -> None:
-        self.answers: dict[str, tuple[int, dict[str, str]]] = {}
-        self.lists: dict[str, list[str]] = {}
-        web = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_HEAD(self) -> None:
-                self.answer()
-
-            def do_GET(self) -> None:
-                self.answer()
-
-            def answer(self) -> None:
-                path = self.path.partition("?")[0]
-                if path in web.lists:
-                    body = "".join(f'<a href="{name}">{name}</a>' for name in web.lists[path]).encode()
-                    status, headers = 200, {"Content-Type": "text/html"}
-                else:
-                    status, headers = web.answers.get(path, (404, {}))
-                    body = b"12345" if status == 200 else b""
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-            def log_message(self, *arguments: object) -> None: ...
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+    url: str = ""
+    answers: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)  # status and headers, by path
+    lists: dict[str, list[str]] = field(default_factory=dict)  # names that stand in a folder's page, by path
 
 
 @pytest.fixture
 def web() -> Iterator[Web]:
-    made = Web()
-    thread = threading.Thread(target=made.server.serve_forever)
-    thread.start()
-    yield made
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+    web = Web()
+
+    class Handler(QuietHandler):
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            self.answer()
+
+        def answer(self) -> None:
+            path = self.path.partition("?")[0]
+            if path in web.lists:
+                body = "".join(f'<a href="{name}">{name}</a>' for name in web.lists[path]).encode()
+                status, headers = 200, {"Content-Type": "text/html"}
+            else:
+                status, headers = web.answers.get(path, (404, {}))
+                body = b"12345" if status == 200 else b""
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+    with serving(Handler) as web.url:
+        yield web
 
 
 def catalog_of(tmp_path: Path, videos: list[str]) -> str:
