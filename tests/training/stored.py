@@ -45,7 +45,7 @@ def write_dataset(folder: Path, shots: Sequence[int], version: str = VERSION, me
             "dataset_version": version,
             "dims": {},
             "spans": {},
-            "media": {},
+            "media": {"duration_s": float(title.times_S2[:, 0].sum())},
         }
         output.write(SHOTS, title.title_id, "00aa", encode_parquet(_table(columns, count), {**facts, "metadata_embedding": encoded}))
     return folder
