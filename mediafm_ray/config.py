@@ -70,7 +70,7 @@ class StageConfig:
     """The actor pool of one stage."""
 
     min_actors: int = resource(1, "actors kept, at least 1")
-    max_actors: int = resource(1, "actors at most; 0 = one for every two cores of this machine")
+    max_actors: int = resource(0, "actors at most; 0 = one for every eight cores of this machine, of the detector one for every two")
     titles_per_call: int = resource(1, "titles that an actor takes at once, at most; more fill a GPU where titles are short")
     num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for an actor")
     num_gpus: float = resource(0.0, "GPUs that Ray reserves for an actor; fractions share one")
@@ -86,11 +86,10 @@ class StageConfig:
 
 
 def _detect_stage() -> StageConfig:
-    return StageConfig(max_actors=0, num_cpus=0.5)
+    return StageConfig(num_cpus=0.5)
 
 
-def _write_stage() -> StageConfig:
-    return StageConfig(max_actors=2)
+STAGES = ("detect_shots", "encode_video", "encode_audio", "encode_text", "contextualise", "write")  # in order
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,12 @@ class ResourcesConfig:
     encode_audio: StageConfig = field(default_factory=StageConfig)
     encode_text: StageConfig = field(default_factory=StageConfig)
     contextualise: StageConfig = field(default_factory=StageConfig)
-    write: StageConfig = field(default_factory=_write_stage)
+    write: StageConfig = field(default_factory=StageConfig)
+    pools: list[str] = resource(
+        [],
+        "stages that share their actors, such as encode_video+encode_audio, which then ask for what the largest of them does; others have "
+        "actors of their own. Empty = all stages but the detector share, where they ask for no GPU and for the same nodes",
+    )
     ray_address: str = resource("", "Ray cluster to join; empty = RAY_ADDRESS if it is set, else a Ray of its own on this machine")
     object_store_gb: float = resource(0.0, "object store of a Ray of its own, in GB; 0 = Ray's default (30 % of the memory)")
     max_deaths_per_title: int = resource(
@@ -115,6 +119,12 @@ class ResourcesConfig:
     def __post_init__(self) -> None:
         if self.object_store_gb < 0 or self.no_progress_timeout_s < 0:
             raise ValueError("resources.object_store_gb and no_progress_timeout_s cannot be negative")
+        for group in self.pools:
+            if "+".join(STAGES).find(group) < 0 or not set(group.split("+")) <= set(STAGES):
+                raise ValueError(f"resources.pools: {group} is not a part of {'+'.join(STAGES)}")
+        pooled = [stage for group in self.pools for stage in group.split("+")]
+        if len(set(pooled)) < len(pooled):
+            raise ValueError("resources.pools: a stage stands in two pools")
         if self.max_deaths_per_title < 1:
             raise ValueError(f"resources.max_deaths_per_title must be at least 1, is {self.max_deaths_per_title}")
 
