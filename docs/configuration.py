@@ -52,7 +52,8 @@ def job_configs() -> dict[str, type[Any]]:
 
 def sections_of(kind: type[Any]) -> list[Section]:
     """Return the sections of a job's configuration; keys that stand in none are one without a name."""
-    found, alone = [], []
+    found: list[Section] = []
+    alone: list[Key] = []
     for entry in dataclasses.fields(kind):
         default = default_of(entry)
         keys = tuple(keys_of(entry.name, default, entry.metadata))
