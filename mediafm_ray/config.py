@@ -664,7 +664,7 @@ def default_of(entry: dataclasses.Field[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a configuration, as a person reads of it."""
+    """A key of a configuration as people read about it."""
 
     name: str  # in full, such as media.max_pixels
     default: str  # as YAML

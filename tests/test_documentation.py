@@ -1,4 +1,4 @@
-"""What README.md and docs/ say: links lead somewhere, commands and keys exist, columns are those that are written, code runs."""
+"""Checks of README.md and docs/: links lead somewhere, commands and keys exist, columns are those that are written, code runs."""
 
 import importlib.util
 import re
