@@ -46,7 +46,7 @@ MB = 1e6
 def main() -> None:
     """Make the titles, measure, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--titles", type=int, default=60, help="the figure in the README is for 1000 where it says so")
+    parser.add_argument("--titles", type=int, default=60, help="the figure in docs/benchmarks.md is for 1000 where it says so")
     parser.add_argument("--shots", type=int, default=700)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--full-titles", type=int, default=6, help="titles for the full model; 0 = leave it out")

@@ -11,7 +11,7 @@ import math
 import os
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -658,26 +658,37 @@ def describe(kind: type[Any]) -> str:
     """Every key of a job's configuration with its default and meaning, for --help."""
     lines = []
     for section in dataclasses.fields(kind):
-        default = section.default_factory() if section.default_factory is not dataclasses.MISSING else section.default
+        default = default_of(section)
         if dataclasses.is_dataclass(default):
             lines += ["", f"{section.name}: {(type(default).__doc__ or '').splitlines()[0]}"]
-            leaves = list(_leaves(section.name, default))
-        else:  # a key of its own
-            leaves = [(section.name, _yaml(default), section.metadata.get("help", ""))]
-        for key, value, help_ in leaves:
-            lines.append(f"  {key}={value}")
-            lines += textwrap.wrap(help_, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        for key in keys_of(section.name, default, section.metadata):
+            lines.append(f"  {key.name}={key.default}")
+            lines += textwrap.wrap(key.meaning, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
-def _leaves(prefix: str, config: Any) -> Iterator[tuple[str, str, str]]:
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        key = f"{prefix}.{entry.name}"
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(key, value)
-        else:
-            yield key, _yaml(value), entry.metadata.get("help", "")
+def default_of(entry: dataclasses.Field[Any]) -> Any:
+    """Return the default of a dataclass field, made anew where a factory makes it."""
+    return entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a configuration as people read about it."""
+
+    name: str  # in full, such as media.max_pixels
+    default: str  # as YAML
+    meaning: str
+    changes_numbers: bool
+
+
+def keys_of(name: str, default: Any, metadata: Mapping[str, Any]) -> Iterator[Key]:
+    """The key ``name``, or those of the section that it is, in order. ``metadata``: of its dataclass field."""
+    if not dataclasses.is_dataclass(default):
+        yield Key(name, _yaml(default), metadata.get("help", ""), metadata.get("changes_numbers", False))
+        return
+    for entry in dataclasses.fields(default):
+        yield from keys_of(f"{name}.{entry.name}", getattr(default, entry.name), entry.metadata)
 
 
 def _yaml(value: Any) -> str:
