@@ -20,7 +20,6 @@ from mediafm_ray.config import ConfigError, ResourcesConfig
 from mediafm_ray.pipeline.stage_list import Pool
 
 GB = 10**9
-START_TIMEOUT_S = 600  # for the actors of a Ray of our own to load their models
 IDLE_WORKER_MS = 60_000  # a task's process takes 2 s of a core to start, and Ray ends it after one idle second
 STARVED_S = 60.0  # without an actor that works, until it is said which resources a stage waits for
 MAX_SILENCE_S = 3600.0  # between two such lines; the pauses double until then
@@ -52,8 +51,7 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
     try:
         context = DataContext.get_current()
         context.enable_progress_bars = False
-        # actors that still import torch would take the cores from the first titles; a cluster has others, or grows
-        context.wait_for_min_actors_s = -1 if address else START_TIMEOUT_S
+        context.wait_for_min_actors_s = -1  # the detector begins with the first titles while the encoders are loaded
         context.execution_no_progress_timeout_s = resources.no_progress_timeout_s or -1
         yield
     finally:
