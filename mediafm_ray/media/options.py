@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mediafm_ray.spec import recipe, resource
+from mediafm_ray.spec import recipe, recipe_of, resource
+
+DECODERS = ("cpu", "cuda", "auto")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class MediaConfig:
     threads: int = resource(
         1, "decoder threads of one reading process; with more, what a decoder makes up in damaged H.264 depends on their timing"
     )
+    decoder: str = resource(
+        "cpu",
+        "cpu; cuda: an NVIDIA card where it can decode the title, else the CPU, with a warning; auto: the same without a warning where "
+        "there is no card. With cuda and auto the dataset version is another one than with cpu",
+    )
     read_ahead_mb: int = resource(8, "bytes asked for at once from object storage, in MB")
     storage_options: dict[str, Any] = resource({}, "options of the file system of remote videos (fsspec), e.g. endpoint_url")
 
@@ -74,3 +81,11 @@ class MediaConfig:
         wrong = [name for name in positive if getattr(self, name) <= 0]
         if wrong or self.threads < 0:
             raise ValueError(f"media.{wrong[0] if wrong else 'threads'} must be positive")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"media.decoder must be one of {', '.join(DECODERS)}, not {self.decoder!r}")
+
+
+def media_recipe(media: MediaConfig) -> dict[str, Any]:
+    """What changes the numbers. A card's pictures are scaled otherwise than a CPU's; which titles it takes depends on the machine, so all
+    settings that allow it make one version."""
+    return recipe_of(media) | ({"on_card": True} if media.decoder != "cpu" else {})
