@@ -4,8 +4,9 @@
     python -m benchmarks.gpu --only clip wav2vec2        # some parts again
     python -m benchmarks.gpu --device cpu --quick        # tiny shapes: does the program itself work?
 
-Needs torch, transformers and pillow, and makes its own inputs; weights are random, in the published architectures. Parts run in the order
-of their importance, every row is printed and written as soon as it is measured, and what no time is left for is named as left out.
+Needs torch, transformers and pillow, for decoding PyAV, too, and makes its own inputs; weights are random, in the published
+architectures. Parts run in the order of their importance, every row is printed and written as soon as it is measured, and what no time is
+left for is named as left out.
 
 Columns
     of matmul   floating-point operations of the network's products and convolutions a second (of training: three forward passes' worth),
@@ -20,6 +21,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.util
+import itertools
 import json
 import statistics
 import sys
@@ -27,7 +30,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -92,6 +97,7 @@ class Sizes:
     titles: int  # contextualised in a round
     detector_windows: int
     detector_frames: int  # compared with the CPU's
+    video: tuple[int, int, int]  # width, height, frames
     steps: int  # of training, measured
     most_rounds: int
 
@@ -111,6 +117,7 @@ FULL = Sizes(
     titles=128,
     detector_windows=64,
     detector_frames=300,
+    video=(1920, 1080, 480),
     steps=15,
     most_rounds=5,
 )
@@ -129,6 +136,7 @@ QUICK = Sizes(
     titles=2,
     detector_windows=1,
     detector_frames=30,
+    video=(640, 360, 30),
     steps=1,
     most_rounds=1,
 )
@@ -270,6 +278,8 @@ def measure_wav2vec2(bench: Bench) -> None:
     seconds = sum(map(len, sounds)) / SAMPLE_RATE
     cosine = least_cosine(ours.encode(shots[:3]).embeddings_SD, reference.encode(shots[:3]).embeddings_SD)
 
+    if ours.norm is not None:
+        ours.norm.lengths_B = None  # nothing is padded below
     for size in sizes.sound_batches:
         samples = torch.randn(size, round(SHOT_SECONDS * SAMPLE_RATE), device=bench.device, dtype=bench.dtype)
         speed = bench.speed(inferring(ours.model, samples), size * SHOT_SECONDS)
@@ -426,12 +436,6 @@ def _measure_titles(bench: Bench, shape: ShapeConfig, flops: float) -> tuple[flo
     return cosine, {**row, "times_plain": speed / plain_speed, "cosine": cosine, "note": note}
 
 
-def measure_compiled(bench: Bench) -> None:
-    """Training and inference through torch.compile, which takes a while."""
-    measure_training(bench, compiled=True)
-    measure_inference(bench, compiled=True)
-
-
 # ----------------------------------------------------------------------------------------------------------- detection
 
 
@@ -553,6 +557,126 @@ def _measure_halving(bench: Bench, name: str, encoder: Any, items: Sequence[Any]
         raise RuntimeError(f"{name}: micro-batches of {count} became {size}, least cosine {cosine:.6f}")
 
 
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+PARALLEL = 4  # titles decoded at once
+
+
+def make_video(path: Path, width: int, height: int, frames: int) -> None:
+    """H.264 of a drifting noisy picture with a cut every two seconds, 24 frames a second, at film's bit rate."""
+    import av
+
+    random = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"preset": "veryfast", "b": "7M", "g": "48"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(frames):
+            if number % 48 == 0:
+                coarse = random.integers(30, 220, (height // 12, width // 16), dtype=np.uint8)
+                scene = np.kron(coarse, np.ones((18, 16), np.uint8))[: height * 3 // 2]
+                scene = np.clip(scene.astype(np.int16) + random.integers(-6, 7, scene.shape), 0, 255).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.roll(scene, 2 * number, axis=1)), format="yuv420p")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def decoded(path: Path, card_scale: int = 0, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The detector's pictures and the luma of the first kept ones, as the reader makes them of a whole title. On the card where
+    ``card_scale`` says to how many times the kept size it scales."""
+    import av
+
+    from mediafm_ray.media.card import CardDecoder
+    from mediafm_ray.media.options import FramesConfig
+    from mediafm_ray.media.picture import Painter
+
+    size = FramesConfig().size
+    painter = Painter(size, Fraction(1))
+    tiny: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
+        packets = list(container.demux(stream)) if card_scale else []
+        taken = 0
+        first: list[Any] = []
+        while card_scale and not first:
+            first = stream.decode(packets[taken])
+            taken += 1
+        card = CardDecoder(stream, packets[:taken], first[0], Fraction(1), size, card_scale) if card_scale else None
+        if card is None:
+            frames: Any = container.decode(stream)
+        else:
+            painter.expect(first[0], card.kept)
+            frames = itertools.chain(card.frames, (frame for packet in packets[taken:] for frame in card.decode(packet)))
+        for frame in frames:
+            picture_HWC, working = painter.pictures(frame)
+            tiny.append(picture_HWC)
+            if len(kept) < 100:
+                kept.append(working.planes[: working.width * working.height].copy())
+            painter.discard(working)
+        if card is not None:
+            card.check_end()
+    return np.stack(tiny), np.stack(kept)
+
+
+def measure_decoding(bench: Bench) -> None:
+    """H.264 to the pictures that the reader makes, by the CPU and by the card, at several sizes that leave the card."""
+    from mediafm_ray.spec import CardError
+
+    path, frames = bench.folder / "film.mp4", bench.sizes.video[2]
+    make_video(path, *bench.sizes.video)
+    expected, expected_kept = decoded(path)
+    bench.row("decoding, CPU, 1 thread", "frames/s", bench.speed(lambda: decoded(path), frames))
+    bench.row("decoding, CPU, all threads", "frames/s", bench.speed(lambda: decoded(path, threads=0), frames))
+    for scale in (1, 2, 100):  # 100: nothing is scaled on the card
+        try:
+            found, found_kept = decoded(path, scale)
+        except CardError as error:
+            bench.left_out["decoding on the card"] = str(error)
+            print(f"decoding on the card: left out ({error})", flush=True)
+            return
+        speed = bench.speed(functools.partial(decoded, path, scale), frames)
+        several = bench.speed(functools.partial(_decode_several, path, scale), PARALLEL * frames)
+        note = f"{PARALLEL} titles at once {several:,.0f}; {len(found)} of {len(expected)} pictures"
+        if len(found) == len(expected):
+            note += f"; the detector's differ by {_difference(found, expected)}, kept luma by {_difference(found_kept, expected_kept)}"
+        bench.row(f"decoding, card, scaled to {scale} x kept size", "frames/s", speed, note=note)
+
+
+def _decode_several(path: Path, scale: int) -> None:
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(lambda _: decoded(path, scale), range(PARALLEL)))
+
+
+def _difference(found: np.ndarray, expected: np.ndarray) -> str:
+    levels = np.abs(found.astype(np.int16) - expected)
+    return f"{levels.mean():.2f} of 255 on average, {levels.max()} at most"
+
+
+def measure_reader(bench: Bench) -> None:
+    """Whole titles through the reading process, by the CPU and by the card."""
+    from benchmarks.reading import EvenShots
+    from mediafm_ray.media.isolation import IsolatedReader
+    from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
+    from mediafm_ray.spec import CardError, Title
+
+    path = bench.folder / "film.mp4"
+    if not path.exists():
+        make_video(path, *bench.sizes.video)
+    for decoder in ("cpu", "cuda"):
+        reader = IsolatedReader(FramesConfig(), TimedTextConfig(), MediaConfig(decoder=decoder))
+        try:
+            media = reader.read(Title("film", str(path)), EvenShots(48))
+            speed = bench.speed(lambda reader=reader: reader.read(Title("film", str(path)), EvenShots(48)), media.frame_count)  # type: ignore[misc]
+        except CardError as error:
+            bench.row(f"reading process, {decoder}", "frames/s", 0.0, note=f"gave up: {error}")
+            continue
+        finally:
+            reader.close()
+        note = f"by {media.facts.get('decoder', 'the CPU')}; {media.frame_count} pictures; {'; '.join(media.warnings) or 'no warning'}"
+        bench.row(f"reading process, {decoder}", "frames/s", speed, note=note)
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -561,6 +685,7 @@ class Part:
     measure: Callable[[Bench], None]
     seconds: float  # that it takes on an H100, about: it is not begun with less left
     needs_gpu: bool = False
+    modules: tuple[str, ...] = ()  # that it needs, besides those of all
 
 
 PARTS = {  # the most important first
@@ -570,7 +695,10 @@ PARTS = {  # the most important first
     "training": Part(measure_training, 60),
     "memory": Part(measure_memory, 25, needs_gpu=True),
     "detection": Part(measure_detection, 25),
-    "compiled": Part(measure_compiled, 100, needs_gpu=True),
+    "decoding": Part(measure_decoding, 50, modules=("av",)),
+    "reader": Part(measure_reader, 25, modules=("av", "fsspec", "pysubs2", "ttconv")),
+    "compiled-inference": Part(functools.partial(measure_inference, compiled=True), 50, needs_gpu=True),
+    "compiled-training": Part(functools.partial(measure_training, compiled=True), 60, needs_gpu=True),
 }
 
 
@@ -601,6 +729,8 @@ def run(bench: Bench, name: str, part: Part) -> None:
     """One part; one that fails is told, and the others go on, for time on such a machine is dear."""
     if part.needs_gpu and not bench.on_gpu:
         bench.left_out[name] = "needs a GPU"
+    elif missing := [module for module in part.modules if sys.modules.get(module, ...) is None or importlib.util.find_spec(module) is None]:
+        bench.left_out[name] = f"{', '.join(missing)} not installed"
     elif bench.left_s < part.seconds:
         bench.left_out[name] = f"{bench.left_s:.0f} s left, takes {part.seconds:.0f} s"
     if name in bench.left_out:

@@ -44,7 +44,15 @@ def codec_of(stream: av.VideoStream) -> str:
 class CardDecoder:
     """The card's decoder of one title. Frames are as the CPU's, but smaller, and NV12 or P010."""
 
-    def __init__(self, stream: av.VideoStream, packets: Sequence[Any], first: av.VideoFrame, pixel_aspect: Fraction, size: int) -> None:
+    def __init__(
+        self,
+        stream: av.VideoStream,
+        packets: Sequence[Any],
+        first: av.VideoFrame,
+        pixel_aspect: Fraction,
+        size: int,
+        scale: int = CARD_SCALE,
+    ) -> None:
         """``first``: what the CPU made of ``packets``, from the title's start; ``size``: shorter side of a kept frame.
 
         Raises CardError where the card cannot decode the title: no driver, no decoder, a pixel format that it does not know.
@@ -55,7 +63,7 @@ class CardDecoder:
         self.context = cast(Any, av.CodecContext.create(self.name, "r"))
         self.context.extradata = stream.codec_context.extradata
         self.context.width, self.context.height, self.context.pix_fmt = first.width, first.height, first.format.name
-        width, height = (CARD_SCALE * side for side in self.kept)
+        width, height = (scale * side for side in self.kept)
         if width < first.width and height < first.height:
             self.context.options = {"resize": f"{width}x{height}"}
         self.durations: dict[int, int] = {}  # by time stamp, of packets whose picture has not come

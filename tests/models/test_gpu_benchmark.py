@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import random_transnet
+from benchmarks.gpu import main, random_transnet
+from mediafm_ray.media.card import is_visible
 from mediafm_ray.models import weights
 from mediafm_ray.models.loading import load_state
 from mediafm_ray.models.options import DetectorConfig
@@ -47,3 +48,17 @@ def test_the_random_detector_has_the_shapes_of_the_published_one(tmp_path):
         name: tensor.shape for name, tensor in published.items() if not name.endswith("num_batches_tracked")
     }
     assert all(torch.isfinite(tensor).all() for tensor in random.values())
+
+
+def test_decoding_is_measured_where_pyav_is(capsys):
+    threads = torch.get_num_threads()
+    try:
+        assert main(["--device", "cpu", "--quick", "--only", "decoding", "reader"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    told = capsys.readouterr().out
+    assert "decoding, CPU, 1 thread" in told
+    assert "reading process, cuda" in told
+    if not is_visible():
+        assert "decoding on the card: left out (h264_cuvid cannot be opened" in told
+        assert "by the CPU; 30 pictures; decoded on the CPU" in told
