@@ -1,12 +1,13 @@
 # make demo   the whole program on real footage, with no network beyond the package index, no key, no GPU
 # make test   the tests; make test-slow the long ones too
 # make lint   ruff and mypy
+# make docs   docs/configuration.md, from the dataclasses
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format environment clean
+.PHONY: demo test test-slow lint format docs environment clean
 
 demo: $(READY)
 	$(BIN)/python -m jobs.demo
@@ -26,6 +27,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)
+	$(BIN)/python -m docs.configuration
 
 environment: $(READY)
 

@@ -32,7 +32,8 @@ from benchmarks.stored_titles import commit_title, make_model
 from mediafm_ray.config import ContextualiseCatalogConfig, read_config
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.plan import Plan
-from mediafm_ray.pipeline.stages import contextual_file, with_threads
+from mediafm_ray.pipeline.stage_list import stored_pool
+from mediafm_ray.pipeline.stages import contextual_file
 from mediafm_ray.pipeline.stored import READING_THREADS, WRITING_THREADS, ContextualiseStored, make_stored_plan, read_shots
 from mediafm_ray.storage.dataset import Output, contextual, sibling
 
@@ -45,7 +46,7 @@ MB = 1e6
 def main() -> None:
     """Make the titles, measure, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--titles", type=int, default=60, help="the figure in the README is for 1000 where it says so")
+    parser.add_argument("--titles", type=int, default=60, help="the figure in docs/benchmarks.md is for 1000 where it says so")
     parser.add_argument("--shots", type=int, default=700)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--full-titles", type=int, default=6, help="titles for the full model; 0 = leave it out")
@@ -120,8 +121,8 @@ def build(output: Path, checkpoint: Path, overrides: list[str]) -> tuple[Plan, C
     config = read_config(ContextualiseCatalogConfig, [], [f"output.uri={output}", f"contextualiser.checkpoint={checkpoint}", *overrides])
     forget(output)
     plan = make_stored_plan(config)
-    options = with_threads(config.contextualiser, config.resources.contextualise)
-    return plan, ContextualiseStored(config.output.uri, plan.model, plan.checkpoint, options, config.storage)
+    (stage,) = stored_pool(plan, config).build()
+    return plan, stage
 
 
 def read_all(plan: Plan, output: Path) -> None:

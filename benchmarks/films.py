@@ -1,6 +1,7 @@
 """Prints which vectors know what stands around a shot: scenes, places and titles, in films with known truth, from held-out sources.
 
     python -m benchmarks.films FOLDER [FOLDER ...] [--same tears,tos] [--seeds 3] [--takes takes.npz]
+    python -m benchmarks.films FOLDER [FOLDER ...] --growth 50 500 5000 [--steps 150 600]
 
 The films are those of benchmarks.film_making, once without cut-aways and once with 15 % of them. For each seed the sources are split by
 film into those to train on and those held out; 400 films are made of the former and two contextualisers trained on them, the default
@@ -14,6 +15,9 @@ objective and the recipe. On the films of the held-out sources each kind of vect
     own place   ... and the place that cut-aways themselves show: what a vector gives up for its context
     title       share of clips (3 to 6 shots) whose title is the nearest, the clip's own shots left out of it
     masked      cosine to the original at hidden shots (contextualisers, and the mean of the four nearest visible shots)
+
+With --growth it trains the default objective on so many films (a tenth of them held out) for so many steps, and prints what that gains
+over context without training, on films with cut-aways.
 
 Intervals of 95 % are a bootstrap over films and over sources (a shot counts as often as its film and its source are both drawn), of all
 seeds together; scenes and titles over films only. Differences are on the same shots.
@@ -61,6 +65,8 @@ CONTEXT = TrainingConfig(
 )
 RECIPE_SHAPE = ShapeConfig(hidden_size=256, num_hidden_layers=3, num_attention_heads=4, intermediate_size=1024, max_shots=128)
 RECIPE = replace(CONTEXT, objective="recipe", optimiser="adamw", learning_rate=0.001)  # Muon computes in bfloat16: slow on many CPUs
+FUSION = FusionConfig("l2")
+GROWTH_FIGURES = ("in film", "elsewhere", "scenes", "ordinary", "cut-aways", "title")
 FIGURES = ("in film", "elsewhere", "scenes", "true count", "ordinary", "cut-aways", "own place", "title", "masked")
 Vectors = list[np.ndarray]  # (S, D) of each film
 
@@ -87,7 +93,8 @@ class FilmTitles:
     def __init__(self, films: Sequence[Film]):
         self.titles = [TitleVectors(film.title_id, film.fused_SD, shot_times(film.start_S, film.end_S), None) for film in films]
         self.sizes = np.array([len(film.start_S) for film in films])
-        self.train, self.held_out = np.arange(HELD_OUT_FILMS, len(films)), np.arange(HELD_OUT_FILMS)
+        held_out = min(HELD_OUT_FILMS, max(1, len(films) // 10))
+        self.train, self.held_out = np.arange(held_out, len(films)), np.arange(held_out)
         self.spans = MappingProxyType(spans({name: part.shape[1] for name, part in films[0].parts.items()}))
         self.fused_dim, self.metadata_dim = films[0].fused_SD.shape[1], films[0].parts["text"].shape[1]
 
@@ -248,16 +255,20 @@ def masked_cosines(films: Sequence[Film], model: Any | None, sources: Sequence[i
 # ------------------------------------------------------------------------------------------------------------ table
 
 
+def test_films(takes: Takes, seed: int, cut_aways: float) -> tuple[np.ndarray, list[Film], list[Film], list[int]]:
+    """Places to train on, films of the others to measure on and to train probes on, and the source of every place."""
+    to_train, held_out = split_films(takes, seed)
+    names = sorted(set(takes.film_of_place))
+    films = make_films(takes, held_out, TEST_FILMS, 1000 + seed, cut_aways, FUSION)
+    others = make_films(takes, held_out, PROBE_FILMS, 2000 + seed, cut_aways, FUSION)
+    return to_train, films, others, [names.index(film) for film in takes.film_of_place]
+
+
 def run_seed(takes: Takes, seed: int, cut_aways: float) -> dict[str, dict[str, Scores]]:
     """All figures of all kinds of vectors on one split."""
     begun = time.perf_counter()
-    to_train, held_out = split_films(takes, seed)
-    names = sorted(set(takes.film_of_place))
-    sources = [names.index(film) for film in takes.film_of_place]
-    fusion = FusionConfig("l2")
-    films = make_films(takes, held_out, TEST_FILMS, 1000 + seed, cut_aways, fusion)
-    others = make_films(takes, held_out, PROBE_FILMS, 2000 + seed, cut_aways, fusion)
-    training = make_films(takes, to_train, TRAIN_FILMS, 3000 + seed, cut_aways, fusion)
+    to_train, films, others, sources = test_films(takes, seed, cut_aways)
+    training = make_films(takes, to_train, TRAIN_FILMS, 3000 + seed, cut_aways, FUSION)
     models: dict[str, Any] = {"untrained context": builtin_model()}
     models["trained context"], rows = train(training, ShapeConfig(max_shots=128), replace(CONTEXT, seed=seed))
     models["recipe"], _ = train(training, RECIPE_SHAPE, replace(RECIPE, seed=seed))
@@ -348,6 +359,35 @@ def print_table(found: Sequence[dict[str, dict[str, Scores]]]) -> None:
         print(f"| {kind} minus {base} | " + " | ".join(cells) + " |", flush=True)
 
 
+def print_growth(takes: Takes, seeds: int, sizes: Sequence[int], steps: Sequence[int]) -> None:
+    """A row a number of films and of steps: what training gains, and what it says of itself on the films it holds out."""
+    cut_aways = CUT_AWAYS[1]
+    found: dict[tuple[int, int], list[dict[str, Scores]]] = {(size, count): [] for size in sizes for count in steps}
+    base: list[dict[str, Scores]] = []
+    taken = dict.fromkeys(found, 0.0)
+    for seed in range(seeds):
+        to_train, films, others, sources = test_films(takes, seed, cut_aways)
+
+        def measured(model: Any, seed: int = seed, films: Any = films, others: Any = others, sources: Any = sources) -> dict[str, Scores]:
+            return measure(films, contextual(model, films), others, contextual(model, others), sources, seed)
+
+        base.append(measured(builtin_model()))
+        training = make_films(takes, to_train, max(sizes), 3000 + seed, cut_aways, FUSION)
+        for size, count in found:
+            begun = time.perf_counter()
+            model, rows = train(training[:size], ShapeConfig(max_shots=128), replace(CONTEXT, seed=seed, steps=count))
+            taken[size, count] += (time.perf_counter() - begun) / seeds
+            found[size, count].append(measured(model))
+            print(f"seed {seed}, {size} films, {count} steps: held out {held_out_line(rows)}", flush=True)
+    print("\n| films | steps | seconds | " + " | ".join(GROWTH_FIGURES) + " |\n" + "|---" * (len(GROWTH_FIGURES) + 3) + "|")
+    for (size, count), figures in found.items():
+        cells = []
+        for name in GROWTH_FIGURES:
+            mean, low, high = interval([of_seed[name] for of_seed in figures], [of_seed[name] for of_seed in base])
+            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+        print(f"| {size} | {count} | {taken[size, count]:.0f} | " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
     """Embed the takes, or read them back; make films, train, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -355,6 +395,8 @@ def main() -> None:
     parser.add_argument("--same", action="append", default=[], help="first words of names that mean one film, separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--takes", default="", help="file to keep the embedded takes in, and to read them from when it is there")
+    parser.add_argument("--growth", type=int, nargs="+", default=[], metavar="FILMS", help="numbers of films to train on")
+    parser.add_argument("--steps", type=int, nargs="+", default=[150], help="of training, with --growth")
     options = parser.parse_args()
     if options.takes and Path(options.takes).exists():
         takes = Takes.load(options.takes)
@@ -365,6 +407,9 @@ def main() -> None:
     films = sorted(set(takes.film_of_place))
     size = f"{len(takes.place_N)} takes of {len(takes.film_of_place)} places in {len(films)} films"
     print(f"{time.strftime('%Y-%m-%d')}  {size}: {', '.join(films)}")
+    if options.growth:
+        print_growth(takes, options.seeds, options.growth, options.steps)
+        return
     for cut_aways in CUT_AWAYS:
         found = [run_seed(takes, seed, cut_aways) for seed in range(options.seeds)]
         print(f"\ncut-aways: {cut_aways:.0%} of the shots\n")

@@ -1,7 +1,7 @@
 """How long the pages take to be written and opened, and how large they are.
 
     python -m benchmarks.pages [--shots 1000] [--titles 20000] [--screenshots FOLDER]
-    python -m benchmarks.pages --pictures demo/embeddings/VERSION/pages     the pictures of benchmarks/figures/, and nothing else
+    python -m benchmarks.pages --pictures demo/embeddings/VERSION/pages     the pictures of docs/images/, and nothing else
 
 A title of the MediaFM profile's dimensions with pictures, captions, levels of sound, scenes and contextual embeddings is committed to a
 temporary output; jobs.report_title is run as a command; the page is opened in Chromium, where it is ready once the timeline answers keys
@@ -40,7 +40,7 @@ SHOTS_PER_SCENE = 12
 WORDS = ("the", "river", "keeps", "its", "own", "time", "we", "have", "only", "one", "boat", "tonight", "hold", "rope", "look", "back")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 VIEWPORT = {"width": 1280, "height": 900}
-FIGURES = Path(__file__).parent / "figures"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 PICTURES_MS = 500  # in which the page's pictures are decoded
 MARGIN = 18  # pixels below the last part shown
 
@@ -199,7 +199,7 @@ def take_pictures(pages: Path) -> None:
     """Pictures of the demo's pages: a title down to its similarities, the catalog down to its last line."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path())
-        for name, path, last in (("title_page", "titles/bikes.html", ".two"), ("catalog_page", "index.html", "#titles")):
+        for name, path, last in (("title_page", "titles/reels%2Freel-0.html", ".two"), ("catalog_page", "index.html", "#titles")):
             page = browser.new_page(viewport=VIEWPORT)  # type: ignore[arg-type]
             open_page(page, pages / path)
             if page.locator("#strip").count():
@@ -211,8 +211,8 @@ def take_pictures(pages: Path) -> None:
             page.evaluate("document.activeElement.blur()")
             page.wait_for_timeout(PICTURES_MS)
             picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-            FIGURES.mkdir(exist_ok=True)
-            picture.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(FIGURES / f"{name}.png", optimize=True)
+            IMAGES.mkdir(exist_ok=True)
+            picture.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(IMAGES / f"{name}.png", optimize=True)
         browser.close()
 
 

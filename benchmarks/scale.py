@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     from mediafm_ray.pipeline.plan import make_plan, prepare_output
     from mediafm_ray.pipeline.report import Console, Tally, follow
     from mediafm_ray.pipeline.run_log import RunLog
+    from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps
     from mediafm_ray.storage.store import Store
 
     start, console = time.monotonic(), Console()
@@ -168,13 +170,13 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     planned_s, begun = time.process_time(), time.monotonic()
     log = RunLog(console, Store(config.output.uri, config.storage))
     with log, connected(config.resources), sampled(tally, begun):
-        titles = graph.read_plan(plan)
-        titles = graph.detect_shots(titles, config, stage=NoDetection)
-        titles = graph.encode_video(titles, config, NoVideo)
-        titles = graph.encode_audio(titles, config, NoAudio)
-        titles = graph.encode_text(titles, config, stage=NoText)
-        titles = graph.fuse(titles, plan, config)
-        results = graph.write(titles, plan, config)
+        stand_ins = {kind.name: kind for kind in (NoDetection, NoVideo, NoAudio, NoText)}
+        steps = [
+            replace(step, stage=stand_ins[step.stage.name], model=None, others=()) if step.stage.name in stand_ins else step
+            for step in recipe_steps(plan, config)
+        ]
+        pools = make_pools(steps, config.resources)
+        results = graph.run_pools(graph.read_plan(plan), pools, config.resources.max_deaths_per_title)
         connected_s = time.process_time()
         follow(timed(graph.blocks(results), begun), tally, begun, console)
         say({"driver_s": time.process_time() - connected_s, "wall_s": time.monotonic() - begun, "plan_s": planned_s})

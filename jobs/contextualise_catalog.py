@@ -20,6 +20,7 @@ from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.report import Console, Tally, follow
 from mediafm_ray.pipeline.run_log import RunLog
+from mediafm_ray.pipeline.stage_list import stored_pool
 from mediafm_ray.pipeline.stored import make_stored_plan, prepare_stored_output
 from mediafm_ray.storage.store import Store
 
@@ -47,8 +48,9 @@ def contextualise(plan: Plan, config: ContextualiseCatalogConfig, console: Conso
 
     begun = time.monotonic()
     with connected(config.resources):
-        check_room(config.resources, {"contextualise": config.resources.contextualise})
-        results = graph.contextualise_stored(plan, config)
+        pool = stored_pool(plan, config)
+        check_room(config.resources, [pool])
+        results = graph.contextualise_stored(plan, pool, config.resources.max_deaths_per_title)
         follow(graph.blocks(results, console.say), tally, begun, console, Metrics(plan.model.dataset_version))
 
 

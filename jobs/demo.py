@@ -33,6 +33,7 @@ from mediafm_ray.config import (
     TrainContextualiserConfig,
     read_config,
 )
+from mediafm_ray.downstream.scenes import find_scenes
 from mediafm_ray.pipeline.command import run_job
 from mediafm_ray.pipeline.derived import contextual_dataset
 from mediafm_ray.pipeline.plan import BUILTIN_DATASET
@@ -119,10 +120,11 @@ def say(step: str, command: str) -> None:
 
 
 def print_changes(dataset: EmbeddingDataset) -> None:
-    """How near the shots of a reel's scene are to one another and to those of its other scene, before and after."""
+    """Print how near the shots of a reel's scenes are to one another, and how many reels have their scenes found, by vectors."""
     trained = contextual_dataset(dataset, "vectors.checkpoint", "", "")
     print(f"{'mean cosine between shots of a reel':<40}{'fused':>12}{'neighbours':>12}{'trained':>12}")
     rows: dict[str, list[list[float]]] = {"the same scene, the same take": [], "the same scene, the other take": [], "the other scene": []}
+    found = np.zeros(3, int)
     for number in range(REELS):
         title = f"reels/reel-{number}"
         shots = dataset.title(title)
@@ -130,11 +132,15 @@ def print_changes(dataset: EmbeddingDataset) -> None:
         pairs = ~np.eye(len(takes_S), dtype=bool)
         same_scene, same_take = scenes_S[:, None] == scenes_S, takes_S[:, None] == takes_S
         in_context = [dataset.title(title, name)["contextual_embedding"] for name in (BUILTIN_DATASET, trained)]
-        cosines = [cosine(embedding_values(vectors)) for vectors in (shots["fused_embedding"], *in_context)]
+        vectors_of = [embedding_values(vectors) for vectors in (shots["fused_embedding"], *in_context)]
+        boundaries = (np.flatnonzero(np.diff(scenes_S)) + 1).tolist()
+        found += [find_scenes(vectors_SD).first_K[1:].tolist() == boundaries for vectors_SD in vectors_of]
+        cosines = [cosine(vectors_SD) for vectors_SD in vectors_of]
         for row, chosen in zip(rows.values(), (same_scene & same_take, same_scene & ~same_take, ~same_scene), strict=True):
             row.append([float(one[chosen & pairs].mean()) for one in cosines])
     for kind, means in rows.items():
         print(f"{kind:<40}" + "".join(f"{mean:>12.3f}" for mean in np.mean(means, axis=0)))
+    print(f"{f'of {REELS} reels, both scenes found':<40}" + "".join(f"{count:>12}" for count in found))
 
 
 def cosine(vectors_SD: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
 from mediafm_ray.pipeline.report import Console, Tally, follow, reason_of, summary, summary_table
 from mediafm_ray.pipeline.run_log import RunLog
+from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps
 from mediafm_ray.spec import public_line
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.store import Store
@@ -64,23 +65,19 @@ def run(plan: Plan, tally: Tally, console: Console, work: Callable[[], None]) ->
 def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally, limits: Limits = NO_LIMITS) -> None:
     """The recipe, step by step, over the pending titles; ``tally`` counts how they end."""
     from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
+    from mediafm_ray.pipeline.allowance import SharedAllowance
     from mediafm_ray.pipeline.budget import SharedBudget
     from mediafm_ray.pipeline.cluster import check_room, connected
 
     begun = time.monotonic()
     with connected(config.resources):
-        check_room(config.resources, graph.pools(plan, config))
         budget = SharedBudget(limits)
-        titles = graph.read_plan(plan)
-        titles = graph.detect_shots(titles, config, budget)
-        titles = graph.encode_video(titles, config)
-        titles = graph.encode_audio(titles, config)
-        titles = graph.encode_text(titles, config, budget)
-        titles = graph.fuse(titles, plan, config)
-        titles = graph.contextualise(titles, plan, config)
-        results = graph.blocks(graph.write(titles, plan, config), console.say)
-        metrics = Metrics(plan.model.dataset_version)
-        follow(budget.follow(results, tally, limits.interrupted), tally, begun, console, metrics)
+        allowance = SharedAllowance(config.text) if config.text.encoder == "openai" else None
+        pools = make_pools(recipe_steps(plan, config, budget, allowance), config.resources)
+        check_room(config.resources, pools)
+        titles = graph.run_pools(graph.read_plan(plan), pools, config.resources.max_deaths_per_title)
+        results = budget.follow(graph.blocks(titles, console.say), tally, limits.interrupted)
+        follow(results, tally, begun, console, Metrics(plan.model.dataset_version))
 
 
 def say_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:

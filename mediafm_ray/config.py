@@ -11,7 +11,7 @@ import math
 import os
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -70,7 +70,7 @@ class StageConfig:
     """The actor pool of one stage."""
 
     min_actors: int = resource(1, "actors kept, at least 1")
-    max_actors: int = resource(1, "actors at most; 0 = one for every two cores of this machine")
+    max_actors: int = resource(0, "actors at most; 0 = one for every eight cores of this machine, of the detector one for every two")
     titles_per_call: int = resource(1, "titles that an actor takes at once, at most; more fill a GPU where titles are short")
     num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for an actor")
     num_gpus: float = resource(0.0, "GPUs that Ray reserves for an actor; fractions share one")
@@ -86,11 +86,10 @@ class StageConfig:
 
 
 def _detect_stage() -> StageConfig:
-    return StageConfig(max_actors=0, num_cpus=0.5)
+    return StageConfig(num_cpus=0.5)
 
 
-def _write_stage() -> StageConfig:
-    return StageConfig(max_actors=2)
+STAGES = ("detect_shots", "encode_video", "encode_audio", "encode_text", "contextualise", "write")  # in order
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,12 @@ class ResourcesConfig:
     encode_audio: StageConfig = field(default_factory=StageConfig)
     encode_text: StageConfig = field(default_factory=StageConfig)
     contextualise: StageConfig = field(default_factory=StageConfig)
-    write: StageConfig = field(default_factory=_write_stage)
+    write: StageConfig = field(default_factory=StageConfig)
+    pools: list[str] = resource(
+        [],
+        "stages that share their actors, such as encode_video+encode_audio, which then ask for what the largest of them does; others have "
+        "actors of their own. Empty = all stages but the detector share, where they ask for no GPU and for the same nodes",
+    )
     ray_address: str = resource("", "Ray cluster to join; empty = RAY_ADDRESS if it is set, else a Ray of its own on this machine")
     object_store_gb: float = resource(0.0, "object store of a Ray of its own, in GB; 0 = Ray's default (30 % of the memory)")
     max_deaths_per_title: int = resource(
@@ -115,6 +119,12 @@ class ResourcesConfig:
     def __post_init__(self) -> None:
         if self.object_store_gb < 0 or self.no_progress_timeout_s < 0:
             raise ValueError("resources.object_store_gb and no_progress_timeout_s cannot be negative")
+        for group in self.pools:
+            if "+".join(STAGES).find(group) < 0 or not set(group.split("+")) <= set(STAGES):
+                raise ValueError(f"resources.pools: {group} is not a part of {'+'.join(STAGES)}")
+        pooled = [stage for group in self.pools for stage in group.split("+")]
+        if len(set(pooled)) < len(pooled):
+            raise ValueError("resources.pools: a stage stands in two pools")
         if self.max_deaths_per_title < 1:
             raise ValueError(f"resources.max_deaths_per_title must be at least 1, is {self.max_deaths_per_title}")
 
@@ -648,26 +658,37 @@ def describe(kind: type[Any]) -> str:
     """Every key of a job's configuration with its default and meaning, for --help."""
     lines = []
     for section in dataclasses.fields(kind):
-        default = section.default_factory() if section.default_factory is not dataclasses.MISSING else section.default
+        default = default_of(section)
         if dataclasses.is_dataclass(default):
             lines += ["", f"{section.name}: {(type(default).__doc__ or '').splitlines()[0]}"]
-            leaves = list(_leaves(section.name, default))
-        else:  # a key of its own
-            leaves = [(section.name, _yaml(default), section.metadata.get("help", ""))]
-        for key, value, help_ in leaves:
-            lines.append(f"  {key}={value}")
-            lines += textwrap.wrap(help_, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        for key in keys_of(section.name, default, section.metadata):
+            lines.append(f"  {key.name}={key.default}")
+            lines += textwrap.wrap(key.meaning, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
-def _leaves(prefix: str, config: Any) -> Iterator[tuple[str, str, str]]:
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        key = f"{prefix}.{entry.name}"
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(key, value)
-        else:
-            yield key, _yaml(value), entry.metadata.get("help", "")
+def default_of(entry: dataclasses.Field[Any]) -> Any:
+    """Return the default of a dataclass field, made anew where a factory makes it."""
+    return entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a configuration as people read about it."""
+
+    name: str  # in full, such as media.max_pixels
+    default: str  # as YAML
+    meaning: str
+    changes_numbers: bool
+
+
+def keys_of(name: str, default: Any, metadata: Mapping[str, Any]) -> Iterator[Key]:
+    """The key ``name``, or those of the section that it is, in order. ``metadata``: of its dataclass field."""
+    if not dataclasses.is_dataclass(default):
+        yield Key(name, _yaml(default), metadata.get("help", ""), metadata.get("changes_numbers", False))
+        return
+    for entry in dataclasses.fields(default):
+        yield from keys_of(f"{name}.{entry.name}", getattr(default, entry.name), entry.metadata)
 
 
 def _yaml(value: Any) -> str:

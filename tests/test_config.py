@@ -1,5 +1,6 @@
 """Configuration: merged in order, and every mistake named before anything starts."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,10 @@ def test_later_files_and_overrides_win(tmp_path):
         (["frame.per_shot=3"], "frame"),
         (["frames.per_shot=many"], "frames.per_shot"),
         (["run.max_failed_fraction=2"], "run.max_failed_fraction"),
-        (["resources.encode_video.min_actors=3"], "min_actors"),
+        (["resources.encode_video.min_actors=3", "resources.encode_video.max_actors=2"], "min_actors"),
+        (["resources.pools=[encode_video+write]"], "encode_video+write is not a part of"),
+        (["resources.pools=[encode_vid]"], "encode_vid is not a part of"),
+        (["resources.pools=[encode_video+encode_audio,encode_audio+encode_text]"], "a stage stands in two pools"),
         (["catalog.uri"], "key=value"),
         (["frames=3"], "frames"),
         (["frames.per_shot=0"], "frames.per_shot"),
@@ -42,7 +46,7 @@ def test_later_files_and_overrides_win(tmp_path):
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(overrides, named):
-    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=re.escape(named)):
         read(*overrides)
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import ray
 from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mediafm_ray.config import ConfigError, ResourcesConfig, StageConfig
+from mediafm_ray.config import ConfigError, ResourcesConfig
+from mediafm_ray.pipeline.stage_list import Pool
 
 GB = 10**9
 START_TIMEOUT_S = 600  # for the actors of a Ray of our own to load their models
@@ -74,7 +75,7 @@ def _have_token() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> None:
+def check_room(resources: ResourcesConfig, pools: Sequence[Pool]) -> None:
     """Raise ConfigError when there is no room for the smallest pools: the graph would starve silently.
 
     Only of a Ray of our own: a cluster may be about to grow.
@@ -82,13 +83,14 @@ def check_room(resources: ResourcesConfig, pools: dict[str, StageConfig]) -> Non
     if resources.ray_address or os.environ.get("RAY_ADDRESS"):
         return
     available = ray.cluster_resources()
-    for name, pool in pools.items():
+    sizes = {pool.name: pool.resources for pool in pools}
+    for name, pool in sizes.items():
         if pool.node_resource and pool.node_resource not in available:
             raise ConfigError(f"resources.{name}.node_resource={pool.node_resource}: a local Ray has no such resource; leave it empty")
-    cpus = sum(pool.min_actors * pool.num_cpus for pool in pools.values())
-    gpus = sum(pool.min_actors * pool.num_gpus for pool in pools.values())
+    cpus = sum(pool.min_actors * pool.num_cpus for pool in sizes.values())
+    gpus = sum(pool.min_actors * pool.num_gpus for pool in sizes.values())
     if cpus > available.get("CPU", 0) or gpus > available.get("GPU", 0):
-        wanted = ", ".join(f"{name} {pool.min_actors} x {pool.num_cpus:g} CPU {pool.num_gpus:g} GPU" for name, pool in pools.items())
+        wanted = ", ".join(f"{name} {pool.min_actors} x {pool.num_cpus:g} CPU {pool.num_gpus:g} GPU" for name, pool in sizes.items())
         raise ConfigError(
             f"the stages want {cpus:g} CPUs and {gpus:g} GPUs at least ({wanted}), and Ray has {available.get('CPU', 0):g} and "
             f"{available.get('GPU', 0):g}: "

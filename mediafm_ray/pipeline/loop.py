@@ -7,28 +7,14 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from mediafm_ray.config import EmbedCatalogConfig
-from mediafm_ray.pipeline import stages
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.rows import Stage
-from mediafm_ray.pipeline.stages import with_threads
+from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps
 
 
 def build_stages(plan: Plan, config: EmbedCatalogConfig) -> list[Stage]:
     """Every stage of the graph, with its models loaded, in order."""
-    resources = config.resources
-    found: list[Stage] = [
-        stages.DetectShots(
-            with_threads(config.detector, resources.detect_shots), config.frames, config.timed_text, config.media, config.storage
-        ),
-        stages.EncodeVideo(with_threads(config.video, resources.encode_video)),
-        stages.EncodeAudio(with_threads(config.audio, resources.encode_audio)),
-        stages.EncodeText(with_threads(config.text, resources.encode_text)),
-        stages.Fuse(plan.model.dims["fused"], config.fusion),
-    ]
-    if plan.checkpoint:
-        contextualiser = with_threads(config.contextualiser, resources.contextualise)
-        found.append(stages.Contextualise(contextualiser, plan.model.dims["fused"]))
-    return [*found, stages.WriteTitle(config.output.uri, plan.model, plan.checkpoint, config.storage)]
+    return [stage for pool in make_pools(recipe_steps(plan, config), config.resources) for stage in pool.build()]
 
 
 def run(pending: pa.Table, steps: Sequence[Stage]) -> Iterator[pa.Table]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -16,7 +15,6 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.config import StageConfig
 from mediafm_ray.media.loudness import audio_levels
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.models.encoder import build_audio_encoder, build_text_encoder, build_video_encoder
@@ -57,20 +55,6 @@ from mediafm_ray.storage.store import StorageConfig, fsspec_options
 
 CAP_REACHED = "max_cost_usd"  # why a run took no more titles
 FACTS = ("title_id", "source", "video", "dataset_version", "dims", "spans")  # that the objects of a title share
-
-
-def with_threads(config: Any, stage: StageConfig) -> Any:
-    """A model's configuration with its number of CPU threads decided: what is configured, else its share of the machine."""
-    if config.threads:
-        return config
-    cores = os.cpu_count() or 1
-    threads = int(stage.num_cpus) if stage.num_cpus >= 1 else cores // max_actors(stage)
-    return dataclasses.replace(config, threads=max(1, threads))
-
-
-def max_actors(stage: StageConfig) -> int:
-    """The largest size of a stage's actor pool."""
-    return max(stage.min_actors, stage.max_actors or (os.cpu_count() or 1) // 2)
 
 
 class TitleBudget(Protocol):

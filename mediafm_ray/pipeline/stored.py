@@ -261,7 +261,7 @@ class ContextualiseStored:
 
     name = "contextualise_stored"
 
-    def __init__(self, output_uri: str, model: Model, checkpoint: str, config: ContextualiserConfig, storage: StorageConfig):
+    def __init__(self, config: ContextualiserConfig, output_uri: str, model: Model, checkpoint: str, storage: StorageConfig):
         from mediafm_ray.models.contextualiser import TitleContextualiser
 
         self.contextualiser = TitleContextualiser(config)

@@ -301,6 +301,14 @@ def test_weights_that_no_actor_can_load_exit_with_2_and_one_line(videos, tmp_pat
     assert "run the same command again" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pools", ["detect_shots", "detect_shots+encode_video+encode_audio+encode_text+contextualise+write"])
+def test_results_do_not_depend_on_which_stages_share_a_process(videos, checkpoint, undisturbed, tmp_path, pools):
+    done = embed(videos, tmp_path / "out", checkpoint, f"resources.pools=[{pools}]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert objects(tmp_path / "out") == objects(undisturbed[0])
+
+
 def test_a_bad_catalog_exits_with_2_and_names_its_rows(tmp_path):
     catalog = tmp_path / "catalog.csv"
     catalog.write_text("title_id,video\na,a.mp4\na,b.mp4\n,c.mp4\n")

@@ -49,7 +49,7 @@ def folders(tmp_path_factory):
     make_contextualiser(checkpoint, fused_dim=48, metadata_dim=16, initializer_range=0.2)
     config = read_config(ContextualiseCatalogConfig, [], [f"output.uri={output}", f"contextualiser.checkpoint={checkpoint}"])
     plan = make_stored_plan(config)
-    stage = ContextualiseStored(str(output), plan.model, plan.checkpoint, config.contextualiser, config.storage)
+    stage = ContextualiseStored(config.contextualiser, str(output), plan.model, plan.checkpoint, config.storage)
     assert [table["error"][0].as_py() for table in stage(plan.pending)] == [None] * TITLES
     rows = [
         (f"00{title}", SHOT_S * shot, SHOT_S * (shot + 1), bool(has_label(title)[shot])) for title in range(TITLES) for shot in range(SHOTS)

@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
 def contextualise(output, checkpoint):
     config = read_config(ContextualiseCatalogConfig, [], [f"output.uri={output}", f"contextualiser.checkpoint={checkpoint}"])
     plan = make_stored_plan(config)
-    stage = ContextualiseStored(str(output), plan.model, plan.checkpoint, config.contextualiser, config.storage)
+    stage = ContextualiseStored(config.contextualiser, str(output), plan.model, plan.checkpoint, config.storage)
     assert [table["error"][0].as_py() for table in stage(plan.pending)] == [None] * plan.pending.num_rows
 
 

@@ -13,6 +13,7 @@ from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.deaths import DeathRegister
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.rows import Stage, plan_table
+from mediafm_ray.pipeline.stage_list import Pool, Step
 from mediafm_ray.storage.dataset import Model
 
 DEADLY = ("deadly",)
@@ -25,7 +26,7 @@ class Deadly(Stage):
     name = "deadly"
     takes = ("title_id",)
 
-    def __init__(self, *arguments):
+    def __init__(self):
         self.done = []
 
     @property
@@ -62,7 +63,8 @@ def test_deadly_titles_fail_and_the_others_are_done(titles_per_call):
     overrides = [f"resources.encode_video.titles_per_call={titles_per_call}", "resources.max_deaths_per_title=2"]
     config = read_config(EmbedCatalogConfig, [], overrides)
     with connected(config.resources):
-        titles = graph.encode_video(graph.read_plan(plan_of(TITLES)), config, stage=Deadly)
+        pool = Pool((Step(Deadly, config.resources.encode_video),))
+        titles = graph.run_pools(graph.read_plan(plan_of(TITLES)), [pool], config.resources.max_deaths_per_title)
         titles.context.custom_execution_callback_classes.append(Kept)
         blocks = list(graph.blocks(titles))
     assert sum(Kept.numbers) == 2 * len(blocks)  # of two operators, each held for one step: memory does not grow with titles

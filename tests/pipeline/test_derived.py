@@ -61,7 +61,7 @@ def contextualise(output, checkpoint, seed=0):
     make_contextualiser(checkpoint, fused_dim=48, metadata_dim=16, initializer_range=0.2 + 0.01 * seed)
     config = read_config(ContextualiseCatalogConfig, [], [f"output.uri={output}", f"contextualiser.checkpoint={checkpoint}"])
     plan = make_stored_plan(config)
-    stage = ContextualiseStored(str(output), plan.model, plan.checkpoint, config.contextualiser, config.storage)
+    stage = ContextualiseStored(config.contextualiser, str(output), plan.model, plan.checkpoint, config.storage)
     assert [table["error"][0].as_py() for table in stage(plan.pending)] == [None] * plan.pending.num_rows
     return plan.checkpoint
 

@@ -13,6 +13,7 @@ from mediafm_ray.config import EmbedCatalogConfig, read_config
 from mediafm_ray.pipeline import cluster, graph
 from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.rows import Stage
+from mediafm_ray.pipeline.stage_list import Pool, Step
 from tests.pipeline.test_deaths import plan_of
 
 TITLES = [f"title-{number:02d}" for number in range(60)]
@@ -24,9 +25,6 @@ class Quick(Stage):
 
     name = "quick"
     takes = ("title_id",)
-
-    def __init__(self, *arguments):
-        pass
 
     @property
     def adds(self):
@@ -62,8 +60,8 @@ def test_a_quick_stage_does_not_run_far_ahead_of_a_slow_one(monkeypatch):
     monkeypatch.setattr(graph, "TITLES_PER_PART", 4)
     config = read_config(EmbedCatalogConfig, [], ["resources.encode_audio.titles_per_call=3"])
     with connected(config.resources):
-        titles = graph.encode_video(graph.read_plan(plan_of(TITLES)), config, stage=Quick)
-        blocks = list(graph.blocks(graph.encode_audio(titles, config, stage=Slow)))
+        pools = [Pool((Step(Quick, config.resources.encode_video),)), Pool((Step(Slow, config.resources.encode_audio),))]
+        blocks = list(graph.blocks(graph.run_pools(graph.read_plan(plan_of(TITLES)), pools, 3)))
     assert [block.num_rows for block in blocks] == [1] * len(TITLES)
     rows = [block.to_pylist()[0] for block in blocks]
     assert [row["title_id"] for row in sorted(rows, key=lambda row: row["quick_at"])] == TITLES
@@ -88,14 +86,14 @@ def test_a_stage_for_which_another_job_leaves_no_room_is_named_until_it_has_some
                 if len(said) == 2:
                     ray.kill(holder)
 
-            titles = graph.encode_video(graph.read_plan(plan_of(["one"])), config, stage=Quick)
-            blocks = list(graph.blocks(graph.encode_audio(titles, config, stage=Slow), say))
+            pools = [Pool((Step(Quick, config.resources.encode_video),)), Pool((Step(Slow, config.resources.encode_audio),))]
+            blocks = list(graph.blocks(graph.run_pools(graph.read_plan(plan_of(["one"])), pools, 3), say))
     finally:
         machines.shutdown()
     assert [block["title_id"].to_pylist() for block in blocks] == [["one"]]
     assert len(said) == 2
     for line in said:  # the other stage has its actor, and half a CPU is left
-        assert line.startswith("stage Slow has waited for resources for 0 min: an actor needs 1.5 CPU, and free are 0.75 of 2 CPU")
+        assert line.startswith("stage slow has waited for resources for 0 min: an actor needs 1.5 CPU, and free are 0.75 of 2 CPU")
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_contextual_vectors_are_searched_with_the_parts_of_the_fused(output, tmp
     make_contextualiser(checkpoint, fused_dim=48, metadata_dim=16, initializer_range=0.2)
     config = read_config(ContextualiseCatalogConfig, [], [f"output.uri={output}", f"contextualiser.checkpoint={checkpoint}"])
     plan = make_stored_plan(config)
-    stage = ContextualiseStored(str(output), plan.model, plan.checkpoint, config.contextualiser, config.storage)
+    stage = ContextualiseStored(config.contextualiser, str(output), plan.model, plan.checkpoint, config.storage)
     assert [table["error"][0].as_py() for table in stage(plan.pending)] == [None] * len(TITLES)
     index = tmp_path / "index"
     assert build(output, index, "vectors.kind=contextual") == 0

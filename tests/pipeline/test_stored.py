@@ -18,6 +18,7 @@ from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline import graph
 from mediafm_ray.pipeline.cluster import connected
+from mediafm_ray.pipeline.stage_list import stored_pool
 from mediafm_ray.pipeline.stages import Contextualise, WriteTitle
 from mediafm_ray.pipeline.stored import ContextualiseStored, make_stored_plan, prepare_stored_output
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, Output, read_failures, title_facts
@@ -68,7 +69,7 @@ def compute(config):
     """Plan and do what is pending in one call of the stage; the plan, and the results by title."""
     plan = make_stored_plan(config)
     prepare_stored_output(plan, config)
-    stage = ContextualiseStored(config.output.uri, plan.model, plan.checkpoint, config.contextualiser, config.storage)
+    stage = ContextualiseStored(config.contextualiser, config.output.uri, plan.model, plan.checkpoint, config.storage)
     results = [row for table in stage(plan.pending) for row in table.to_pylist()]
     return plan, {row["title_id"]: row for row in results}
 
@@ -139,7 +140,7 @@ def test_bytes_do_not_depend_on_the_size_of_groups_threads_or_what_was_there(out
     assert objects(output) == everything
     shutil.rmtree(next(output.glob("*/contextual-*")))
     plan = make_stored_plan(config)
-    stage = ContextualiseStored(str(output), plan.model, plan.checkpoint, config.contextualiser, config.storage)
+    stage = ContextualiseStored(config.contextualiser, str(output), plan.model, plan.checkpoint, config.storage)
     stage.group_bytes = 1  # every title a group
     assert [table["error"][0].as_py() for table in stage(plan.pending)] == [None] * len(TITLES)
     assert objects(output) == everything
@@ -285,7 +286,7 @@ def test_a_damaged_object_is_that_titles_failure_and_the_others_are_done(output,
 def test_a_full_store_is_the_titles_error_and_heard_of(output, checkpoint, monkeypatch):
     config = configured(output, checkpoint)
     plan = make_stored_plan(config)
-    stage = ContextualiseStored(str(output), plan.model, plan.checkpoint, config.contextualiser, config.storage)
+    stage = ContextualiseStored(config.contextualiser, str(output), plan.model, plan.checkpoint, config.storage)
 
     def full(name, content):
         raise OSError(28, "No space left on device")
@@ -301,7 +302,7 @@ def test_an_object_that_another_job_removed_says_so(output, checkpoint):
     config = configured(output, checkpoint)
     plan = make_stored_plan(config)
     next(output.rglob("shots/*/fits@*")).unlink()
-    stage = ContextualiseStored(str(output), plan.model, plan.checkpoint, config.contextualiser, config.storage)
+    stage = ContextualiseStored(config.contextualiser, str(output), plan.model, plan.checkpoint, config.storage)
     results = {row["title_id"]: row for table in stage(plan.pending) for row in table.to_pylist()}
     assert "gone" in errors(results)["fits"]
     assert len(errors(results)) == 1
@@ -396,7 +397,7 @@ def test_a_title_that_kills_its_process_fails_alone(output, checkpoint, monkeypa
     config = configured(output, checkpoint, "resources.max_deaths_per_title=1")
     plan = make_stored_plan(config)
     with connected(config.resources):
-        calls = graph.contextualise_stored(plan, config, stage=Deadly)
+        calls = graph.contextualise_stored(plan, stored_pool(plan, config, Deadly), config.resources.max_deaths_per_title)
         results = {row["title_id"]: row for block in graph.blocks(calls) for row in block.to_pylist()}
     assert sorted(results) == sorted(TITLES)
     assert list(errors(results)) == ["fits"]

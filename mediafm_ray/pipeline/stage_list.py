@@ -1,0 +1,142 @@
+"""The steps of the recipe, in order, and the pools of actors that run them. No ray here.
+
+A pool runs one step or several that follow one another: where nothing asks for a GPU, the encoders, fusion, the contextualiser and the
+writer share one process, for each process that imports torch takes seconds and hundreds of megabytes. Results do not depend on the pools.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig, ResourcesConfig, StageConfig
+from mediafm_ray.models.weights import WeightsError
+from mediafm_ray.pipeline import stages
+from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.rows import Stage
+from mediafm_ray.pipeline.stored import ContextualiseStored
+
+CORES_PER_DETECTOR, CORES_PER_ACTOR = 2, 8  # of the machine, where max_actors is 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage that is not built yet."""
+
+    stage: type[Stage] | type[ContextualiseStored]
+    resources: StageConfig
+    model: Any = None  # configuration of the stage's model, its constructor's first argument; None where it has no model
+    others: tuple[Any, ...] = ()  # further arguments of the constructor
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Steps that share their actors, and what an actor is given."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def name(self) -> str:
+        """Names of the steps, as resources.pools takes them."""
+        return "+".join(step.stage.name for step in self.steps if step.stage is not stages.Fuse)
+
+    @property
+    def resources(self) -> StageConfig:
+        """The most that any of the steps asks for, with the number of actors decided."""
+        each = [step.resources for step in self.steps]
+        cores = CORES_PER_DETECTOR if self.detects else CORES_PER_ACTOR
+        automatic = max(1, (os.cpu_count() or 1) // cores)
+        fewest = max(one.min_actors for one in each)
+        return StageConfig(
+            min_actors=fewest,
+            max_actors=max(fewest, *(one.max_actors or automatic for one in each)),
+            titles_per_call=max(one.titles_per_call for one in each),
+            num_cpus=max(one.num_cpus for one in each),
+            num_gpus=max(one.num_gpus for one in each),
+            node_resource=next((one.node_resource for one in each if one.node_resource), ""),
+        )
+
+    @property
+    def detects(self) -> bool:
+        """Whether the detector is among the steps."""
+        return self.steps[0].stage.name == stages.DetectShots.name
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether no model of the pool computes on a GPU."""
+        return all(getattr(step.model, "device", "cpu") == "cpu" for step in self.steps)
+
+    def with_threads(self) -> Pool:
+        """The pool with the CPU threads of its models decided: what is configured, else an actor's share of this machine."""
+        pool = self.resources
+        share = int(pool.num_cpus) if pool.num_cpus >= 1 else (os.cpu_count() or 1) // pool.max_actors
+
+        def decided(step: Step) -> Step:
+            if step.model is None or step.model.threads:
+                return step
+            return replace(step, model=replace(step.model, threads=max(1, share)))
+
+        return Pool(tuple(map(decided, self.steps)))
+
+    def build(self) -> list[Any]:
+        """Load every model. Raises ConfigError, naming the stage, where one cannot work: the next process would fail alike."""
+        found = []
+        for step in self.steps:
+            try:
+                found.append(step.stage(*(() if step.model is None else (step.model,)), *step.others))
+            except (ConfigError, WeightsError, ValueError, ImportError) as error:
+                raise ConfigError(f"stage {step.stage.name}: {' '.join(str(error).split())}") from error
+        return found
+
+
+def recipe_steps(plan: Plan, config: EmbedCatalogConfig, budget: stages.TitleBudget | None = None, allowance: Any = None) -> list[Step]:
+    """All steps from a title of the catalog to its committed objects; without a checkpoint none contextualises.
+
+    ``budget``: decides whether the run takes another title; ``allowance``: limits of the embeddings API that all actors share.
+    """
+    resources, fused_dim = config.resources, plan.model.dims["fused"]
+    reading = (config.frames, config.timed_text, config.media, config.storage, budget)
+    contextualise = [Step(stages.Contextualise, resources.contextualise, config.contextualiser, (fused_dim,))] if plan.checkpoint else []
+    return [
+        Step(stages.DetectShots, resources.detect_shots, config.detector, reading),
+        Step(stages.EncodeVideo, resources.encode_video, config.video),
+        Step(stages.EncodeAudio, resources.encode_audio, config.audio),
+        Step(stages.EncodeText, resources.encode_text, config.text, (allowance, budget)),
+        Step(stages.Fuse, resources.contextualise if plan.checkpoint else resources.write, None, (fused_dim, config.fusion)),
+        *contextualise,
+        Step(stages.WriteTitle, resources.write, None, (config.output.uri, plan.model, plan.checkpoint, config.storage)),
+    ]
+
+
+def make_pools(steps: Sequence[Step], resources: ResourcesConfig) -> list[Pool]:
+    """Group steps into pools as resources.pools says; fusion has no model and goes with the step after it.
+
+    Without resources.pools, steps that ask for no GPU and for the same nodes share a pool, but the detector has its own.
+    """
+    groups = [[steps[0]]]
+    for step, after in zip(steps[1:], [*steps[2:], None], strict=True):
+        last = groups[-1][-1]
+        following = after if step.stage is stages.Fuse and after else step
+        if last.stage is stages.Fuse or _share(last, following, resources):
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return [Pool(tuple(group)).with_threads() for group in groups]
+
+
+def _share(one: Step, other: Step, resources: ResourcesConfig) -> bool:
+    if resources.pools:
+        return any({one.stage.name, other.stage.name} <= set(group.split("+")) for group in resources.pools)
+    if one.stage is stages.DetectShots or one.resources.num_gpus or other.resources.num_gpus:
+        return False
+    return one.resources.node_resource == other.resources.node_resource
+
+
+def stored_pool(
+    plan: Plan, config: ContextualiseCatalogConfig | EmbedCatalogConfig, stage: type[ContextualiseStored] = ContextualiseStored
+) -> Pool:
+    """The pool that contextualises committed shots: one step, for vectors that are read anyway need not travel between processes."""
+    others = (config.output.uri, plan.model, plan.checkpoint, config.storage)
+    return Pool((Step(stage, config.resources.contextualise, config.contextualiser, others),)).with_threads()
