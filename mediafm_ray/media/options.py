@@ -49,7 +49,9 @@ class MediaConfig:
     max_damage: float = recipe(0.1, "share of a title's picture that may be missing or damaged before the title fails, 0 to 1")
     max_pixels: int = recipe(67_108_864, "pixels of a frame, at most (8K is 33 million); a larger picture fails the title")
     max_hours: float = recipe(24.0, "length of a title, at most")
-    memory_limit_gb: float = resource(4.0, "address space of the reading process in GB (RLIMIT_AS); beyond it the title fails")
+    memory_limit_gb: float = resource(
+        4.0, "address space of the reading process in GB, or its own memory where a card may decode; beyond it the title fails"
+    )
     no_progress_timeout_s: float = resource(120.0, "a reading process without progress for this long is killed and the title fails")
     max_frames: int = resource(10_368_000, "pictures of a title, at most (24 h at 120 a second); more fail the title")
     max_shots: int = resource(100_000, "shots of a title, at most (24 h at one in 0.86 s); more fail the title")
