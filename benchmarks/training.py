@@ -1,12 +1,10 @@
-"""How fast training is: through Ray Train beside a bare PyTorch loop (CPU), and beside the chip's matmul rate (GPU).
+"""How fast training is through Ray Train, beside a bare PyTorch loop, on a CPU. For a GPU see benchmarks.gpu.
 
-    python -m benchmarks.training                      # Ray Train / bare loop, interleaved
-    python -m benchmarks.training --device cuda        # 12 layers x 768 at 512 shots; imports no ray
+    python -m benchmarks.training [--steps 40] [--rounds 3] [--threads 2]
 
 The bare loop has the same model, optimisers and batch shapes, in tensors that were made beforehand: forward, loss, backward, update,
 nothing else. The job reads titles from storage, samples windows and masks, clips, reports and logs. Speeds are of steps, after
-warm-up; starting Ray does not count. Share of matmul: floating-point operations of a step (three forward passes' worth) or of inference
-a second, against a large square bfloat16 product; Muon's own products are not counted as work done.
+warm-up; starting Ray does not count.
 """
 
 from __future__ import annotations
@@ -16,44 +14,33 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.encoders import count_flops, matmul_rate, synchronize
-from mediafm_ray.models.contextualiser import Contextualiser, shot_times
+from mediafm_ray.models.contextualiser import shot_times
 from mediafm_ray.training.batches import Batch, TitleVectors, Window, collate
 from mediafm_ray.training.optimisers import Optimisers
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 from mediafm_ray.training.sampling import masked_shots
-from mediafm_ray.training.trainer import Trainer, new_model
+from mediafm_ray.training.trainer import new_model
 
 FUSED_DIM, METADATA_DIM = 2304, 768
 CPU_SHAPE = ShapeConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024)
 CPU_SHOTS, CPU_TITLES, CPU_WINDOWS = 128, 48, 8
 WARM_STEPS = 10
-GPU_WINDOWS = (16, 32, 64, 128)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=40, help="measured steps of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.device == "cpu":
-        beside_bare_loop(arguments.steps, arguments.rounds, arguments.threads)
-    else:
-        beside_matmul(arguments.device, arguments.steps)
-
-
-# -------------------------------------------------------------------------------------------------------------- CPU
+    beside_bare_loop(arguments.steps, arguments.rounds, arguments.threads)
 
 
 def beside_bare_loop(steps: int, rounds: int, threads: int) -> None:
@@ -177,84 +164,9 @@ def random_title(shots: int, seed: int) -> TitleVectors:
 def random_batch(windows: int, shots: int, seed: int) -> Batch:
     random = np.random.default_rng(seed)
     usable_S = np.ones(shots, bool)
-    titles = [random_title(shots, seed * 1000 + index) for index in range(windows)]
-    return collate([Window(title, 0, masked_shots(random, usable_S, 0.2)) for title in titles], METADATA_DIM)
-
-
-# -------------------------------------------------------------------------------------------------------------- GPU
-
-
-class Repeated:
-    """One title for all: the GPU's own speed, without reading (training.batches.Titles)."""
-
-    fused_dim, metadata_dim = FUSED_DIM, METADATA_DIM
-    spans: Mapping[str, tuple[int, int]] = MappingProxyType({})
-
-    def __init__(self, shots: int):
-        self.title = random_title(shots, 0)
-        self.sizes, self.train, self.held_out = np.array([shots]), np.array([0]), np.array([], np.int64)
-
-    def read(self, index: int) -> TitleVectors:
-        return self.title
-
-
-def beside_matmul(device: str, steps: int) -> None:
-    """Training and inference of the full model, by windows a step, plain and compiled."""
-    shape = ShapeConfig()
-    rate = matmul_rate(device, "bfloat16")
-    print(
-        f"{time.strftime('%Y-%m-%d')}  {torch.cuda.get_device_name()}  torch {torch.__version__}  bfloat16 matmul {rate / 1e12:.1f} TFLOP/s"
-    )
-    print(f"{shape.num_hidden_layers} layers x {shape.hidden_size}, windows of {shape.max_shots} shots x {FUSED_DIM}")
-    reference: Any = new_model(shape, FUSED_DIM, METADATA_DIM, "", 0).eval().to(device)
-    one = random_batch(1, shape.max_shots, 0).to(torch.device(device))
-    flops = count_flops(lambda: reference(one.fused_BSD, one.metadata_BM))
-    for compiled in (False, True):
-        for windows in GPU_WINDOWS:
-            try:
-                taken_s = train_s(shape, device, windows, steps, compiled)
-                say("training", compiled, windows, taken_s, 3 * flops * windows / rate)
-                taken_s = infer_s(shape, device, windows, steps, compiled)
-                say("inference", compiled, windows, taken_s, flops * windows / rate)
-            except torch.OutOfMemoryError:
-                print(f"{windows} windows do not fit")
-                torch.cuda.empty_cache()
-
-
-def say(what: str, compiled: bool, windows: int, taken_s: float, ideal_s: float) -> None:
-    how = "compiled" if compiled else "plain"
-    print(f"{what:10} {how:9} {windows:4} windows: {windows / taken_s:8.0f} windows/s, {ideal_s / taken_s:.0%} of matmul", flush=True)
-
-
-def train_s(shape: ShapeConfig, device: str, windows: int, steps: int, compiled: bool) -> float:
-    """Seconds a step of the trainer's own, the batch from page-locked memory every time."""
-    config = TrainingConfig(objective="recipe", windows_per_step=windows, device=device, compile=compiled, held_out_fraction=0.0)
-    trainer = Trainer(new_model(shape, FUSED_DIM, METADATA_DIM, "", 0), Repeated(shape.max_shots), config)
-    batch = random_batch(windows, shape.max_shots, 1).pinned()
-    for step in range(WARM_STEPS + steps):
-        if step == WARM_STEPS:
-            synchronize(device)
-            start = time.perf_counter()
-        trainer.step(batch)
-    synchronize(device)
-    return (time.perf_counter() - start) / steps
-
-
-@torch.inference_mode()
-def infer_s(shape: ShapeConfig, device: str, windows: int, steps: int, compiled: bool) -> float:
-    """Seconds a batch of the model in bfloat16, inputs on the device."""
-    built: Any = new_model(shape, FUSED_DIM, METADATA_DIM, "", 0)
-    model: Contextualiser = built.eval().to(device=device, dtype=torch.bfloat16)
-    network: Any = torch.compile(model) if compiled else model
-    batch = random_batch(windows, shape.max_shots, 1).to(torch.device(device))
-    fused_BSD, metadata_BM = batch.fused_BSD.bfloat16(), batch.metadata_BM.bfloat16()
-    for step in range(WARM_STEPS + steps):
-        if step == WARM_STEPS:
-            synchronize(device)
-            start = time.perf_counter()
-        network(fused_BSD, metadata_BM)
-    synchronize(device)
-    return (time.perf_counter() - start) / steps
+    titles = [random_title(shots, seed * 1000 + index) for index in range(min(windows, CPU_WINDOWS))]
+    windows_of = [Window(titles[index % len(titles)], 0, masked_shots(random, usable_S, 0.2)) for index in range(windows)]
+    return collate(windows_of, METADATA_DIM)
 
 
 if __name__ == "__main__":

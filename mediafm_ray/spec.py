@@ -141,6 +141,10 @@ class TitleError(PublicError):
     """A reason, written for a person, why one title cannot be done. It ends that title, never the job."""
 
 
+class CardError(PublicError):
+    """A reason, written for a person, why a card cannot decode one title, which a CPU may."""
+
+
 class OutageError(PublicError):
     """A reason, written for a person, why one title cannot be done now, and that is no fault of the title's: it costs it no attempt."""
 

@@ -41,12 +41,29 @@ def test_later_files_and_overrides_win(tmp_path):
         (["detector.threshold=7"], "detector.threshold"),
         (["fusion.modality_norm=l3"], "fusion.modality_norm"),
         (["media.max_damage=2"], "media.max_damage"),
+        (["media.decoder=nvdec"], "media.decoder"),
         (["resources.write.num_cpus=-3"], "num_cpus"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(overrides, named):
     with pytest.raises(ConfigError, match=re.escape(named)):
         read(*overrides)
+
+
+@pytest.mark.parametrize("sizes", ["one_gpu", "one_gpu_decode"])
+def test_the_stages_of_one_gpu_fit_on_it(sizes):
+    config = read(files=[CONF / "mediafm.yaml", CONF / f"{sizes}.yaml"])
+    pools = {name: getattr(config.resources, name) for name in ("detect_shots", "encode_video", "encode_audio", "contextualise")}
+    assert sum(pool.max_actors * pool.num_gpus for pool in pools.values()) <= 1
+    computed = {
+        "detect_shots": config.detector,
+        "encode_video": config.video,
+        "encode_audio": config.audio,
+        "contextualise": config.contextualiser,
+    }
+    for name, options in computed.items():  # Ray hides the GPU from a stage that reserves no part of it
+        assert (options.device == "cuda") == (pools[name].num_gpus > 0)
+    assert config.media.decoder == "cpu" or pools["detect_shots"].num_gpus > 0
 
 
 def test_a_value_on_the_command_line_is_not_repeated_in_errors():

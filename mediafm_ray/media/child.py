@@ -26,12 +26,12 @@ import av
 import av.logging
 import numpy as np
 
-from mediafm_ray.media import reader
+from mediafm_ray.media import card, reader
 from mediafm_ray.media.damage import DecoderLog
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
 from mediafm_ray.media.wire import Channel, WireError
-from mediafm_ray.spec import OutageError, ShotSpan, TimedTextSource, Title, TitleError, is_outage
+from mediafm_ray.spec import CardError, OutageError, ShotSpan, TimedTextSource, Title, TitleError, is_outage
 
 OUTSTANDING_BLOCKS = 2  # blocks the detector may lag behind the decoder: replies are awaited at fixed places, whatever the timing
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -90,8 +90,9 @@ def serve(channel: Channel) -> None:
                 channel.send("end", {}, _texts(header, channel))
             else:
                 channel.send("end", _read(header, channel))
-        except (TitleError, OutageError) as error:
-            channel.send("error", {"reason": str(error), "outage": isinstance(error, OutageError)})
+        except (TitleError, OutageError, CardError) as error:
+            of_card = isinstance(error, CardError)
+            channel.send("error", {"reason": str(error), "outage": isinstance(error, OutageError), "card": of_card})
         except MemoryError:
             name = file_name(header["title"]["video"])
             limit_gb = header["media"]["memory_limit_gb"]
@@ -127,22 +128,28 @@ def _read(header: dict[str, Any], channel: Channel) -> dict[str, Any]:
         MediaConfig(**header["media"]),
         _ToParent(channel),
         DecoderLog(STDERR),
+        header["not_on_card"],
     )
 
 
-def confine(parent: int, memory_limit_gb: float) -> None:
-    """Limit this process: address space, core dumps, and its life to that of its parent."""
+def confine(parent: int, memory_limit_gb: float, decoder: str) -> None:
+    """Limit this process: its memory, core dumps, and its life to that of its parent.
+
+    A card's driver reserves address space for all memory of the machine and the card, so where there may be one, only memory that can be
+    written is limited.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         sys.exit(1)
     limits.setrlimit(limits.RLIMIT_CORE, (0, 0))
     size = int(memory_limit_gb * (1 << 30))
-    limits.setrlimit(limits.RLIMIT_AS, (size, size))
+    with_card = decoder == "cuda" or (decoder == "auto" and card.is_visible())
+    limits.setrlimit(limits.RLIMIT_DATA if with_card else limits.RLIMIT_AS, (size, size))
 
 
 def main() -> None:
-    descriptor, parent, memory_limit_gb = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    confine(parent, memory_limit_gb)
+    descriptor, parent, memory_limit_gb, decoder = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+    confine(parent, memory_limit_gb, decoder)
     logging.disable(logging.CRITICAL)  # what parsers of text log would stand among FFmpeg's lines, and count as trouble of the picture
     av.logging.restore_default_callback()  # in C: see DecoderLog
     av.logging.set_libav_level(av.logging.INFO)

@@ -26,7 +26,9 @@ from mediafm_ray.spec import (
     DETECTOR_HEIGHT,
     DETECTOR_WIDTH,
     SAMPLE_RATE,
+    CardError,
     OutageError,
+    PublicError,
     ShotMedia,
     ShotSpan,
     ShotStream,
@@ -48,7 +50,7 @@ PASSED_ON = frozenset(
     """
     PATH HOME USER LOGNAME LANG LANGUAGE LC_ALL LC_CTYPE LC_MESSAGES TZ TMPDIR TEMP TMP LD_LIBRARY_PATH VIRTUAL_ENV XDG_CACHE_HOME
     XDG_CONFIG_HOME PYTHONHOME PYTHONUSERBASE PYTHONNOUSERSITE PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX PYTHONHASHSEED PYTHONUTF8
-    OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS
+    OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER
 
     HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE
     CURL_CA_BUNDLE
@@ -87,13 +89,17 @@ class IsolatedReader:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the reader)
         fcntl.fcntl(self.log, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)  # the child cuts it off now and then
 
-    def read(self, title: Title, detector: ShotStream) -> TitleMedia:
+    def read(self, title: Title, detector: ShotStream, not_on_card: str = "") -> TitleMedia:
         """All that the encoders need of one title.
 
         Raises TitleError when the title cannot be read, is too damaged, exceeds a limit of ``media`` or makes no progress.
         Errors of ``detector`` pass through; the child is replaced then, too.
+
+        Where ``media.decoder`` allows a card, raises CardError when that fails after it has begun: read the title again with a new
+        detector stream and that error as ``not_on_card``, and the CPU decodes it.
         """
-        return self._guarded(title, lambda: self._converse(title, detector))
+        may_retry = self.media.decoder != "cpu" and not not_on_card
+        return self._guarded(title, lambda: self._converse(title, detector, not_on_card), CardError if may_retry else TitleError)
 
     def texts(self, title: Title) -> list[str]:
         """The text of the cues of the sidecar that would be used; empty where none can be read. The video is not opened.
@@ -102,8 +108,11 @@ class IsolatedReader:
         """
         return self._guarded(title, lambda: self._ask_for_texts(title))
 
-    def _guarded(self, title: Title, exchange: Callable[[], Result]) -> Result:
-        """The result of an exchange with the child about a title; the child is replaced where it fails."""
+    def _guarded(self, title: Title, exchange: Callable[[], Result], at_death: type[PublicError] = TitleError) -> Result:
+        """The result of an exchange with the child about a title; the child is replaced where it fails.
+
+        ``at_death`` is raised where it hangs or ends.
+        """
         self.start()
         finished = False
         try:
@@ -112,9 +121,9 @@ class IsolatedReader:
             return result
         except _Refused as error:  # the child is well, the title is not
             finished = True
-            raise (OutageError if error.outage else TitleError)(str(error)) from None
+            raise error.kind(str(error)) from None
         except TimeoutError:
-            raise TitleError(
+            raise at_death(
                 f"{file_name(title.video)}: reading made no progress for {self.media.no_progress_timeout_s:g} s and was stopped"
             ) from None
         except Overdue:
@@ -123,7 +132,7 @@ class IsolatedReader:
                 f"{self.media.max_processing_s:g} s and was stopped"
             ) from None
         except Gone:
-            raise TitleError(f"{file_name(title.video)}: {self._cause_of_death()}") from None
+            raise at_death(f"{file_name(title.video)}: {self._cause_of_death()}") from None
         except WireError as error:
             raise TitleError(f"{file_name(title.video)}: the reading process sent something that is not understood ({error})") from None
         finally:
@@ -135,7 +144,7 @@ class IsolatedReader:
         self._stop()
         self.log.close()
 
-    def _ask(self, kind: str, title: Title) -> Channel:
+    def _ask(self, kind: str, title: Title, not_on_card: str = "") -> Channel:
         assert self.channel is not None
         self.channel.deadline = time.monotonic() + self.media.max_processing_s
         self.channel.send(
@@ -145,6 +154,7 @@ class IsolatedReader:
                 "frames": asdict(self.frames),
                 "timed_text": asdict(self.timed_text),
                 "media": asdict(self.media),
+                "not_on_card": not_on_card,
             },
         )
         return self.channel
@@ -163,8 +173,8 @@ class IsolatedReader:
             if header["kind"] != "alive":
                 raise WireError(f"unknown message {header['kind']}")
 
-    def _converse(self, title: Title, detector: ShotStream) -> TitleMedia:
-        channel = self._ask("read", title)
+    def _converse(self, title: Title, detector: ShotStream, not_on_card: str) -> TitleMedia:
+        channel = self._ask("read", title, not_on_card)
         assembly = _Assembly(self.media.max_hours)
         name, frame_count = file_name(title.video), 0
         while True:
@@ -209,9 +219,10 @@ class IsolatedReader:
         self.log.seek(0)
         self.log.truncate()
         passed_on = PASSED_ON.union(self.media.environment)
+        memory_limit = str(self.media.memory_limit_gb)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mediafm_ray.media.child", str(theirs.fileno()), str(os.getpid()), str(self.media.memory_limit_gb)],
+                [sys.executable, "-m", "mediafm_ray.media.child", str(theirs.fileno()), str(os.getpid()), memory_limit, self.media.decoder],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self.log,
@@ -248,11 +259,12 @@ class IsolatedReader:
 
 
 class _Refused(Exception):
-    """The child's reason why it cannot read the title, and whether that is no fault of the title's."""
+    """The child's reason why it cannot read the title, and what kind of error that is."""
 
     def __init__(self, header: dict[str, Any]):
         super().__init__(_text(header.get("reason", "")))
-        self.outage = header.get("outage") is True
+        kinds: list[tuple[str, type[PublicError]]] = [("outage", OutageError), ("card", CardError)]
+        self.kind = next((kind for name, kind in kinds if header.get(name) is True), TitleError)
 
 
 def _text(value: Any) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mediafm_ray.spec import recipe, resource
+from mediafm_ray.spec import recipe, recipe_of, resource
+
+DECODERS = ("cpu", "cuda", "auto")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class MediaConfig:
     max_damage: float = recipe(0.1, "share of a title's picture that may be missing or damaged before the title fails, 0 to 1")
     max_pixels: int = recipe(67_108_864, "pixels of a frame, at most (8K is 33 million); a larger picture fails the title")
     max_hours: float = recipe(24.0, "length of a title, at most")
-    memory_limit_gb: float = resource(4.0, "address space of the reading process in GB (RLIMIT_AS); beyond it the title fails")
+    memory_limit_gb: float = resource(
+        4.0, "address space of the reading process in GB, or its own memory where a card may decode; beyond it the title fails"
+    )
     no_progress_timeout_s: float = resource(120.0, "a reading process without progress for this long is killed and the title fails")
     max_frames: int = resource(10_368_000, "pictures of a title, at most (24 h at 120 a second); more fail the title")
     max_shots: int = resource(100_000, "shots of a title, at most (24 h at one in 0.86 s); more fail the title")
@@ -58,6 +62,11 @@ class MediaConfig:
     )
     threads: int = resource(
         1, "decoder threads of one reading process; with more, what a decoder makes up in damaged H.264 depends on their timing"
+    )
+    decoder: str = resource(
+        "cpu",
+        "cpu; cuda: an NVIDIA card where it can decode the title, else the CPU, with a warning; auto: the same without a warning where "
+        "there is no card. With cuda and auto the dataset version is another one than with cpu",
     )
     read_ahead_mb: int = resource(8, "bytes asked for at once from object storage, in MB")
     storage_options: dict[str, Any] = resource({}, "options of the file system of remote videos (fsspec), e.g. endpoint_url")
@@ -74,3 +83,11 @@ class MediaConfig:
         wrong = [name for name in positive if getattr(self, name) <= 0]
         if wrong or self.threads < 0:
             raise ValueError(f"media.{wrong[0] if wrong else 'threads'} must be positive")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"media.decoder must be one of {', '.join(DECODERS)}, not {self.decoder!r}")
+
+
+def media_recipe(media: MediaConfig) -> dict[str, Any]:
+    """What changes the numbers. A card's pictures are scaled otherwise than a CPU's; which titles it takes depends on the machine, so all
+    settings that allow it make one version."""
+    return recipe_of(media) | ({"on_card": True} if media.decoder != "cpu" else {})

@@ -97,13 +97,18 @@ class Painter:
         self.free: list[np.ndarray] = []
         self.turn = Turn()
         self.rotation: int | None = None  # of the frame that ``turn`` was read from
+        self.kept: tuple[int, int] | None = None  # width and height of kept frames; by default what ``kept_size`` gives for each
+
+    def expect(self, like: av.VideoFrame, kept: tuple[int, int]) -> None:
+        """Frames from now on come scaled and without side data: they are turned as ``like``, and kept at the size given."""
+        self.turn, self.rotation, self.kept = turn_of(like), 0, kept
 
     def pictures(self, frame: av.VideoFrame) -> tuple[np.ndarray, Small]:
         """The detector's picture, (27, 48, 3) uint8 RGB, and the working picture of a frame."""
         if frame.rotation != self.rotation:  # looking at a frame's side data keeps it alive for long: only where something changed
             self.rotation, self.turn = frame.rotation, turn_of(frame)
         turn = self.turn
-        width, height = kept_size(frame.width, frame.height, self.pixel_aspect, self.size)
+        width, height = self.kept or kept_size(frame.width, frame.height, self.pixel_aspect, self.size)
         working = self.to_working.reformat(frame, width, height, WORKING_FORMAT, interpolation=Interpolation.AREA, threads=1)
         reduced = width < frame.width and height < frame.height and min(width, height) >= MIN_WORKING_SIZE
         columns, rows = (DETECTOR_WIDTH, DETECTOR_HEIGHT) if turn.quarters % 2 == 0 else (DETECTOR_HEIGHT, DETECTOR_WIDTH)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import av
 import numpy as np
 
-from mediafm_ray.media import picture, sampling, sound, source, streams, timed_text
+from mediafm_ray.media import card, picture, sampling, sound, source, streams, timed_text
 from mediafm_ray.media.damage import (
     BROADCAST_FORMATS,
     LATE_PICTURE_S,
@@ -35,7 +35,7 @@ from mediafm_ray.media.damage import (
     DecoderLog,
 )
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import SAMPLE_RATE, Cue, ShotSpan, Title, TitleError
+from mediafm_ray.spec import SAMPLE_RATE, CardError, Cue, ShotSpan, Title, TitleError
 
 BLOCK_FRAMES = 64  # pictures handed to the detector at once
 MAX_SOUND_LEAD_S = 0.5  # sound that starts earlier than this before the first picture is programme, not a codec's lead-in
@@ -77,17 +77,20 @@ def read_title(
     media: MediaConfig,
     exchange: Exchange,
     log: DecoderLog | None = None,
+    not_on_card: str = "",
 ) -> dict[str, Any]:
     """Read one title; return what is known at its end: texts, languages, duration_s, frame_count, has_sound, warnings, facts.
 
-    ``log`` is what FFmpeg writes; without it, concealed errors go unnoticed. Raises TitleError with a reason for people.
+    ``log`` is what FFmpeg writes; without it, concealed errors go unnoticed. ``not_on_card``: why a card that was tried before is not to
+    decode it. Raises TitleError with a reason for people, and CardError where a card that has begun the title cannot go on: what was
+    handed over is then void.
     """
     name = source.file_name(title.video)
     with source.open_bytes(title.video, media) as stream:
         cut_off = source.is_cut_off(stream)
         container = source.open_container(stream, name, media)
         try:
-            return _Pass(container, name, cut_off, title, frames, timed_text_config, media, exchange, log).run()
+            return _Pass(container, name, cut_off, title, frames, timed_text_config, media, exchange, log).run(not_on_card)
         finally:
             container.close()
 
@@ -150,6 +153,8 @@ class _Pass:
         self.pixel_aspect = Fraction(self.video.sample_aspect_ratio or 1) or Fraction(1)
         self.painter = picture.Painter(frames.size, self.pixel_aspect)
         self.candidates = sampling.CandidateBuffer(discard=self.painter.discard)
+        self.card: card.CardDecoder | None = None
+        self.for_card: list[Any] | None = None  # the first packets, while a card may still take the title
 
         self.alive = SignsOfLife(exchange.alive)
         self.block: list[np.ndarray] = []
@@ -167,7 +172,7 @@ class _Pass:
         self.embedded: list[tuple[Fraction, Fraction, str]] = []  # start and end on the container's clock, text
         self.shot_times = array("d")  # start_s, end_s of each shot
 
-    def run(self) -> dict[str, Any]:
+    def run(self, not_on_card: str) -> dict[str, Any]:
         self.cues, warnings = read_sidecars(self.title, self.timed_text_config, self.media, self.alive)
         self.warnings += warnings
         if self.timed_text_config.embedded and not self.cues:
@@ -176,17 +181,19 @@ class _Pass:
         self.video.codec_context.thread_count = self.media.threads
         if self.log is not None:
             self.log.video_codec, self.log.video_index = self.video.codec_context.name.encode(), self.video.index
-            self.log.other_codecs = tuple(other.codec_context.name.encode() for other in (self.audio, self.text) if other is not None)
+            others = [other.codec_context.name for other in (self.audio, self.text) if other is not None]
+            self.log.other_codecs = tuple(name.encode() for name in (*others, *card.LOGGED_AS))
         if self.audio is not None:
             self.audio.codec_context.thread_count = 1
         wanted = [stream for stream in (self.video, self.audio, self.text) if stream is not None]
         for stream in self.container.streams:
             if stream not in wanted:
                 stream.discard = av.stream.Discard.all
+        self._consider_card(not_on_card)
         for packet in self._packets(wanted):
             if packet.stream is self.video:
                 self.packet_count += bool(packet.size)
-                for frame in self._decoded(packet):
+                for frame in self._video(packet):
                     self._picture(frame)
                 if self.log is not None and self.log.grown():
                     self._read_log(self.log)
@@ -196,6 +203,61 @@ class _Pass:
             else:
                 self._cue(packet)
         return self._finish()
+
+    # -- the card
+
+    def _consider_card(self, not_on_card: str) -> None:
+        """Decide whether a card is to try the title; a title that it cannot decode for sure is left to the CPU."""
+        if self.media.decoder == "cpu" or (self.media.decoder == "auto" and not card.is_visible()):
+            return
+        codec = card.codec_of(self.video)
+        if not_on_card:
+            self._leave_to_cpu(not_on_card)
+        elif codec in card.DECODERS:
+            self.for_card = []
+        elif self.media.decoder == "cuda":
+            self._leave_to_cpu(f"cards have no decoder for {codec}")
+
+    def _video(self, packet: Any) -> list[Any]:
+        """The pictures that a packet completes. The CPU decodes the first one, and a card that can do it all begins again."""
+        if self.card is not None:
+            self._distrust_card()
+            return self.card.decode(packet)
+        frames = self._decoded(packet)
+        if self.for_card is None:
+            return frames
+        self.for_card.append(packet)
+        if not frames and packet.size and len(self.for_card) < card.MAX_FIRST_PACKETS:
+            return []
+        packets, self.for_card = self.for_card, None
+        try:
+            return self._hand_to_card(packets, frames)
+        except CardError as error:
+            self._leave_to_cpu(str(error))
+            return frames
+
+    def _hand_to_card(self, packets: Sequence[Any], frames: Sequence[av.VideoFrame]) -> list[Any]:
+        """The card's pictures of the first packets. Raises CardError."""
+        if self.log is not None and self.log.grown():
+            self._read_log(self.log)
+        if self._without_pts():
+            raise CardError("the container stores no times of its pictures")
+        if not frames or self.damage.troubles:
+            raise CardError("its first picture is missing or damaged")
+        if frames[0].width * frames[0].height > self.media.max_pixels:
+            raise CardError("its pictures are too large")
+        taken = card.CardDecoder(self.video, packets, frames[0], self.pixel_aspect, self.frames.size)
+        self.painter.expect(frames[0], taken.kept)
+        self.card = taken
+        return taken.frames
+
+    def _distrust_card(self) -> None:
+        """Raises CardError where anything is wrong with a title on a card, which says less than the CPU of what is damaged."""
+        if self.card is not None and self.damage.troubles:
+            raise CardError(f"the file is damaged ({self.damage.summary()})")
+
+    def _leave_to_cpu(self, reason: str) -> None:
+        self.warnings.append(f"decoded on the CPU, not by media.decoder={self.media.decoder}: {reason}")
 
     # -- packets and frames
 
@@ -265,7 +327,7 @@ class _Pass:
     # -- pictures
 
     def _picture(self, frame: av.VideoFrame) -> None:
-        if frame.width * frame.height > self.media.max_pixels:
+        if frame.width * frame.height > self.media.max_pixels:  # a card's are scaled, and were looked at before
             raise TitleError(
                 f"{self.name} has pictures of {frame.width}x{frame.height} pixels; media.max_pixels allows {self.media.max_pixels}"
             )
@@ -284,7 +346,8 @@ class _Pass:
         if frame.is_corrupt:
             self.damage.see("pictures that the decoder marks as corrupt", of_decoder=True)
             self.damage.corrupt_frames += 1
-        size = f"{frame.width}x{frame.height}"
+        whole = frame if self.card is None else self.card.first  # a card does not go on where the size changes
+        size = f"{whole.width}x{whole.height}"
         if self.sizes[-1:] != [size] and len(self.sizes) < 10:
             self.sizes.append(size)
 
@@ -437,6 +500,8 @@ class _Pass:
             self._hand_over_block()
         if self.log is not None:
             self._read_log(self.log)
+        if self.card is not None:
+            self.card.check_end()
         self._settle(self.exchange.no_more_pictures(), last=True)
         if self.track is not None:
             for samples_N in self.track.finish():
@@ -470,6 +535,7 @@ class _Pass:
         ]
         broadcast = self.container.format.name in BROADCAST_FORMATS
         share = self.damage.share(self.frame_count, missing, self.last_ticks + self.last_duration, broadcast, silences)
+        self._distrust_card()
         if share > self.media.max_damage:
             declared_s = self._declared_s()
             raise TitleError(
@@ -552,7 +618,7 @@ class _Pass:
             "sound_gaps": len(self.track.silences) if self.track is not None else 0,
             "text_stream": self.text.index if self.text is not None else None,
             "damage": round(damage, 6),
-        }
+        } | ({"decoder": self.card.name} if self.card is not None else {})
 
 
 def _start_of(frames: Sequence[av.AudioFrame]) -> Fraction | None:

@@ -28,7 +28,7 @@ class DetectorConfig:
     exact: bool = recipe(False, "windows and float32 exactly as in the reference (slower)")
     device: str = resource("cpu", "torch device: cpu, cuda")
     threads: int = resource(0, "CPU threads of one detector; 0 = share the cores of the machine among the actors")
-    batch: int = resource(4, "windows that a GPU computes at once")
+    batch: int = resource(4, "windows that a GPU computes at once; fewer where its memory does not hold them")
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:

@@ -14,7 +14,9 @@ Weights are named _OIHW as torch has them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mediafm_ray.models import weights
-from mediafm_ray.models.loading import Workers, load_state, open_device
+from mediafm_ray.models.loading import MicroBatches, Workers, load_state, open_device
 from mediafm_ray.models.options import DetectorConfig
 from mediafm_ray.spec import (
     BOUNDARY_CUT,
@@ -652,6 +654,7 @@ class ShotDetector:
     config.exact: windows and float32 as in the published predict_frames. Otherwise windows are wider and the convolutions are done in
     bfloat16 where the processor has instructions for it (in float32 where not); probabilities differ by up to a few hundredths.
     On a CPU every window is computed alone, by one thread: probabilities depend neither on other titles nor on the number of threads.
+    On a GPU windows of one length are computed ``config.batch`` at once, or as many as fit into its memory.
 
     Raises weights.WeightsError when the weights are not there or are not TransNet V2's, ValueError for a device that is not there or a
     configuration without sense.
@@ -667,10 +670,10 @@ class ShotDetector:
             self._network = TransNetV2(published, device, torch.float32 if config.exact else fast_dtype(device))
         except (KeyError, RuntimeError) as problem:
             raise weights.WeightsError(f"{path} does not hold the weights of TransNet V2 (PyTorch): {problem}") from problem
-        on_cpu = device.type == "cpu"
-        self._workers = Workers(config.threads if on_cpu else 1)
-        self._together = 1 if on_cpu else config.batch  # windows in one forward pass
-        self.wanted_windows = self._workers.threads if on_cpu else config.batch  # what keeps the device busy
+        self._alone = device.type == "cpu"
+        self._workers = Workers(config.threads if self._alone else 1)
+        self._micro_batches = MicroBatches(device, config.batch)
+        self.wanted_windows = self._workers.threads if self._alone else config.batch  # what keeps the device busy
         self.most_waiting = max(1, MOST_WAITING_FRAMES // self.windowing.step)  # windows of one title
 
     def stream(self) -> DetectorStream:
@@ -690,16 +693,16 @@ class ShotDetector:
 
     def predict_windows(self, windows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Windows (T, 27, 48, 3) of any titles -> for each (2, T - 2 * margin) float32: one-hot and many-hot between the margins."""
-        batches: list[list[np.ndarray]] = []
-        for window_THWC in windows:
-            if batches and len(batches[-1]) < self._together and len(batches[-1][0]) == len(window_THWC):
-                batches[-1].append(window_THWC)
-            else:
-                batches.append([window_THWC])
-        return [predicted_2T for batch in self._workers.map(self._predict_batch, batches) for predicted_2T in batch]
+        if self._alone:
+            return self._workers.map(lambda window_THWC: self._predict_batch([window_THWC])[0], windows)
+        alike = [list(group) for _, group in itertools.groupby(windows, key=len)]
+        return [predicted_2T for group in alike for predicted_2T in self._micro_batches.compute(self._predict_batch, group)]
 
-    def _predict_batch(self, windows: list[np.ndarray]) -> list[np.ndarray]:
-        one_hot_BT, many_hot_BT = self._network(torch.from_numpy(np.stack(windows)))
+    def _predict_batch(self, windows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        # Of float32's 23 bits a GPU would keep 10 in convolutions; the setting is the process's, so only where one thread computes
+        whole = contextlib.nullcontext() if self._alone else torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with whole:
+            one_hot_BT, many_hot_BT = self._network(torch.from_numpy(np.stack(windows)))
         predicted_B2T = torch.stack([one_hot_BT, many_hot_BT], dim=1).cpu().numpy()
         return list(predicted_B2T[:, :, self.windowing.margin : -self.windowing.margin])
 

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.media.options import media_recipe
 from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_digest
 from mediafm_ray.models.fusion import spans
@@ -74,7 +75,7 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
         "arithmetic": ARITHMETIC,
         "detector": encoder_recipe(config.detector, weights.digest(config.detector.weights)),
         "frames": recipe_of(config.frames),
-        "media": recipe_of(config.media),
+        "media": media_recipe(config.media),
         "timed_text": recipe_of(config.timed_text),
         "video": encoder_recipe(config.video, weights_digest(config.video)),
         "audio": encoder_recipe(config.audio, weights_digest(config.audio)),

@@ -47,7 +47,7 @@ from mediafm_ray.pipeline.rows import (
     vectors_type,
     was_left,
 )
-from mediafm_ray.spec import MODALITIES, public_line, public_uri
+from mediafm_ray.spec import MODALITIES, CardError, public_line, public_uri
 from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name, record_failure, sibling
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
@@ -105,7 +105,10 @@ class DetectShots(Stage):
         if self.budget is not None:
             self.budget.take(title.title_id)
         self.reader.media = media_options(self.media, title.video, self.storage)
-        media = self.reader.read(title, self.detector.stream())
+        try:
+            media = self.reader.read(title, self.detector.stream())
+        except CardError as error:
+            media = self.reader.read(title, self.detector.stream(), not_on_card=str(error))
         self.measure("frames_decoded", media.frame_count)
         self.measure("bytes_read", media.facts["bytes"])
         if self.budget is not None:

@@ -69,6 +69,23 @@ def test_a_stream_gives_what_the_whole_gives_however_it_is_pushed(detector: Shot
     assert shots + stream.finish() == whole
 
 
+def test_windows_that_do_not_fit_a_gpus_memory_are_computed_fewer_at_once(detector: ShotDetector, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames_THWC = real_frames(101)
+    as_on_gpu = ShotDetector(DetectorConfig(exact=True, batch=8))
+    network, asked = as_on_gpu._network, []
+
+    def small(windows_BTHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(len(windows_BTHWC))
+        if len(windows_BTHWC) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return network(windows_BTHWC)
+
+    monkeypatch.setattr(as_on_gpu, "_alone", False)
+    monkeypatch.setattr(as_on_gpu, "_network", small)
+    np.testing.assert_allclose(as_on_gpu.predict_frames(frames_THWC), detector.predict_frames(frames_THWC), atol=1e-5)
+    assert asked == [3, 1, 1, 1]
+
+
 def test_making_and_running_a_detector_leaves_torch_as_it_was(detector: ShotDetector) -> None:
     before = (
         torch.get_num_threads(),

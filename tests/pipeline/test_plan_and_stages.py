@@ -16,13 +16,14 @@ from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline import stages
 from mediafm_ray.pipeline.dry_run import describe_cost
 from mediafm_ray.pipeline.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
-from mediafm_ray.pipeline.rows import FLAGS, SHOTS, plan_table, vectors_cell, vectors_type
-from mediafm_ray.pipeline.stages import Fuse, WriteTitle, metadata_text
+from mediafm_ray.pipeline.rows import FLAGS, SHOTS, TitleRow, plan_table, vectors_cell, vectors_type
+from mediafm_ray.pipeline.stages import DetectShots, Fuse, WriteTitle, metadata_text
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, object_name, read_failures, title_facts
 from mediafm_ray.storage.store import StorageError
 from tests.datasets import kill_after_one_removal
+from tests.videos import make_video
 
 SHOT = {
     "start_frame": 0,
@@ -426,11 +427,61 @@ def test_what_changes_the_numbers_changes_the_version(config, change):
 
 
 @pytest.mark.parametrize(
-    "change", ["detector.threads=3", "resources.encode_video.max_actors=4", "media.memory_limit_gb=2", "run.max_titles=1"]
+    "change",
+    ["detector.threads=3", "resources.encode_video.max_actors=4", "media.memory_limit_gb=2", "run.max_titles=1", "media.decoder=cpu"],
 )
 def test_what_does_not_change_the_numbers_does_not(config, change):
     other = read_config(EmbedCatalogConfig, [], [change])
     assert describe_model(other).dataset_version == describe_model(config).dataset_version
+
+
+def test_pictures_that_a_card_may_have_made_are_a_version_of_their_own(config):
+    versions = {
+        name: describe_model(read_config(EmbedCatalogConfig, [], [f"media.decoder={name}"])).dataset_version for name in ("cuda", "auto")
+    }
+    assert versions["cuda"] == versions["auto"] != describe_model(config).dataset_version  # which titles it makes depends on the machine
+
+
+def test_a_title_is_read_again_when_its_card_is_lost(tmp_path, monkeypatch):
+    """The card is FFmpeg's own decoder under another name; it is lost after 100 packets."""
+    made = make_video(tmp_path / "a.mp4", [60, 140], size=(160, 96))
+
+    def read(decoder):
+        options = read_config(EmbedCatalogConfig, [], ["detector.threads=1", f"media.decoder={decoder}"])
+        stage = DetectShots(options.detector, options.frames, options.timed_text, options.media, options.storage)
+        try:
+            title = {
+                "title_id": "a",
+                "source": "s",
+                "video": str(made.path),
+                "timed_text": [],
+                "synopsis": "",
+                "tags": [],
+                "superseded": [],
+            }
+            return TitleRow(stage(plan_table([title])))
+        finally:
+            stage.reader.close()
+
+    expected = read("cpu")
+    (tmp_path / "sitecustomize.py").write_text(
+        "from mediafm_ray.media import card\n"
+        "card.DECODERS, decode, seen = {'h264': 'h264'}, card.CardDecoder.decode, []\n"
+        "def lose(self, packet):\n"
+        "    seen.append(packet)\n"
+        "    if len(seen) > 100:\n"
+        "        raise card.CardError('the card is lost')\n"
+        "    return decode(self, packet)\n"
+        "card.CardDecoder.decode = lose\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = read("cuda")
+    facts, expected_facts = json.loads(found["media"]), json.loads(expected["media"])
+    (told,) = set(facts["warnings"]) - set(expected_facts["warnings"])
+    assert "the card is lost" in told
+    facts["warnings"].remove(told)
+    assert facts == expected_facts
+    assert all(found[name] == expected[name] for name in ("shots", "frames", "audio", "error"))
 
 
 def test_weights_count_by_content_not_by_place(config, tmp_path):
