@@ -59,7 +59,6 @@ from mediafm_ray.models.clip import ClipEncoder
 from mediafm_ray.models.contextualiser import TitleContextualiser, TitleShots
 from mediafm_ray.models.loading import MicroBatches
 from mediafm_ray.models.options import AudioEncoderConfig, ContextualiserConfig, DetectorConfig, VideoEncoderConfig
-from mediafm_ray.models.pixels import decode_jpeg
 from mediafm_ray.models.tiny import VISION, make_contextualiser
 from mediafm_ray.models.transnet import BLOCKS, DILATIONS, NEIGHBOURS, ShotDetector
 from mediafm_ray.models.wav2vec2 import Wav2Vec2Encoder
@@ -241,7 +240,7 @@ def measure_clip(bench: Bench) -> None:
         pixels = torch.randn(size, 3, sizes.clip["image_size"], sizes.clip["image_size"], device=bench.device, dtype=bench.dtype)
         speed = bench.speed(inferring(ours.tower, pixels), size)
         bench.row(f"clip, network, {size} at once", "frames/s", speed, speed * flops / bench.rate, cosine=cosine)
-    decoded = [decode_jpeg(jpeg, 0) for jpeg in different] * max(1, sizes.frame_batches[-1] // len(different))
+    decoded = [ours._decode(jpeg, 0) for jpeg in different] * max(1, sizes.frame_batches[-1] // len(different))
     ours.micro_batches.compute(ours._embed_frames, decoded)
     speed = bench.speed(lambda: ours.micro_batches.compute(ours._embed_frames, decoded), len(decoded))
     at_once = f"{ours.micro_batches.size} at once"
@@ -252,7 +251,7 @@ def measure_clip(bench: Bench) -> None:
     speed = bench.speed(lambda: ours.encode(shots), sizes.frames)
     note = f"plain {plain_speed:,.0f}; {speed * SHOT_SECONDS / FRAMES_PER_SHOT:,.0f} hours of video an hour"
     bench.row("clip, from JPEGs", "frames/s", speed, speed * flops / bench.rate, speed / plain_speed, cosine, note)
-    speed = bench.speed(lambda: ours.workers.map(lambda jpeg: decode_jpeg(jpeg, 0), different * 8), len(different) * 8)
+    speed = bench.speed(lambda: ours.workers.map(lambda jpeg: ours._decode(jpeg, 0), different * 8), len(different) * 8)
     bench.row("clip, decoding JPEGs alone", "frames/s", speed, note=f"on the CPU, {ours.workers.threads} threads")
 
 
