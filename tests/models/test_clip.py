@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, CLIPTextConfig
+from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from mediafm_ray.models import encoder, tiny, weights
-from mediafm_ray.models.clip import ClipEncoder
+from mediafm_ray.models.clip import ClipEncoder, fold_quick_gelu
 from mediafm_ray.models.loading import MicroBatches, Workers, fitting_size
 from mediafm_ray.models.options import VideoEncoderConfig
 from mediafm_ray.models.pixels import decode_jpeg, prepare, read_pixel_recipe
@@ -134,6 +135,17 @@ def test_frames_that_share_a_batch_have_the_numbers_they_have_alone(folders: dic
     together = built.encode(shots)
     assert together.present_S.tolist() == alone.present_S.tolist()
     np.testing.assert_allclose(together.embeddings_SD, alone.embeddings_SD, rtol=1e-4, atol=1e-4)
+
+
+def test_the_activation_that_a_gpu_computes_in_one_pass_gives_the_same(folders: dict[str, Path]) -> None:
+    shots = [[jpeg(1), jpeg(2, 200, 90)], [jpeg(3)]]
+    built = build(folders["clip"])
+    expected = built.encode(shots).embeddings_SD
+    fold_quick_gelu(built.tower)
+    assert not any(isinstance(module, QuickGELUActivation) for module in built.tower.modules())
+    found = built.encode(shots).embeddings_SD
+    assert (found != expected).any()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_near_float32(folders: dict[str, Path]) -> None:
