@@ -237,7 +237,7 @@ class Bench:
                 call()
                 torch.cuda.set_sync_debug_mode("default")
             synchronize(self.device)
-            lines = sorted({f"waits at {warning.filename}:{warning.lineno}" for warning in caught})
+            lines = sorted({f"waits at {warning.filename}:{warning.lineno}" for warning in caught if "synchronizing" in str(warning.message)})
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA if self.on_gpu else ProfilerActivity.CPU]) as seen:
             start = time.perf_counter()
             call()
@@ -248,8 +248,11 @@ class Bench:
         kernels = [(getattr(event, key) / 1e6, event.count, event.key) for event in seen.key_averages() if event.device_type == kind]
         busy_s, count = sum(kernel[0] for kernel in kernels), sum(kernel[1] for kernel in kernels)
         head = f"{taken_s * 1e3:.1f} ms, {called_s * 1e3:.1f} ms until it returned; {count} kernels and copies take {busy_s * 1e3:.1f} ms"
-        most = sorted(kernels, reverse=True)[:PROFILED]
-        lines = [head, *lines, *(f"{seconds / busy_s:6.1%} {seconds * 1e3:9.2f} ms {times:6} x {text:.110}" for seconds, times, text in most)]
+        most = [
+            f"{seconds / busy_s:6.1%} {seconds * 1e3:9.2f} ms {times:6} x {text:.110}"
+            for seconds, times, text in sorted(kernels, reverse=True)[:PROFILED]
+        ]
+        lines = [head, *lines, *most]
         self.profiles[name] = lines
         print(f"    {name}: " + "\n        ".join(lines), flush=True)
 
@@ -656,7 +659,8 @@ def main(given: Sequence[str] | None = None) -> int:
     if arguments.quick and arguments.device == "cpu":
         torch.set_num_threads(1)  # tiny operations are not worth sharing
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.device, QUICK if arguments.quick else FULL, Path(folder), arguments.minutes, arguments.json, arguments.profile)
+        sizes = QUICK if arguments.quick else FULL
+        bench = Bench(arguments.device, sizes, Path(folder), arguments.minutes, arguments.json, arguments.profile)
         bench.say_head()
         for name, part in PARTS.items():
             if name in (arguments.only or PARTS):

@@ -294,7 +294,7 @@ class TitleContextualiser:
         return contextual_SD, cls_D.astype(np.float32)
 
     def _read(self, windows: Sequence[TitleShots]) -> list[tuple[Tensor, Tensor]]:
-        """The (S, D) contextual embeddings and the (D,) [CLS] embedding of each window, on the device; a GPU may still be at work on them."""
+        """The (S, D) contextual embeddings and the (D,) [CLS] embedding of each window, on the device; a GPU may still be at work."""
         if self.alone:
             return self.workers.map(lambda window: self._read_batch([window])[0], windows)
         # longest first: the first micro-batch measures the most memory, and like lengths share a call

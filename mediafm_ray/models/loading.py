@@ -62,8 +62,8 @@ class Workers:
     ) -> list[Result]:
         """What ``launch`` gives for every group of items prepared by the threads.
 
-        ``launch`` starts work on a GPU and does not wait for it: the threads prepare the next group while the GPU computes. They rest while
-        ``launch`` runs, for it makes hundreds of short calls, and before each it would wait until all threads have had their turn of Python.
+        ``launch`` starts work on a GPU and does not wait for it: the threads prepare the next group while the GPU computes. They rest
+        while ``launch`` runs: it makes hundreds of short calls, and before each it would wait until all threads had their turn of Python.
         """
         results: list[Result] = []
         for first in range(0, len(items), group):

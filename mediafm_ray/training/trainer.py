@@ -54,7 +54,7 @@ METRIC_DIGITS = 6  # significant digits of a row of metrics
 MIN_GAIN = 1e-4  # of the held-out score: less is no better model
 TEMPERATURE = 0.1  # of both softmaxes over cosines
 MAX_COMPARED = 4096  # shots that are compared with one another at once; more windows are taken in groups
-COMPILE_OPTIONS = {"triton.coalesce_tiling_analysis": False}  # with lengths that change, torch 2.11 fails at it
+COMPILE_OPTIONS: dict[str, Any] = {"triton.coalesce_tiling_analysis": False}  # with lengths that change, torch 2.11 fails at it
 TERMS = ("masked", "context")  # of the loss
 FIGURES = ("cosine", "identity", "context")  # of served vectors on held-out titles
 

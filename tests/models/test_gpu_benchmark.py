@@ -20,9 +20,9 @@ PROGRAM = "import runpy, sys; sys.modules.update(dict.fromkeys({absent!r})); run
 
 def test_it_runs_with_torch_and_transformers_alone_and_writes_what_it_prints(tmp_path):
     parts = ["clip", "wav2vec2", "inference", "training", "memory"]
-    command = [sys.executable, "-c", PROGRAM.format(absent=ABSENT), "--device", "cpu", "--quick", "--profile", "--json", str(tmp_path / "gpu.json")]
+    command = [sys.executable, "-c", PROGRAM.format(absent=ABSENT), "--device", "cpu", "--quick", "--json", str(tmp_path / "gpu.json")]
     done = subprocess.run(
-        [*command, "--only", *parts],
+        [*command, "--profile", "--only", *parts],
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         capture_output=True,
