@@ -237,7 +237,9 @@ class Bench:
                 call()
                 torch.cuda.set_sync_debug_mode("default")
             synchronize(self.device)
-            lines = sorted({f"waits at {warning.filename}:{warning.lineno}" for warning in caught if "synchronizing" in str(warning.message)})
+            lines = sorted(
+                {f"waits at {warning.filename}:{warning.lineno}" for warning in caught if "synchronizing" in str(warning.message)}
+            )
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA if self.on_gpu else ProfilerActivity.CPU]) as seen:
             start = time.perf_counter()
             call()
