@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu --json gpu.json             # ends within 6 minutes on an H100
     python -m benchmarks.gpu --only clip wav2vec2        # some parts again
+    python -m benchmarks.gpu --only training --profile   # and what takes the time in a call
     python -m benchmarks.gpu --device cpu --quick        # tiny shapes: does the program itself work?
 
 Needs torch, transformers and pillow, for decoding PyAV, too, and makes its own inputs; weights are random, in the published
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +42,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 from transformers import Wav2Vec2Config
 
 from benchmarks.encoders import (
@@ -64,7 +68,6 @@ from mediafm_ray.models.clip import ClipEncoder
 from mediafm_ray.models.contextualiser import TitleContextualiser, TitleShots
 from mediafm_ray.models.loading import MicroBatches
 from mediafm_ray.models.options import AudioEncoderConfig, ContextualiserConfig, DetectorConfig, VideoEncoderConfig
-from mediafm_ray.models.pixels import decode_jpeg
 from mediafm_ray.models.tiny import VISION, make_contextualiser
 from mediafm_ray.models.transnet import BLOCKS, DILATIONS, NEIGHBOURS, ShotDetector
 from mediafm_ray.models.wav2vec2 import Wav2Vec2Encoder
@@ -76,6 +79,7 @@ from mediafm_ray.training.trainer import Trainer, new_model
 
 GOALS = {"clip, network": 0.6, "wav2vec2, network": 0.35, "training": 0.4, "inference": 0.5}  # shares of matmul, by a row's beginning
 WARM_STEPS = 3
+PROFILED = 12  # of the kernels of a call, those that take most
 MIN_HALVED_COSINE = 0.999  # embeddings of other micro-batches differ by bfloat16's rounding
 
 
@@ -168,8 +172,8 @@ class Row:
 class Bench:
     """A run: what it runs on, and the rows so far."""
 
-    def __init__(self, device: str, sizes: Sizes, folder: Path, minutes: float, target: Path | None) -> None:
-        self.device, self.sizes, self.folder, self.target = device, sizes, folder, target
+    def __init__(self, device: str, sizes: Sizes, folder: Path, minutes: float, target: Path | None, profiling: bool = False) -> None:
+        self.device, self.sizes, self.folder, self.target, self.profiling = device, sizes, folder, target, profiling
         self.on_gpu = device != "cpu"
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.precision = "bfloat16" if self.on_gpu else "float32"
@@ -178,6 +182,7 @@ class Bench:
         self.rows: list[Row] = []
         self.failed: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
+        self.profiles: dict[str, list[str]] = {}
         self.rate = matmul_rate(device, self.dtype, sizes.matmul)
         self.name = torch.cuda.get_device_name() if self.on_gpu else f"CPU, {torch.get_num_threads()} threads"
 
@@ -207,6 +212,7 @@ class Bench:
             "matmul_flops": self.rate,
             "seconds": round(time.perf_counter() - self.started, 1),
             "rows": [dataclasses.asdict(row) for row in self.rows],
+            "profiles": self.profiles,
             "left_out": self.left_out,
             "failed": self.failed,
         }
@@ -224,6 +230,41 @@ class Bench:
             synchronize(self.device)
             taken.append(time.perf_counter() - start)
         return amount / statistics.median(taken)
+
+    def profile(self, name: str, call: Callable[[], Any]) -> None:
+        """With --profile: what takes the device's time in one call, how long it is idle, and which lines of the program wait for it."""
+        if not self.profiling:
+            return
+        call()
+        synchronize(self.device)
+        lines: list[str] = []
+        if self.on_gpu:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                call()
+                torch.cuda.set_sync_debug_mode("default")
+            synchronize(self.device)
+            lines = sorted(
+                {f"waits at {warning.filename}:{warning.lineno}" for warning in caught if "synchronizing" in str(warning.message)}
+            )
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA if self.on_gpu else ProfilerActivity.CPU]) as seen:
+            start = time.perf_counter()
+            call()
+            called_s = time.perf_counter() - start
+            synchronize(self.device)
+            taken_s = time.perf_counter() - start
+        kind, key = (DeviceType.CUDA, "self_device_time_total") if self.on_gpu else (DeviceType.CPU, "self_cpu_time_total")
+        kernels = [(getattr(event, key) / 1e6, event.count, event.key) for event in seen.key_averages() if event.device_type == kind]
+        busy_s, count = sum(kernel[0] for kernel in kernels), sum(kernel[1] for kernel in kernels)
+        head = f"{taken_s * 1e3:.1f} ms, {called_s * 1e3:.1f} ms until it returned; {count} kernels and copies take {busy_s * 1e3:.1f} ms"
+        most = [
+            f"{seconds / busy_s:6.1%} {seconds * 1e3:9.2f} ms {times:6} x {text:.110}"
+            for seconds, times, text in sorted(kernels, reverse=True)[:PROFILED]
+        ]
+        lines = [head, *lines, *most]
+        self.profiles[name] = lines
+        print(f"    {name}: " + "\n        ".join(lines), flush=True)
 
     def _line(self, cells: Sequence[str]) -> None:
         print(f"{cells[0]:46}{cells[1]:>24}{cells[2]:>11}{cells[3]:>9}{cells[4]:>10}  {cells[5]}".rstrip(), flush=True)
@@ -249,18 +290,20 @@ def measure_clip(bench: Bench) -> None:
         pixels = torch.randn(size, 3, sizes.clip["image_size"], sizes.clip["image_size"], device=bench.device, dtype=bench.dtype)
         speed = bench.speed(inferring(ours.tower, pixels), size)
         bench.row(f"clip, network, {size} at once", "frames/s", speed, speed * flops / bench.rate, cosine=cosine)
-    decoded = [decode_jpeg(jpeg, 0) for jpeg in different] * max(1, sizes.frame_batches[-1] // len(different))
+    bench.profile(f"clip, network, {sizes.frame_batches[-1]} at once", inferring(ours.tower, pixels))
+    decoded = [ours._decode(jpeg, 0) for jpeg in different] * max(1, sizes.frame_batches[-1] // len(different))
     ours.micro_batches.compute(ours._embed_frames, decoded)
     speed = bench.speed(lambda: ours.micro_batches.compute(ours._embed_frames, decoded), len(decoded))
     at_once = f"{ours.micro_batches.size} at once"
     bench.row("clip, frames decoded beforehand", "frames/s", speed, speed * flops / bench.rate, note=at_once)
+    bench.profile("clip, frames decoded beforehand", lambda: ours.micro_batches.compute(ours._embed_frames, decoded))
 
     plain_shots = shots[: max(1, len(shots) // 32)]
     plain_speed = bench.speed(lambda: plain(plain_shots), len(plain_shots) * FRAMES_PER_SHOT)
     speed = bench.speed(lambda: ours.encode(shots), sizes.frames)
     note = f"plain {plain_speed:,.0f}; {speed * SHOT_SECONDS / FRAMES_PER_SHOT:,.0f} hours of video an hour"
     bench.row("clip, from JPEGs", "frames/s", speed, speed * flops / bench.rate, speed / plain_speed, cosine, note)
-    speed = bench.speed(lambda: ours.workers.map(lambda jpeg: decode_jpeg(jpeg, 0), different * 8), len(different) * 8)
+    speed = bench.speed(lambda: ours.workers.map(lambda jpeg: ours._decode(jpeg, 0), different * 8), len(different) * 8)
     bench.row("clip, decoding JPEGs alone", "frames/s", speed, note=f"on the CPU, {ours.workers.threads} threads")
 
 
@@ -284,6 +327,7 @@ def measure_wav2vec2(bench: Bench) -> None:
         samples = torch.randn(size, round(SHOT_SECONDS * SAMPLE_RATE), device=bench.device, dtype=bench.dtype)
         speed = bench.speed(inferring(ours.model, samples), size * SHOT_SECONDS)
         bench.row(f"wav2vec2, network, {size} x 5 s at once", "seconds/s", speed, speed * flops / bench.rate, cosine=cosine)
+    bench.profile(f"wav2vec2, network, {sizes.sound_batches[-1]} x 5 s at once", inferring(ours.model, samples))
     some = sounds[: max(1, len(sounds) // 24)]
     plain_speed = bench.speed(lambda: plain(some), sum(map(len, some)) / SAMPLE_RATE)
     speed = bench.speed(lambda: ours.encode(shots), seconds)
@@ -352,11 +396,25 @@ def measure_training(bench: Bench, compiled: bool = False) -> None:
             trainer = _trainer(bench, shape, windows, bench.device, compile=compiled)
             batch = random_batch(windows, shape.max_shots, 1)
             batch = batch.pinned() if bench.on_gpu else batch
+            how = _made_to_work(trainer, batch) if compiled else ""
             speed = _steps_speed(bench, functools.partial(trainer.step, batch)) * windows
             name = f"training{' compiled' if compiled else ''}, {layers} x {sizes.width}, {windows} windows"
             times_plain = None if plain_speed is None else speed / plain_speed
-            bench.row(name, "windows/s", speed, speed * flops / bench.rate, times_plain, cosine)
+            bench.row(name, "windows/s", speed, speed * flops / bench.rate, times_plain, cosine, how)
+            bench.profile(name, functools.partial(trainer.step, batch))
             del trainer
+
+
+def _made_to_work(trainer: Trainer, batch: Batch) -> str:
+    """The first step of a compiled network, which compiles it; where that fails, for one length of windows. Returns which it was."""
+    try:
+        trainer.step(batch)
+    except Exception as error:
+        print(f"compiled for all lengths: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        torch.compiler.reset()
+        trainer.network = trainer.shared_network = torch.compile(trainer.model, dynamic=False)
+        return "for one length"
+    return "for all lengths"
 
 
 def _steps_speed(bench: Bench, step: Callable[[], Any]) -> float:
@@ -410,6 +468,7 @@ def measure_inference(bench: Bench, compiled: bool = False) -> None:
             speed = _steps_speed(bench, inferring(network, fused_BSD, metadata_BM)) * windows
             name = f"inference{' compiled' if compiled else ''}, {layers} x {sizes.width}, {windows} windows"
             bench.row(name, "windows/s", speed, speed * flops / bench.rate, cosine=cosine)
+        bench.profile(name, inferring(network, fused_BSD, metadata_BM))
         if titles_row is not None:
             bench.row(**titles_row)
 
@@ -434,6 +493,19 @@ def _measure_titles(bench: Bench, shape: ShapeConfig, flops: float) -> tuple[flo
     note = f"of {shape.max_shots} shots, from and to host memory; {ours.micro_batches.size} tokens at once"
     row = {"name": name, "unit": "titles/s", "speed": speed, "share": speed * flops / bench.rate}
     return cosine, {**row, "times_plain": speed / plain_speed, "cosine": cosine, "note": note}
+
+
+def measure_compiled_clip(bench: Bench) -> None:
+    """The network of CLIP ViT-L/14 through torch.compile, which the encoder does not use: what it would bring."""
+    folder, sizes = bench.folder / "clip", bench.sizes
+    if not folder.exists():
+        save_clip(folder, dict(sizes.clip))
+    ours = ClipEncoder(VideoEncoderConfig(encoder="clip", weights=str(folder), device=bench.device, precision=bench.precision))
+    flops = PlainClip(folder, bench.device).flops_of_a_frame()
+    size, side = sizes.frame_batches[-1], sizes.clip["image_size"]
+    pixels = torch.randn(size, 3, side, side, device=bench.device, dtype=bench.dtype)
+    speed = bench.speed(inferring(torch.compile(ours.tower, dynamic=False), pixels), size)
+    bench.row(f"clip compiled, network, {size} at once", "frames/s", speed, speed * flops / bench.rate)
 
 
 # ----------------------------------------------------------------------------------------------------------- detection
@@ -699,6 +771,7 @@ PARTS = {  # the most important first
     "reader": Part(measure_reader, 25, modules=("av", "fsspec", "pysubs2", "ttconv")),
     "compiled-inference": Part(functools.partial(measure_inference, compiled=True), 50, needs_gpu=True),
     "compiled-training": Part(functools.partial(measure_training, compiled=True), 60, needs_gpu=True),
+    "compiled-clip": Part(measure_compiled_clip, 60, needs_gpu=True),
 }
 
 
@@ -708,6 +781,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}; by default all")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: the figures mean nothing")
     parser.add_argument("--minutes", type=float, default=6.0, help="a part that would end later is left out")
+    parser.add_argument("--profile", action="store_true", help="print what takes the time in a call of each network")
     parser.add_argument("--json", type=Path, help="write the table here, too, after every row")
     arguments = parser.parse_args(given)
     if arguments.device != "cpu" and not torch.cuda.is_available():
@@ -715,7 +789,8 @@ def main(given: Sequence[str] | None = None) -> int:
     if arguments.quick and arguments.device == "cpu":
         torch.set_num_threads(1)  # tiny operations are not worth sharing
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.device, QUICK if arguments.quick else FULL, Path(folder), arguments.minutes, arguments.json)
+        sizes = QUICK if arguments.quick else FULL
+        bench = Bench(arguments.device, sizes, Path(folder), arguments.minutes, arguments.json, arguments.profile)
         bench.say_head()
         for name, part in PARTS.items():
             if name in (arguments.only or PARTS):

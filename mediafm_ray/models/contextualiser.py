@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mediafm_ray.models import weights
-from mediafm_ray.models.loading import PRECISIONS, MicroBatches, Workers, load_checkpoint, open_device
+from mediafm_ray.models.loading import PRECISIONS, MicroBatches, Workers, load_checkpoint, open_device, staged
 from mediafm_ray.models.neighbours import ContextualiserOutput, NeighbourAttention, builtin_model
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.spec import MAX_SHOTS_PER_WINDOW
@@ -41,7 +41,7 @@ SPECIAL_TOKENS = 2  # [CLS] at position 0, [GLOBAL] at position 1
 SHORTEST_TIME_S = 1 / 32  # seconds: times differ by their ratio above it and hardly below it; it is about a frame
 TIME_WAVES_OCTAVES = (64.0, 32.0, 16.0, 8.0, 4.0, 2.0)  # of the sinusoids over log2 of a time; frame to day: 22 octaves
 TIME_FEATURES = 2 * 2 * len(TIME_WAVES_OCTAVES)  # sine and cosine of two times
-MOST_TOKENS = 2**17  # that a GPU computes at once: more fill it no better
+MOST_TOKENS = 2**15  # that a GPU computes at once: more fill it hardly better, and it would wait longer for the first
 MOST_RELATED_TOKENS = 2**13  # the same where every pair of shots has features: 16 windows of 512 take 2 GB
 
 
@@ -272,31 +272,29 @@ class TitleContextualiser:
         in whose middle it is most nearly, and [CLS] is the mean of the windows', weighted by the shots taken from each.
         Raises ValueError for other dimensions than the checkpoint's, no shots, missing times, and input or output that is not finite.
         """
-        for title in titles:
-            self._check(title)
+        self.workers.map(self._check, titles)
         starts = [window_starts(len(title), self.window) for title in titles]
         windows = [title.part(start, start + self.window) for title, begun in zip(titles, starts, strict=True) for start in begun]
         outputs = iter(self._read(windows))
-        return [
-            self._join(len(title), begun, list(itertools.islice(outputs, len(begun)))) for title, begun in zip(titles, starts, strict=True)
-        ]
+        parts = [(len(title), begun, list(itertools.islice(outputs, len(begun)))) for title, begun in zip(titles, starts, strict=True)]
+        return self.workers.map(lambda part: self._join(*part), parts)
 
-    def _join(self, shots: int, starts: Sequence[int], outputs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    def _join(self, shots: int, starts: Sequence[int], outputs: Sequence[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
         """A title from its windows."""
         owner_S = window_of_shots(shots, self.window)
-        dim = outputs[0][0].shape[1]
-        contextual_SD = np.empty((shots, dim), np.float32)
-        cls_D = np.zeros(dim, np.float64)
+        of_windows = []
+        cls_D = np.zeros(outputs[0][1].shape, np.float64)
         for index, (start, (window_SD, window_cls_D)) in enumerate(zip(starts, outputs, strict=True)):
-            owned = np.flatnonzero(owner_S == index)
-            contextual_SD[owned] = window_SD[owned - start]
-            cls_D += window_cls_D.astype(np.float64) * (len(owned) / shots)
+            first, end = np.searchsorted(owner_S, [index, index + 1])
+            of_windows.append(window_SD[first - start : end - start].float().cpu().numpy())
+            cls_D += window_cls_D.cpu().double().numpy() * ((end - first) / shots)
+        contextual_SD = of_windows[0] if len(of_windows) == 1 else np.concatenate(of_windows)
         if not np.isfinite(contextual_SD).all() or not np.isfinite(cls_D).all():
             raise ValueError(f"the contextualiser {self.checkpoint} gave numbers that are not finite: is it trained, and for this input?")
         return contextual_SD, cls_D.astype(np.float32)
 
-    def _read(self, windows: Sequence[TitleShots]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The contextual embeddings and the [CLS] embedding of each window."""
+    def _read(self, windows: Sequence[TitleShots]) -> list[tuple[Tensor, Tensor]]:
+        """The (S, D) contextual embeddings and the (D,) [CLS] embedding of each window, on the device; a GPU may still be at work."""
         if self.alone:
             return self.workers.map(lambda window: self._read_batch([window])[0], windows)
         # longest first: the first micro-batch measures the most memory, and like lengths share a call
@@ -307,30 +305,35 @@ class TitleContextualiser:
         return [output for _, output in sorted(zip(order, computed, strict=True), key=lambda pair: pair[0])]
 
     @torch.inference_mode()
-    def _read_batch(self, windows: Sequence[TitleShots]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _read_batch(self, windows: Sequence[TitleShots]) -> list[tuple[Tensor, Tensor]]:
         lengths_B = np.array([len(window) for window in windows])
         longest = int(lengths_B.max())
         told_B = np.array([window.metadata_M is not None for window in windows])
         with_times = bool(self.model.config.time_features)
-        fused_BSD = np.zeros((len(windows), longest, windows[0].fused_SD.shape[1]), np.float32)
+        fused_BSD = torch.zeros(len(windows), longest, windows[0].fused_SD.shape[1], dtype=self.dtype, device=self.device)
         metadata_BM = np.zeros((len(windows), self.metadata_dim), np.float32)
         times_BS2 = np.zeros((len(windows), longest, 2), np.float32)
-        for row, window in enumerate(windows):
-            fused_BSD[row, : len(window)] = window.fused_SD
+        stage: Any = map if self.alone else self.workers.map  # alone, this is one of the workers' threads
+        given = stage(lambda window: staged(window.fused_SD, self.device), windows)
+        for row, (window, fused_SD) in enumerate(zip(windows, given, strict=True)):
+            fused_BSD[row, : len(window)].copy_(fused_SD, non_blocking=True)
             if window.metadata_M is not None and self.metadata_dim:
                 metadata_BM[row] = window.metadata_M
             if with_times:
                 times_BS2[row, : len(window)] = window.times_S2
         shots_BS = np.arange(longest) < lengths_B[:, None]
+
+        def moved(array: np.ndarray) -> Tensor:
+            return staged(array, self.device).to(self.device, non_blocking=True)
+
         output = self.model(
-            torch.from_numpy(fused_BSD).to(self.dtype).to(self.device),
-            torch.from_numpy(metadata_BM).to(self.dtype).to(self.device) if told_B.any() else None,
-            None if told_B.all() else torch.from_numpy(told_B).to(self.device),
-            None if shots_BS.all() else torch.from_numpy(shots_BS).to(self.device),
-            times_BS2=torch.from_numpy(times_BS2).to(self.device) if with_times else None,
+            fused_BSD,
+            moved(metadata_BM).to(self.dtype) if told_B.any() else None,
+            None if told_B.all() else moved(told_B),
+            None if shots_BS.all() else moved(shots_BS),
+            times_BS2=moved(times_BS2) if with_times else None,
         )
-        contextual_BSD, cls_BD = output.contextual_BSD.cpu().float().numpy(), output.cls_BD.cpu().float().numpy()
-        return [(contextual_BSD[row, :length], cls_BD[row]) for row, length in enumerate(lengths_B)]
+        return [(output.contextual_BSD[row, :length], output.cls_BD[row]) for row, length in enumerate(lengths_B)]
 
     def _check(self, title: TitleShots) -> None:
         fused_SD, metadata_M, times_S2 = title.fused_SD, title.metadata_M, title.times_S2

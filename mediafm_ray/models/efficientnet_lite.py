@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import EFFICIENTNET_LITE0_DIM, Encoded
-from mediafm_ray.models.loading import MicroBatches, Workers, load_state, open_device
+from mediafm_ray.models.loading import MicroBatches, Workers, load_state, open_device, staged
 from mediafm_ray.models.options import VideoEncoderConfig
 
 IMAGE_SIZE = 224  # pixels, both ways
@@ -35,7 +35,7 @@ PIXEL_SCALE = 128.0
 BATCH_NORM_EPSILON = 1e-3
 STEM_CHANNELS = 32
 CLASSES = 1000
-DECODED_AHEAD = 1024  # frames decoded while a GPU computes those before them
+DECODED_TOGETHER = 512  # frames decoded while the GPU computes those before them
 
 # (kernel, stride, expansion, channels out, repeats): the stages of EfficientNet-B0; only the first block of a stage strides
 STAGES = (
@@ -161,29 +161,32 @@ class EfficientNetLiteEncoder:
         """See VideoEncoder. Raises ValueError, with the shot's position, for a frame that Pillow cannot decode."""
         frames = [(jpeg, shot) for shot, jpegs in enumerate(shots) for jpeg in jpegs]
         if self.alone:
-            features = self.workers.map(lambda frame: self._features([_load_frame_of(*frame)])[0], frames)
+            features = self.workers.map(lambda frame: self._features([self._load(*frame)])[0], frames)
         else:
-            features = []
-            for loaded in self.workers.map_ahead(lambda frame: _load_frame_of(*frame), frames, DECODED_AHEAD):
-                features.extend(self.micro_batches.compute(self._features, loaded))
+            features = self.workers.feed(
+                lambda frame: self._load(*frame),
+                frames,
+                DECODED_TOGETHER,
+                lambda loaded: self.micro_batches.compute(self._features, loaded),
+            )
+        features_FD = torch.stack(features).cpu().numpy() if features else np.zeros((0, self.dim), np.float32)
         embeddings_SD = np.zeros((len(shots), self.dim), np.float32)
         first = 0
         for shot, jpegs in enumerate(shots):
             if jpegs:
-                embeddings_SD[shot] = np.mean(features[first : first + len(jpegs)], axis=0, dtype=np.float64)
+                embeddings_SD[shot] = np.mean(features_FD[first : first + len(jpegs)], axis=0, dtype=np.float64)
                 first += len(jpegs)
         return Encoded(embeddings_SD, np.array([len(jpegs) > 0 for jpegs in shots], bool))
 
+    def _load(self, jpeg: bytes, shot: int) -> Tensor:
+        try:
+            return staged(load_frame(jpeg), self.device)
+        except OSError as error:  # Pillow's UnidentifiedImageError and its errors for truncated files are OSErrors
+            raise ValueError(f"a frame of shot {shot} ({len(jpeg)} bytes) is not a JPEG that Pillow can decode: {error}") from error
+
     @torch.inference_mode()
-    def _features(self, frames: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """(224, 224, 3) uint8 frames to (1280,) float32 each."""
-        pixels_BHWC = torch.from_numpy(np.stack(frames)).to(self.device)
+    def _features(self, frames: Sequence[Tensor]) -> list[Tensor]:
+        """(224, 224, 3) uint8 frames to (1280,) float32 each, on the device; a GPU may still be at work on them."""
+        pixels_BHWC = torch.stack([frame.to(self.device, non_blocking=True) for frame in frames])
         images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float().sub_(PIXEL_MEAN).div_(PIXEL_SCALE)  # stays channels-last in memory
-        return list(self.network(images_BCHW).cpu().numpy())
-
-
-def _load_frame_of(jpeg: bytes, shot: int) -> np.ndarray:
-    try:
-        return load_frame(jpeg)
-    except OSError as error:  # Pillow's UnidentifiedImageError and its errors for truncated files are OSErrors
-        raise ValueError(f"a frame of shot {shot} ({len(jpeg)} bytes) is not a JPEG that Pillow can decode: {error}") from error
+        return list(self.network(images_BCHW))

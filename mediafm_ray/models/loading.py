@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
@@ -18,6 +19,7 @@ from mediafm_ray.models.weights import WeightsError
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # names in the configuration
 
 Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
 
@@ -55,22 +57,31 @@ class Workers:
         with _one_thread_an_operation(), ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(lambda item: _without_gradients(compute, item), items))
 
-    def map_ahead(self, compute: Callable[[Item], Result], items: Sequence[Item], group: int) -> Iterator[list[Result]]:
-        """The results in groups; while the caller is busy with one (on a GPU, say), the threads compute the next."""
-        groups = [items[start : start + group] for start in range(0, len(items), group)]
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self.map, compute, groups[0]) if groups else None
-            for index in range(len(groups)):
-                assert coming is not None
-                results = coming.result()
-                if index + 1 < len(groups):
-                    coming = ahead.submit(self.map, compute, groups[index + 1])
-                yield results
+    def feed(
+        self, prepare: Callable[[Item], Prepared], items: Sequence[Item], group: int, launch: Callable[[list[Prepared]], Iterable[Result]]
+    ) -> list[Result]:
+        """What ``launch`` gives for every group of items prepared by the threads.
+
+        ``launch`` starts work on a GPU and does not wait for it: the threads prepare the next group while the GPU computes. They rest
+        while ``launch`` runs: it makes hundreds of short calls, and before each it would wait until all threads had their turn of Python.
+        """
+        results: list[Result] = []
+        for first in range(0, len(items), group):
+            results.extend(launch(self.map(prepare, items[first : first + group])))
+        return results
 
 
 def _without_gradients(compute: Callable[[Item], Result], item: Item) -> Result:
     with torch.inference_mode():  # is a property of the thread
         return compute(item)
+
+
+def staged(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of an array on the CPU; for a GPU in page-locked memory, out of which it can be copied without waiting."""
+    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    tensor = torch.empty(array.shape, dtype=dtype, pin_memory=device.type == "cuda")
+    tensor.numpy()[...] = array
+    return tensor
 
 
 class MicroBatches:

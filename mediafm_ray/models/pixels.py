@@ -26,6 +26,10 @@ from torch import Tensor
 
 from mediafm_ray.models.weights import WeightsError, read_json
 
+# Pillow keeps the memory of so many pictures for the next ones. By default it keeps none, and until the system has handed out the pages
+# of a picture anew, with Python locked, decoding it takes twice as long.
+PICTURES_KEPT = 32
+Image.core.set_blocks_max(PICTURES_KEPT)
 PRECISION_BITS = 22  # of Pillow's integer weights: 32 less 8 of a pixel and 2 of headroom
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -103,10 +107,10 @@ def read_pixel_recipe(folder: Path) -> PixelRecipe:
 
 
 def decode_jpeg(jpeg: bytes, shot: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB. Raises ValueError, with the position of its shot, for what Pillow cannot decode."""
+    """(H, W, 3) uint8 RGB, read-only. Raises ValueError, with the position of its shot, for what Pillow cannot decode."""
     try:
         with Image.open(io.BytesIO(jpeg)) as image:
-            return np.array(image.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except OSError as error:  # Pillow's UnidentifiedImageError and its errors for truncated files are OSErrors
         raise ValueError(f"a frame of shot {shot} ({len(jpeg)} bytes) is not a JPEG that Pillow can decode: {error}") from error
 
@@ -116,15 +120,21 @@ def prepare(frames_BHWC: Tensor, recipe: PixelRecipe) -> Tensor:
     height, width = frames_BHWC.shape[1:3]
     rows, columns = recipe.resized(height, width)
     crop_rows, crop_columns = recipe.crop or (rows, columns)
-    across = _weights(width, columns, crop_columns, recipe.resample).to(frames_BHWC.device)
-    down = _weights(height, rows, crop_rows, recipe.resample).to(frames_BHWC.device)
+    device = frames_BHWC.device
+    across = _weights(width, columns, crop_columns, recipe.resample, device)
+    down = _weights(height, rows, crop_rows, recipe.resample, device)
     pixels_BCHW = frames_BHWC.permute(0, 3, 1, 2).double()
     if _down_first((height, width), (rows, columns)):
         pixels_BCHW = _to_bytes(_to_bytes(down @ pixels_BCHW) @ across.T)
     else:
         pixels_BCHW = _to_bytes(down @ _to_bytes(pixels_BCHW @ across.T))
-    mean, deviation = (torch.tensor(values, device=frames_BHWC.device)[:, None, None] for values in (recipe.mean, recipe.deviation))
-    return ((pixels_BCHW * recipe.scale).float() - mean) / deviation
+    return ((pixels_BCHW * recipe.scale).float() - _of_channels(recipe.mean, device)) / _of_channels(recipe.deviation, device)
+
+
+@functools.lru_cache(maxsize=8)  # a copy to a GPU would wait for all that it has to compute before
+def _of_channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """(C, 1, 1) float32."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def _down_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:
@@ -139,7 +149,7 @@ def _to_bytes(sums: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)  # a title has one size, and there are few among many titles
-def _weights(size: int, resized: int, cropped: int, resample: int) -> Tensor:
+def _weights(size: int, resized: int, cropped: int, resample: int, device: torch.device) -> Tensor:
     """(cropped, size) float64, whole numbers: row i holds the weights of the input for pixel i of the centre crop of the output."""
     kernel, reach = FILTERS[resample]
     scale = size / resized
@@ -153,4 +163,4 @@ def _weights(size: int, resized: int, cropped: int, resample: int) -> Tensor:
         values = np.array([kernel((x - centre + 0.5) / stretch) for x in range(start, end)])
         whole: list[Any] = [math.floor(abs(value) * 2**PRECISION_BITS + 0.5) * math.copysign(1, value) for value in values / values.sum()]
         weights[row, start:end] = whole
-    return torch.from_numpy(weights)
+    return torch.from_numpy(weights).to(device)

@@ -139,12 +139,16 @@ class Wav2Vec2Encoder:
         for row, piece in enumerate(pieces):
             sounds_BN[row, : piece.length] = piece.sound()
         padded = bool((lengths_B < lengths_B.max()).any())
+        mask_BN = torch.from_numpy(np.arange(lengths_B.max()) < lengths_B[:, None]).to(self.device) if padded else None
         if self.norm is not None:
             self.norm.lengths_B = torch.from_numpy(lengths_B).to(self.device) if padded else None
-        mask_BN = torch.from_numpy(np.arange(lengths_B.max()) < lengths_B[:, None]).to(self.device) if padded else None
-        output = self.model(
-            torch.from_numpy(sounds_BN).to(self.device, self.dtype), attention_mask=mask_BN, output_hidden_states=self.layer != -1
-        )
+        try:
+            output = self.model(
+                torch.from_numpy(sounds_BN).to(self.device, self.dtype), attention_mask=mask_BN, output_hidden_states=self.layer != -1
+            )
+        finally:
+            if self.norm is not None:
+                self.norm.lengths_B = None  # they are those of this call only
         hidden_BTD = (output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]).float()
         if not padded:
             return list(hidden_BTD.mean(dim=1).cpu().numpy())

@@ -117,7 +117,9 @@ class Batch:
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(*(None if field is None else change(field) for field in vars(self).values()))  # type: ignore[arg-type]
+        """A tensor that stands in two fields is changed once."""
+        changed = {id(field): change(field) for field in vars(self).values() if field is not None}
+        return Batch(*(changed.get(id(field)) for field in vars(self).values()))  # type: ignore[arg-type]
 
 
 class WindowSource:
@@ -192,13 +194,15 @@ def collate(windows: Sequence[Window], metadata_dim: int, cut_aways: float = 0.0
             metadata_BM[row] = window.title.metadata_M
     masked_K = np.flatnonzero(masked_BS)
     shots_BS = np.arange(longest) < np.array(lengths)[:, None]
-    given_BSD, replaced_BS = fused_BSD, np.zeros_like(masked_BS)
+    fused = given = torch.from_numpy(fused_BSD)
+    replaced_BS = np.zeros_like(masked_BS)
     if cut_aways and random is not None:
         titles = np.unique([window.title.title_id for window in windows], return_inverse=True)[1]
         given_BSD, replaced_BS = _with_cut_aways(fused_BSD, shots_BS & fused_BSD.any(-1), masked_BS, titles, cut_aways, random)
+        given = torch.from_numpy(given_BSD)
     return Batch(
-        torch.from_numpy(fused_BSD),
-        torch.from_numpy(given_BSD),
+        fused,
+        given,
         torch.from_numpy(replaced_BS),
         torch.from_numpy(metadata_BM),
         torch.tensor([window.title.metadata_M is not None for window in windows]),

@@ -9,6 +9,7 @@ and value are three maps that share one tensor: each is a matrix of its own to M
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from mediafm_ray.training.options import TrainingConfig
 
 ADAMW_BETAS = (0.9, 0.98)  # a second moment that forgets in 50 steps, as BERT-like models of few steps want it
 MUON_MOMENTUM = 0.95
+ORTHOGONAL_ABC = (3.4445, -4.775, 2.0315)  # of Newton and Schulz's iteration, those of torch.optim.Muon
+ORTHOGONAL_ITERATIONS = 5
+SHORTEST_UPDATE = 1e-7
 STACKED = {"query_key_value": 3}  # matrices that share one tensor, row blocks one above the other
 
 
@@ -39,9 +43,11 @@ class Optimisers:
             }
             for decays in (True, False)
         ]
-        self.all: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW(groups, lr=config.learning_rate, betas=ADAMW_BETAS)}
+        on_gpu = next(model.parameters()).is_cuda
+        adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=ADAMW_BETAS, fused=on_gpu or None)
+        self.all: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
         if self.blocks:
-            self.all["muon"] = torch.optim.Muon(
+            self.all["muon"] = (BatchedMuon if on_gpu else torch.optim.Muon)(
                 [block for block, _, _ in self.blocks],
                 lr=config.muon_learning_rate,
                 momentum=MUON_MOMENTUM,
@@ -85,6 +91,43 @@ class Optimisers:
                 if owner == name:
                     entries.setdefault(int(index), {})[key] = tensor
             optimiser.load_state_dict({"state": entries, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+class BatchedMuon(torch.optim.Muon):
+    """torch.optim.Muon for a GPU, with the same state: matrices of one shape are computed together, in a tenth of the calls.
+
+    Numbers differ from torch's by rounding. A learning rate is adjusted as with ``adjust_lr_fn="original"``.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """All matrices must have gradients; there is no closure."""
+        for group in self.param_groups:
+            of_shape = defaultdict(list)
+            for matrix in group["params"]:
+                of_shape[matrix.shape].append(matrix)
+                if "momentum_buffer" not in self.state[matrix]:
+                    self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+            for (rows, columns), matrices in of_shape.items():
+                gradients = [matrix.grad for matrix in matrices]
+                buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                updates_NRC = _orthogonal(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, updates_NRC.float().unbind(), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
+def _orthogonal(matrices_NRC: Tensor) -> Tensor:
+    """(N, R, C) bfloat16: the orthogonal matrix nearest to each, roughly, by Newton and Schulz's iteration as torch.optim.Muon has it."""
+    is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    found_NRC = (matrices_NRC.mT if is_tall else matrices_NRC).bfloat16()
+    found_NRC = found_NRC / found_NRC.norm(dim=(1, 2), keepdim=True).clamp(min=SHORTEST_UPDATE)
+    first, second, third = ORTHOGONAL_ABC
+    for _ in range(ORTHOGONAL_ITERATIONS):
+        gram_NRR = found_NRC @ found_NRC.mT
+        gram_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=second, alpha=third)
+        found_NRC = torch.baddbmm(found_NRC, gram_NRR, found_NRC, beta=first)
+    return found_NRC.mT if is_tall else found_NRC
 
 
 def schedule(step: int, config: TrainingConfig) -> float:

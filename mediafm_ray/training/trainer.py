@@ -54,6 +54,7 @@ METRIC_DIGITS = 6  # significant digits of a row of metrics
 MIN_GAIN = 1e-4  # of the held-out score: less is no better model
 TEMPERATURE = 0.1  # of both softmaxes over cosines
 MAX_COMPARED = 4096  # shots that are compared with one another at once; more windows are taken in groups
+COMPILE_OPTIONS: dict[str, Any] = {"triton.coalesce_tiling_analysis": False}  # with lengths that change, torch 2.11 fails at it
 TERMS = ("masked", "context")  # of the loss
 FIGURES = ("cosine", "identity", "context")  # of served vectors on held-out titles
 
@@ -139,7 +140,7 @@ class Trainer:
             )
         self.model: Any = model.to(self.device)
         self.optimisers = Optimisers(model, config)
-        self.network: Any = torch.compile(model, dynamic=True) if config.compile else model
+        self.network: Any = torch.compile(model, dynamic=True, options=COMPILE_OPTIONS) if config.compile else model
         self.shared_network = DistributedDataParallel(self.network) if self.workers > 1 else self.network
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
         self.autocast = {"device_type": self.device.type, "dtype": torch.bfloat16, "enabled": half}
@@ -147,6 +148,7 @@ class Trainer:
         self.source = WindowSource(
             titles, config.seed, config.windows_per_step, int(model.config.max_shots), config.mask_fraction, say_unusable
         )
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.sums = torch.zeros(2, len(TERMS), dtype=torch.float64, device=self.device)  # of the terms since the last row, and their shots
         self.norm = torch.zeros(())
         self.is_context = config.objective == "context"
@@ -198,7 +200,7 @@ class Trainer:
         step = self.standing.step
         torch.manual_seed(int(random_of(self.config.seed, DROPOUT, step, self.rank).integers(2**62)))
         self.model.train()
-        sums_T, counts_T = self._loss_terms(self.shared_network, batch.to(self.device))
+        sums_T, counts_T = self._loss_terms(self.shared_network, self._on_device(batch))
         everywhere_T = counts_T.clone()
         if self.workers > 1:
             torch.distributed.all_reduce(everywhere_T)
@@ -207,6 +209,19 @@ class Trainer:
         self.norm = self.optimisers.step(step)
         self.sums += torch.stack([sums_T.detach(), counts_T])
         self.standing.step += 1
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """The batch on the device; a GPU copies it while it computes the steps before."""
+        if self.copies is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self.copies):
+            batch = batch.to(self.device)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self.copies)
+        for field in vars(batch).values():
+            if field is not None:
+                field.record_stream(computing)
+        return batch
 
     def _loss_terms(self, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """(TERMS,) float64 sums of the loss's terms over shots, and how many shots each has."""
@@ -220,10 +235,11 @@ class Trainer:
         else:
             sums.append(torch.zeros_like(sums[0]))
             counts.append(0)
-        return torch.stack(sums), torch.tensor(counts, dtype=torch.float64, device=self.device)
+        # Filled on the device: to copy a number there would wait for all that the device has to compute.
+        return torch.stack(sums), torch.stack([torch.full((), count, dtype=torch.float64, device=self.device) for count in counts])
 
     def _read(self, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, S, D) float32 of the damaged windows, and of the undamaged ones where the objective asks for them (else the former again)."""
+        """(B, S, D) of the damaged windows, and of the undamaged ones where the objective asks for them (else the former again)."""
         fused_BSD, masked_BS, repeat = batch.given_BSD, batch.masked_BS, 1
         if self.is_context:  # both in one call: DistributedDataParallel wants one before every backward pass
             fused_BSD, repeat = torch.cat([batch.given_BSD, batch.fused_BSD]), 2
@@ -241,7 +257,7 @@ class Trainer:
                 masked_BS,
                 times_BS2=again(batch.times_BS2),
             )
-        parts = output.contextual_BSD.float().chunk(repeat)
+        parts = output.contextual_BSD.chunk(repeat)
         return parts[0], parts[-1]
 
     def _row(self) -> dict[str, float]:
@@ -385,7 +401,8 @@ class Trainer:
 
 def _cosines_at_masked(contextual_BSD: Tensor, batch: Batch) -> Tensor:
     """(K,) float32 cosines between the vectors of hidden shots and the original ones."""
-    return F.cosine_similarity(contextual_BSD.flatten(0, 1)[batch.masked_K], batch.fused_BSD.flatten(0, 1)[batch.masked_K], dim=1)
+    found_KD, wanted_KD = (vectors_BSD.flatten(0, 1).index_select(0, batch.masked_K) for vectors_BSD in (contextual_BSD, batch.fused_BSD))
+    return F.cosine_similarity(found_KD.float(), wanted_KD, dim=1)
 
 
 def _groups(batch: Batch) -> list[slice]:
@@ -401,7 +418,7 @@ def _context_loss(damaged_BSD: Tensor, clean_BSD: Tensor, batch: Batch, group: s
     known_BS = (fused_BSD != 0).any(-1)
     with torch.no_grad():
         teacher_ND = neighbour_context(fused_BSD, known_BS)[known_BS]
-    damaged_ND, clean_ND = (F.normalize(vectors_BSD[group][known_BS], dim=-1) for vectors_BSD in (damaged_BSD, clean_BSD))
+    damaged_ND, clean_ND = (F.normalize(vectors_BSD[group][known_BS].float(), dim=-1) for vectors_BSD in (damaged_BSD, clean_BSD))
     if len(teacher_ND) < 2:  # nothing to compare with
         return damaged_ND.sum(1) * 0
     self_NN = torch.eye(len(teacher_ND), dtype=torch.bool, device=teacher_ND.device)
@@ -416,7 +433,7 @@ def _context_loss(damaged_BSD: Tensor, clean_BSD: Tensor, batch: Batch, group: s
 def _figures(hidden_BSD: Tensor, visible_BSD: Tensor, batch: Batch) -> dict[str, Tensor]:
     """One number a shot for each figure of the served vectors; see Trainer.evaluate."""
     known_BS = (batch.fused_BSD != 0).any(-1)
-    to_original_BS = F.cosine_similarity(visible_BSD, batch.fused_BSD, dim=-1)
+    to_original_BS = F.cosine_similarity(visible_BSD.float(), batch.fused_BSD, dim=-1)
     return {
         "cosine": _cosines_at_masked(hidden_BSD, batch),
         "identity": to_original_BS[known_BS & ~batch.replaced_BS],

@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, CLIPTextConfig
+from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from mediafm_ray.models import encoder, tiny, weights
-from mediafm_ray.models.clip import ClipEncoder
+from mediafm_ray.models.clip import ClipEncoder, fold_quick_gelu
 from mediafm_ray.models.loading import MicroBatches, Workers, fitting_size
 from mediafm_ray.models.options import VideoEncoderConfig
-from mediafm_ray.models.pixels import prepare, read_pixel_recipe
+from mediafm_ray.models.pixels import decode_jpeg, prepare, read_pixel_recipe
 
 SIZES = [
     (180, 320),
@@ -134,6 +135,17 @@ def test_frames_that_share_a_batch_have_the_numbers_they_have_alone(folders: dic
     together = built.encode(shots)
     assert together.present_S.tolist() == alone.present_S.tolist()
     np.testing.assert_allclose(together.embeddings_SD, alone.embeddings_SD, rtol=1e-4, atol=1e-4)
+
+
+def test_the_activation_that_a_gpu_computes_in_one_pass_gives_the_same(folders: dict[str, Path]) -> None:
+    shots = [[jpeg(1), jpeg(2, 200, 90)], [jpeg(3)]]
+    built = build(folders["clip"])
+    expected = built.encode(shots).embeddings_SD
+    fold_quick_gelu(built.tower)
+    assert not any(isinstance(module, QuickGELUActivation) for module in built.tower.modules())
+    found = built.encode(shots).embeddings_SD
+    assert (found != expected).any()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_near_float32(folders: dict[str, Path]) -> None:
@@ -274,9 +286,33 @@ def test_calls_at_once_leave_the_number_of_threads_as_it_was() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_results_computed_ahead_come_in_order_and_errors_arrive() -> None:
+def test_a_device_is_fed_in_order_and_no_thread_is_at_work_meanwhile() -> None:
     workers = Workers(2)
-    assert list(workers.map_ahead(lambda item: item + 1, list(range(10)), 4)) == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
-    assert list(workers.map_ahead(lambda item: item, [], 4)) == []
+    at_work: set[int] = set()
+    groups: list[list[int]] = []
+
+    def prepare(item: int) -> int:
+        at_work.add(item)
+        time.sleep(0.002)
+        at_work.discard(item)
+        return item + 1
+
+    def launch(prepared: list[int]) -> list[int]:
+        time.sleep(0.005)
+        assert not at_work
+        groups.append(prepared)
+        return [10 * item for item in prepared]
+
+    assert workers.feed(prepare, list(range(10)), 4, launch) == [10 * item for item in range(1, 11)]
+    assert groups == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+    assert workers.feed(prepare, [], 4, launch) == []
     with pytest.raises(ZeroDivisionError):
-        list(workers.map_ahead(lambda item: 1 // item, [2, 1, 0, 1], 2))
+        workers.feed(lambda item: 1 // item, [2, 1, 0, 1], 2, list)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_decoded_frame_is_pillows_own_whatever_was_decoded_before(mode: str) -> None:
+    for seed, (height, width) in enumerate([(90, 160), (64, 64), (480, 640), (90, 160)]):
+        buffer = io.BytesIO()
+        Image.fromarray(picture(seed, height, width)).convert(mode).save(buffer, "JPEG")
+        np.testing.assert_array_equal(decode_jpeg(buffer.getvalue(), 0), np.array(Image.open(buffer).convert("RGB")))

@@ -23,7 +23,7 @@ def test_it_runs_with_torch_and_transformers_alone_and_writes_what_it_prints(tmp
     parts = ["clip", "wav2vec2", "inference", "training", "memory"]
     command = [sys.executable, "-c", PROGRAM.format(absent=ABSENT), "--device", "cpu", "--quick", "--json", str(tmp_path / "gpu.json")]
     done = subprocess.run(
-        [*command, "--only", *parts],
+        [*command, "--profile", "--only", *parts],
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -33,6 +33,8 @@ def test_it_runs_with_torch_and_transformers_alone_and_writes_what_it_prints(tmp
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["failed"] == {}
+    assert {name.split(",")[0] for name in written["profiles"]} == {"clip", "wav2vec2", "inference", "training"}
+    assert all("kernels and copies take" in lines[0] and len(lines) > 1 for lines in written["profiles"].values())
     assert written["left_out"] == {"memory": "needs a GPU"}
     assert {row["name"].split(",")[0] for row in written["rows"]} == {"clip", "wav2vec2", "inference", "contextualised titles", "training"}
     for row in written["rows"]:

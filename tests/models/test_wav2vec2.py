@@ -85,6 +85,17 @@ def test_sounds_that_share_a_batch_have_the_numbers_they_have_alone(kind: str, r
         np.testing.assert_allclose(together.embeddings_SD, alone.embeddings_SD, rtol=1e-3, atol=2e-4)
 
 
+def test_the_lengths_of_a_batch_are_forgotten_after_it(folder: Path) -> None:
+    """The model, called by itself afterwards, is the published one again."""
+    built = build(folder)
+    samples = torch.tensor(sound(1, 20_000) / 32768, dtype=torch.float32)[None]
+    with torch.inference_mode():
+        before = built.model(samples).last_hidden_state
+        built.alone = False
+        built.encode([sound(2, 9_000).tobytes(), sound(3, 16_000).tobytes()])
+        assert torch.equal(built.model(samples).last_hidden_state, before)
+
+
 def test_long_shots_are_equal_pieces_averaged_by_length(folder: Path) -> None:
     built = build(folder, chunk_seconds=1.0)
     samples = sound(3, 40_001)  # three pieces: 13333, 13334, 13334

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from mediafm_ray.training.batches import TitleVectors, UnusableTitle, WindowSource, collate, read_ahead
 from tests.training.titles import FUSED_DIM, METADATA_DIM, MadeTitles, make_title, unit
@@ -49,6 +50,8 @@ def test_a_batch_holds_the_windows_and_says_where_it_is_padded():
             place += 1
     assert place == len(batch.masked_K) == int(batch.masked_BS.sum())
     assert collate(windows[:1], METADATA_DIM).shots_BS is None
+    moved = batch.to(torch.device("meta"))
+    assert moved.given_BSD is moved.fused_BSD  # without cut-aways they are one: copied once
 
 
 def test_the_held_out_windows_never_change():

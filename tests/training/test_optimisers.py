@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mediafm_ray.training.optimisers import Optimisers, schedule
+from mediafm_ray.training.optimisers import BatchedMuon, Optimisers, schedule
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 from mediafm_ray.training.trainer import new_model
 
@@ -68,6 +68,29 @@ def test_a_step_of_muon_is_orthogonal_and_one_of_adamw_is_not(model):
         for block in change.chunk(3) if "query_key_value" in name else [change]:
             values = torch.linalg.svdvals(block) / max(1, block.shape[0] / block.shape[1]) ** 0.5
             assert 0.05 * 0.6 < values.min() <= values.max() < 0.05 * 1.3, name
+
+
+def test_muon_in_batches_takes_the_steps_of_torchs_and_goes_on_from_its_state():
+    """Updates agree to bfloat16's rounding, where gradients have singular values of like size: the iteration multiplies small ones."""
+    random = torch.Generator().manual_seed(3)
+    shapes = [(16, 16), (40, 16), (16, 40), (16, 16), (40, 16)]
+    drawn = [torch.nn.init.orthogonal_(torch.empty(shape), generator=random) for shape in shapes]
+    ours, torchs = ([torch.nn.Parameter(matrix.clone()) for matrix in drawn] for _ in range(2))
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "adjust_lr_fn": "original"}
+    expected, found = torch.optim.Muon(torchs, **options), BatchedMuon(ours, **options)
+    for step in range(4):
+        if step == 2:  # from here on with the other's state
+            found.load_state_dict(expected.state_dict())
+        for before, first, second in zip(drawn, ours, torchs, strict=True):
+            first.data.copy_(second.data)
+            first.grad = second.grad = before + 0.02 * torch.randn(first.shape, generator=random)
+        found.step()
+        expected.step()
+        for before, first, second in zip(drawn, ours, torchs, strict=True):
+            assert (first - before).norm() > 0.04 * (step + 1) * min(before.shape) ** 0.5 * 0.6
+            assert (first - second).norm() < 0.05 * 0.05 * before.shape[0] ** 0.5
+    for first, second in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(found.state[first]["momentum_buffer"], expected.state[second]["momentum_buffer"])
 
 
 def test_gradients_are_clipped_together(model):
