@@ -65,7 +65,7 @@ CONTEXT = TrainingConfig(
 )
 RECIPE_SHAPE = ShapeConfig(hidden_size=256, num_hidden_layers=3, num_attention_heads=4, intermediate_size=1024, max_shots=128)
 RECIPE = replace(CONTEXT, objective="recipe", optimiser="adamw", learning_rate=0.001)  # Muon computes in bfloat16: slow on many CPUs
-FUSION = FusionConfig("l2")
+FUSION = FusionConfig()
 GROWTH_FIGURES = ("in film", "elsewhere", "scenes", "ordinary", "cut-aways", "title")
 FIGURES = ("in film", "elsewhere", "scenes", "true count", "ordinary", "cut-aways", "own place", "title", "masked")
 Vectors = list[np.ndarray]  # (S, D) of each film

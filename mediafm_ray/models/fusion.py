@@ -3,8 +3,9 @@
 ``modality_norm: none`` concatenates the embeddings as the encoders give them, to the letter of the recipe. Encoders differ in their
 raw norms, by an order of magnitude and more; then the largest decides similarity: with the offline encoders they are about 15
 (video), 0.6 (audio) and 1 (text), and audio makes up 0.2 % of a cosine. ``modality_norm: l2``, the default, gives every present modality
-unit norm first, so that they count alike. The share of an absent modality falls to the others: two shots that differ only in that one has
-a caption have the cosine sqrt(2/3) = 0.82 where the other two modalities are there.
+the norm of its weight first. The share of an absent modality falls to the others: with the default weights (1, 0.5, 0.5) two shots that
+differ only in that one has a caption have the cosine 0.91 where the other two modalities are there, with equal weights 0.82. Equal weights
+find fewer shots of a place again and split scenes where captions or music begin (docs/benchmarks.md, "Fusion").
 
 Shapes
     S    shots
@@ -15,11 +16,12 @@ Shapes
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from mediafm_ray.models.options import FusionConfig
-from mediafm_ray.spec import MODALITIES
+from mediafm_ray.spec import MODALITIES, recipe_of
 
 
 def spans(dims: Mapping[str, int]) -> dict[str, tuple[int, int]]:
@@ -39,11 +41,17 @@ def spans(dims: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     return found
 
 
+def fusion_recipe(config: FusionConfig) -> dict[str, Any]:
+    """Return the options that change the numbers: weights belong to l2 only."""
+    return recipe_of(config) if config.modality_norm == "l2" else {"modality_norm": config.modality_norm}
+
+
 def fuse(parts: Mapping[str, np.ndarray], config: FusionConfig) -> tuple[np.ndarray, np.ndarray]:
     """Concatenate the (S, D_m) float32 embeddings of the modalities and scale every shot to unit norm.
 
     Returns the fused (S, D) float32 and its (S,) float32 norm before scaling: ``split`` gives the parts back. A shot with no modality at
-    all (all zeros) stays zero and has norm 0. With ``modality_norm: l2`` the parts that come back have unit norm or are zero.
+    all (all zeros) stays zero and has norm 0. With ``modality_norm: l2`` the parts that come back have the norm of their weight, or are
+    zero.
     Raises ValueError for an unknown modality, unequal numbers of shots, or values that are not finite.
     """
     counts = {modality: len(part) for modality, part in parts.items()}
@@ -54,7 +62,7 @@ def fuse(parts: Mapping[str, np.ndarray], config: FusionConfig) -> tuple[np.ndar
         part_SD = parts[modality].astype(np.float64)
         if not np.isfinite(part_SD).all():
             raise ValueError(f"the {modality} embedding of shot {int(np.argmin(np.isfinite(part_SD).all(axis=1)))} is not finite")
-        columns.append(_unit(part_SD)[0] if config.modality_norm == "l2" else part_SD)
+        columns.append(_unit(part_SD)[0] * config.weights[modality] if config.modality_norm == "l2" else part_SD)
     fused_SD, norm_S = _unit(np.concatenate(columns, axis=1))
     return fused_SD.astype(np.float32), norm_S.astype(np.float32)
 

@@ -5,9 +5,10 @@ They stand apart from the models so that the driver, which only plans, does not 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from mediafm_ray.spec import recipe, resource
+from mediafm_ray.spec import MODALITIES, recipe, resource
 
 MODALITY_NORMS = ("none", "l2")
 PRECISION_NAMES = ("float32", "bfloat16")
@@ -116,12 +117,15 @@ class FusionConfig:
     """How the three embeddings of a shot become one."""
 
     modality_norm: str = recipe(
-        "l2", "before concatenating: none = as the encoders give them (the MediaFM recipe), l2 = every modality to unit norm"
+        "l2", "before concatenating: none = as the encoders give them (the MediaFM recipe), l2 = every modality to the norm of its weight"
     )
+    weights: dict[str, float] = recipe({"video": 1.0, "audio": 0.5, "text": 0.5}, "norm of each modality (l2)")
 
     def __post_init__(self) -> None:
         if self.modality_norm not in MODALITY_NORMS:
             raise ValueError(f"fusion.modality_norm must be one of {', '.join(MODALITY_NORMS)}, not {self.modality_norm!r}")
+        if sorted(self.weights) != sorted(MODALITIES) or not all(0 < weight < math.inf for weight in self.weights.values()):
+            raise ValueError(f"fusion.weights are positive numbers for {', '.join(MODALITIES)}, not {self.weights}")
 
 
 @dataclass(frozen=True)

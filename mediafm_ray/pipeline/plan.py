@@ -16,7 +16,7 @@ from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCat
 from mediafm_ray.media.options import media_recipe
 from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_digest
-from mediafm_ray.models.fusion import spans
+from mediafm_ray.models.fusion import fusion_recipe, spans
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.spec import digest_of, public_line, recipe_of
@@ -80,7 +80,7 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
         "video": encoder_recipe(config.video, weights_digest(config.video)),
         "audio": encoder_recipe(config.audio, weights_digest(config.audio)),
         "text": encoder_recipe(config.text, weights_digest(config.text)),
-        "fusion": recipe_of(config.fusion),
+        "fusion": fusion_recipe(config.fusion),
     }
     return Model(digest_of(recipe)[:VERSION_DIGITS], recipe, {**dims, "fused": sum(dims.values())}, spans(dims))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mediafm_ray.models.fusion import fuse, spans, split
+from mediafm_ray.models.fusion import fuse, fusion_recipe, spans, split
 from mediafm_ray.models.options import FusionConfig
 
 RECIPE = FusionConfig(modality_norm="none")
-EQUAL = FusionConfig(modality_norm="l2")
+EQUAL = FusionConfig(modality_norm="l2", weights={"video": 1.0, "audio": 1.0, "text": 1.0})
+WEIGHTED = FusionConfig()
 
 
 def random_parts(shots: int = 7) -> dict[str, np.ndarray]:
@@ -40,7 +41,7 @@ def test_spans_are_half_open_and_in_the_order_of_the_modalities() -> None:
     assert spans({"text": 5, "video": 3}) == {"video": (0, 3), "text": (3, 8)}
 
 
-@pytest.mark.parametrize("config", [RECIPE, EQUAL])
+@pytest.mark.parametrize("config", [RECIPE, EQUAL, WEIGHTED])
 def test_fused_vectors_have_unit_norm_and_types(config: FusionConfig) -> None:
     fused, norm = fuse(random_parts(), config)
     assert fused.dtype == norm.dtype == np.float32
@@ -69,7 +70,25 @@ def test_with_l2_every_present_modality_counts_alike() -> None:
         np.testing.assert_allclose(cosine, 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [RECIPE, EQUAL])
+def test_a_caption_more_or_less_moves_a_shot_less_where_text_weighs_less() -> None:
+    part = np.ones((2, 4), np.float32)
+    parts = {"video": part, "audio": part, "text": part * [[1], [0]]}
+    cosine = {}
+    for weight in (1.0, 0.5):
+        fused, _ = fuse(parts, FusionConfig(weights={"video": 1.0, "audio": 1.0, "text": weight}))
+        cosine[weight] = float(fused[0] @ fused[1])
+        assert cosine[weight] == pytest.approx(np.sqrt(2 / (2 + weight**2)))
+    back = split(*fuse(random_parts(), WEIGHTED), {"video": (0, 40), "audio": (40, 50), "text": (50, 56)})
+    for name, norm in (("video", 1.0), ("audio", 0.5), ("text", 0.5)):
+        np.testing.assert_allclose(np.linalg.norm(back[name], axis=1), norm * random_parts()[name].any(axis=1), atol=1e-6)
+
+
+def test_weights_are_no_part_of_the_recipe_where_they_do_not_count() -> None:
+    assert fusion_recipe(RECIPE) == {"modality_norm": "none"}
+    assert fusion_recipe(EQUAL) != fusion_recipe(WEIGHTED)
+
+
+@pytest.mark.parametrize("config", [RECIPE, EQUAL, WEIGHTED])
 def test_a_shot_with_nothing_stays_zero_and_finite(config: FusionConfig) -> None:
     parts = {name: np.zeros_like(part) for name, part in random_parts().items()}
     fused, norm = fuse(parts, config)
@@ -104,6 +123,14 @@ def test_mistakes_are_named() -> None:
     parts = random_parts()
     with pytest.raises(ValueError, match="modality_norm must be one of none, l2, not 'L2'"):
         fuse(parts, FusionConfig(modality_norm="L2"))
+    for weights in (
+        {},
+        {"video": 1.0, "audio": 1.0},
+        {"video": 1.0, "audio": 0.0, "text": 1.0},
+        {"video": 1.0, "audio": float("nan"), "text": 1.0},
+    ):
+        with pytest.raises(ValueError, match=r"fusion\.weights are positive numbers for video, audio, text"):
+            FusionConfig(weights=weights)
     with pytest.raises(ValueError, match="'audio': 6"):
         fuse({**parts, "audio": parts["audio"][:6]}, RECIPE)
     with pytest.raises(ValueError, match=r"unknown modalities \['smell'\]"):

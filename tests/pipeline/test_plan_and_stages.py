@@ -419,7 +419,8 @@ def test_what_is_written_carries_the_facts(config):
 
 
 @pytest.mark.parametrize(
-    "change", ["detector.threshold=0.4", "frames.per_shot=4", "fusion.modality_norm=none", "timed_text.languages=[en]"]
+    "change",
+    ["detector.threshold=0.4", "frames.per_shot=4", "fusion.modality_norm=none", "fusion.weights.text=0.3", "timed_text.languages=[en]"],
 )
 def test_what_changes_the_numbers_changes_the_version(config, change):
     other = read_config(EmbedCatalogConfig, [], [change])
