@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.config import IndexConfig
+from mediafm_ray.config.sections import IndexConfig
 from mediafm_ray.downstream.retrieval import NOTHING, ExactSearch, recall
 from mediafm_ray.downstream.similarity import unit_vectors
 from mediafm_ray.pipeline.indexing import RESULTS, index_vectors

@@ -25,7 +25,7 @@ import duckdb
 import numpy as np
 
 from jobs import contextualise_catalog, embed_catalog, report_catalog, segment_scenes, train_contextualiser
-from mediafm_ray.config import (
+from mediafm_ray.config.sections import (
     ContextualiseCatalogConfig,
     EmbedCatalogConfig,
     ReportCatalogConfig,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mediafm_ray.config import ConfigError, EmbedCatalogConfig, describe, read_config
+from mediafm_ray.config.sections import ConfigError, EmbedCatalogConfig, describe, read_config
 from mediafm_ray.pipeline.command import parse
 
 CONF = Path(__file__).parents[1] / "conf"

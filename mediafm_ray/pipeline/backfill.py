@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from mediafm_ray.config import BackfillCatalogConfig, BackfillConfig, ConfigError
+from mediafm_ray.config.sections import BackfillCatalogConfig, BackfillConfig, ConfigError
 from mediafm_ray.pipeline.plan import Plan, Survey, key_of, shots_first, survey
 from mediafm_ray.pipeline.report import SUMMARY, Tally
 from mediafm_ray.pipeline.rows import plan_table

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from threadpoolctl import threadpool_limits
 
-from mediafm_ray.config import DerivedRunConfig, VectorsConfig
+from mediafm_ray.config.sections import DerivedRunConfig, VectorsConfig
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.pipeline.plan import BUILTIN_DATASET
 from mediafm_ray.pipeline.report import MAX_FAILURES_SHOWN, Console

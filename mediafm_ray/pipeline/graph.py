@@ -21,7 +21,7 @@ from ray.data._internal.execution.backpressure_policy import (
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from mediafm_ray.config import StageConfig
+from mediafm_ray.config.sections import StageConfig
 from mediafm_ray.pipeline.cluster import StarvationClock, configuration_fault, runs_alone
 from mediafm_ray.pipeline.deaths import DeathGuard
 from mediafm_ray.pipeline.plan import Plan

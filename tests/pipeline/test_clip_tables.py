@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.stored_titles import commit_title, make_model
 from jobs import embed_clips, evaluate_probes
-from mediafm_ray.config import ContextualiseCatalogConfig, EmbedClipsConfig, EvaluateProbesConfig, read_config
+from mediafm_ray.config.sections import ContextualiseCatalogConfig, EmbedClipsConfig, EvaluateProbesConfig, read_config
 from mediafm_ray.downstream.clips import pool_clip
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.clip_tables import KINDS

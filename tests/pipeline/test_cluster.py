@@ -16,7 +16,7 @@ from tests.end_to_end.clips import embed, make_clip
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import ray
-from mediafm_ray.config import ResourcesConfig
+from mediafm_ray.config.sections import ResourcesConfig
 from mediafm_ray.pipeline.cluster import connected
 
 with connected(ResourcesConfig()):

@@ -9,7 +9,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from benchmarks import scale
-from mediafm_ray.config import EmbedCatalogConfig, read_config
+from mediafm_ray.config.sections import EmbedCatalogConfig, read_config
 from mediafm_ray.pipeline import cluster, graph
 from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.rows import Stage
