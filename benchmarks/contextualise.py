@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 from benchmarks.stored_titles import commit_title, make_model
-from mediafm_ray.config.sections import ContextualiseCatalogConfig, read_config
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.stage_list import stored_pool

@@ -61,7 +61,8 @@ def main() -> None:
 
 def time_loop(catalog: str, output: str, overrides: list[str]) -> float:
     """Seconds that the stages take in a plain loop, their models loaded before."""
-    from mediafm_ray.config.sections import EmbedCatalogConfig, read_config
+    from mediafm_ray.config.jobs import EmbedCatalogConfig
+    from mediafm_ray.config.loader import read_config
     from mediafm_ray.pipeline.loop import build_stages, run
     from mediafm_ray.pipeline.plan import make_plan, prepare_output
 

@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.config.sections import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline.rows import AUDIO, FLAGS, FRAMES, SHOTS, Stage, TitleRow, to_json, vectors_cell, vectors_type
 
 ROOT = Path(__file__).parents[1]

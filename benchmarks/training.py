@@ -96,7 +96,8 @@ def plain_step(model: Any, optimisers: Optimisers, batch: Batch, step: int) -> N
 
 def job(folder: Path, number: int, config: TrainingConfig) -> float:
     """Seconds a step of the job's own, between its rows of metrics."""
-    from mediafm_ray.config.sections import TrainContextualiserConfig, read_config
+    from mediafm_ray.config.jobs import TrainContextualiserConfig
+    from mediafm_ray.config.loader import read_config
     from mediafm_ray.pipeline.report import Console
     from mediafm_ray.pipeline.train import Watch, plan_training, run_workers
 

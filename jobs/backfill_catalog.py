@@ -16,7 +16,7 @@ import sys
 import time
 
 from jobs.embed_catalog import embed, report, run, say_unknown
-from mediafm_ray.config.sections import BackfillCatalogConfig
+from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.pipeline.backfill import (
     HOUR,
     Backfill,

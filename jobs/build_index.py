@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import sys
 
-from mediafm_ray.config.sections import BuildIndexConfig, ConfigError
+from mediafm_ray.config.jobs import BuildIndexConfig
+from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.pipeline.command import holder_of_lease, run_job, working
 from mediafm_ray.pipeline.derived import vectors_dataset
 from mediafm_ray.pipeline.indexing import add_titles, finish_build, index_vectors, make_index_plan, open_target, remove_titles

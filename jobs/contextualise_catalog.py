@@ -14,7 +14,7 @@ import sys
 import time
 
 from jobs.embed_catalog import report, run
-from mediafm_ray.config.sections import ContextualiseCatalogConfig
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig
 from mediafm_ray.pipeline.command import EXIT_OK, run_job, working
 from mediafm_ray.pipeline.metrics import Metrics
 from mediafm_ray.pipeline.plan import Plan

@@ -25,14 +25,14 @@ import duckdb
 import numpy as np
 
 from jobs import contextualise_catalog, embed_catalog, report_catalog, segment_scenes, train_contextualiser
-from mediafm_ray.config.sections import (
+from mediafm_ray.config.jobs import (
     ContextualiseCatalogConfig,
     EmbedCatalogConfig,
     ReportCatalogConfig,
     SegmentScenesConfig,
     TrainContextualiserConfig,
-    read_config,
 )
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.downstream.scenes import find_scenes
 from mediafm_ray.pipeline.command import run_job
 from mediafm_ray.pipeline.derived import contextual_dataset

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from mediafm_ray.config.sections import DescribeTitlesConfig
+from mediafm_ray.config.jobs import DescribeTitlesConfig
 from mediafm_ray.pipeline.command import run_job, working
 from mediafm_ray.pipeline.derived import DerivedPlan, derive_titles, finish, make_derived_plan, vectors_dataset
 from mediafm_ray.pipeline.report import Console

@@ -16,7 +16,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mediafm_ray.config.sections import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.pipeline.backfill import NO_LIMITS, Limits
 from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, debugging, run_job, working
 from mediafm_ray.pipeline.dry_run import describe_cost

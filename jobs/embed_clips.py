@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import sys
 
-from mediafm_ray.config.sections import ConfigError, EmbedClipsConfig
+from mediafm_ray.config.jobs import EmbedClipsConfig
+from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.pipeline.clip_tables import ClipSource, clip_vectors, read_clips
 from mediafm_ray.pipeline.command import EXIT_OK, run_job
 from mediafm_ray.pipeline.report import Console

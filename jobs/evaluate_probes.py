@@ -21,7 +21,8 @@ import sys
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.config.sections import ConfigError, EvaluateProbesConfig
+from mediafm_ray.config.jobs import EvaluateProbesConfig
+from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.downstream.probes import Labels, as_json, chance, describe, describe_labels, evaluate, labels_of, learnable
 from mediafm_ray.pipeline.clip_tables import CLIP_COLUMNS, CONTEXTUAL, FUSED, NEIGHBOURS, ClipSource, check_kinds, clip_vectors, read_clips
 from mediafm_ray.pipeline.command import EXIT_OK, run_job

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from mediafm_ray.config.sections import ReportCatalogConfig
+from mediafm_ray.config.jobs import ReportCatalogConfig
 from mediafm_ray.downstream.pages import catalog_page
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, run_job, working
 from mediafm_ray.pipeline.pages import INDEX, catalog_content, committed_titles, pages_folder, write_title_page

@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import sys
 
-from mediafm_ray.config.sections import ConfigError, ReportTitleConfig
+from mediafm_ray.config.jobs import ReportTitleConfig
+from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.pipeline.command import EXIT_OK, run_job
 from mediafm_ray.pipeline.pages import INDEX, pages_folder, write_title_page
 from mediafm_ray.pipeline.stored import open_dataset

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from mediafm_ray.config.sections import VerifyDatasetConfig
+from mediafm_ray.config.jobs import VerifyDatasetConfig
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.pipeline.derived import in_order
 from mediafm_ray.pipeline.report import Console

@@ -1,49 +1,16 @@
-"""The configuration of the jobs: dataclasses composed from those of the layers, filled by OmegaConf from YAML and the command line.
+"""The sections of a configuration: dataclasses whose fields say what a key means and whether it changes the numbers.
 
-``--config a.yaml [b.yaml ...] key=value ...`` are merged in that order; an unknown key, a wrong type or a missing file is a
-ConfigError that names it.
+Sections that belong to a layer are in its ``options``; the messages of a section's own check name the key.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
-import textwrap
-import typing
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from mediafm_ray.spec import MODALITIES, resource
 
-from mediafm_ray.downstream.options import ProbesConfig, ScenesConfig
-from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.models.options import (
-    AudioEncoderConfig,
-    ContextualiserConfig,
-    DetectorConfig,
-    FusionConfig,
-    TextEncoderConfig,
-    VideoEncoderConfig,
-)
-from mediafm_ray.models.weights import with_endpoint
-from mediafm_ray.spec import MODALITIES, PublicError, resource
-from mediafm_ray.storage.store import StorageConfig
-from mediafm_ray.training.options import ShapeConfig, TrainingConfig
-
-HELP_WIDTH = 118  # columns
-MOST_RESULTS = 1000  # of one search
 LEAST_TO_TRAIN = 256  # vectors: what a byte of a product quantiser can be
-NULLS = ("null", "~")  # how YAML writes that there is no value
-ADDRESSES = ("weights", "temporal_weights", "checkpoint")  # keys of any section whose values are addresses of weights
-Job = TypeVar("Job")
-
-
-class ConfigError(PublicError):
-    """A configuration that cannot be used; the message names the key or the file."""
 
 
 @dataclass(frozen=True)
@@ -149,42 +116,10 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class EmbedCatalogConfig:
-    """Everything that ``jobs.embed_catalog`` takes."""
-
-    catalog: CatalogConfig = field(default_factory=CatalogConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    media: MediaConfig = field(default_factory=MediaConfig)
-    frames: FramesConfig = field(default_factory=FramesConfig)
-    timed_text: TimedTextConfig = field(default_factory=TimedTextConfig)
-    detector: DetectorConfig = field(default_factory=DetectorConfig)
-    video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
-    audio: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
-    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    fusion: FusionConfig = field(default_factory=FusionConfig)
-    contextualiser: ContextualiserConfig = field(default_factory=ContextualiserConfig)
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
-
-
-@dataclass(frozen=True)
 class StoredDatasetConfig:
     """Which of the output's datasets to read."""
 
     version: str = resource("", "dataset version, 12 hex digits; empty = the only one there is")
-
-
-@dataclass(frozen=True)
-class ContextualiseCatalogConfig:
-    """Everything that ``jobs.contextualise_catalog`` takes."""
-
-    output: OutputConfig = field(default_factory=OutputConfig)
-    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    contextualiser: ContextualiserConfig = field(default_factory=ContextualiserConfig)
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 @dataclass(frozen=True)
@@ -215,18 +150,6 @@ class DerivedRunConfig:
 
 
 @dataclass(frozen=True)
-class SegmentScenesConfig:
-    """Everything that ``jobs.segment_scenes`` takes."""
-
-    output: OutputConfig = field(default_factory=OutputConfig)
-    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
-    vectors: VectorsConfig = field(default_factory=VectorsConfig)
-    scenes: ScenesConfig = field(default_factory=ScenesConfig)
-    run: DerivedRunConfig = field(default_factory=DerivedRunConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
-
-
-@dataclass(frozen=True)
 class TableConfig:
     """The table of all titles that is written beside the dataset."""
 
@@ -236,19 +159,6 @@ class TableConfig:
     def __post_init__(self) -> None:
         if self.nearest < 0:
             raise ValueError("table.nearest cannot be negative")
-
-
-@dataclass(frozen=True)
-class DescribeTitlesConfig:
-    """Everything that ``jobs.describe_titles`` takes."""
-
-    output: OutputConfig = field(default_factory=OutputConfig)
-    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
-    vectors: VectorsConfig = field(default_factory=VectorsConfig)
-    scenes: ScenesConfig = field(default_factory=ScenesConfig)
-    table: TableConfig = field(default_factory=TableConfig)
-    run: DerivedRunConfig = field(default_factory=DerivedRunConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 @dataclass(frozen=True)
@@ -272,23 +182,6 @@ class ClipTableConfig:
     """The table of vectors that is written."""
 
     uri: str = resource("", "a .parquet object for the clips with their vectors (required)")
-
-
-def _no_contextualiser() -> ContextualiserConfig:
-    """What a job that reads stored contextual embeddings computes by itself: nothing, unless it is told a checkpoint."""
-    return ContextualiserConfig(checkpoint="")
-
-
-@dataclass(frozen=True)
-class EmbedClipsConfig:
-    """Everything that ``jobs.embed_clips`` takes."""
-
-    output: OutputConfig = field(default_factory=OutputConfig)
-    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
-    clips: ClipsConfig = field(default_factory=ClipsConfig)
-    contextualiser: ContextualiserConfig = field(default_factory=_no_contextualiser)
-    table: ClipTableConfig = field(default_factory=ClipTableConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 @dataclass(frozen=True)
@@ -324,19 +217,6 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateProbesConfig:
-    """Everything that ``jobs.evaluate_probes`` takes."""
-
-    output: OutputConfig = field(default_factory=OutputConfig)
-    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
-    labels: LabelsConfig = field(default_factory=LabelsConfig)
-    probes: ProbesConfig = field(default_factory=ProbesConfig)
-    contextualiser: ContextualiserConfig = field(default_factory=_no_contextualiser)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
-
-
-@dataclass(frozen=True)
 class BackfillConfig:
     """What a scheduled run takes on, and when it stops."""
 
@@ -364,19 +244,6 @@ class BackfillConfig:
 
 
 @dataclass(frozen=True)
-class BackfillCatalogConfig(EmbedCatalogConfig):
-    """Everything that ``jobs.backfill_catalog`` takes."""
-
-    backfill: BackfillConfig = field(default_factory=BackfillConfig)
-
-    def __post_init__(self) -> None:
-        if self.run.max_titles or not self.run.retry_failed:
-            raise ValueError(
-                "run.max_titles and run.retry_failed are for jobs.embed_catalog; of a backfill set backfill.max_titles and max_attempts"
-            )
-
-
-@dataclass(frozen=True)
 class VerifyConfig:
     """How the objects of an output are checked."""
 
@@ -390,30 +257,10 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
-class VerifyDatasetConfig:
-    """Everything that ``jobs.verify_dataset`` takes."""
-
-    output: OutputConfig = field(default_factory=OutputConfig)
-    verify: VerifyConfig = field(default_factory=VerifyConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
-
-
-@dataclass(frozen=True)
 class TitlePageConfig:
     """Where the page of the title goes."""
 
     path: str = resource("", "file or object to write; empty = pages/titles/<title>.html of the dataset version")
-
-
-@dataclass(frozen=True)
-class ReportTitleConfig:
-    """Everything that ``jobs.report_title`` takes."""
-
-    title_id: str = resource("", "the title to show (required)")
-    output: OutputConfig = field(default_factory=OutputConfig)
-    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
-    report: TitlePageConfig = field(default_factory=TitlePageConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 @dataclass(frozen=True)
@@ -422,16 +269,6 @@ class CatalogPagesConfig:
 
     folder: str = resource("", "folder or bucket prefix that receives index.html and titles/; empty = pages/ of the dataset version")
     title_pages: bool = resource(False, "write the page of every committed title, too; without it the list links to those that are there")
-
-
-@dataclass(frozen=True)
-class ReportCatalogConfig:
-    """Everything that ``jobs.report_catalog`` takes."""
-
-    output: OutputConfig = field(default_factory=OutputConfig)
-    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
-    report: CatalogPagesConfig = field(default_factory=CatalogPagesConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 @dataclass(frozen=True)
@@ -463,18 +300,6 @@ class TrainingResourcesConfig:
 
 
 @dataclass(frozen=True)
-class TrainContextualiserConfig:
-    """Everything that ``jobs.train_contextualiser`` takes."""
-
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    model: ShapeConfig = field(default_factory=ShapeConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    resources: TrainingResourcesConfig = field(default_factory=TrainingResourcesConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
-
-
-@dataclass(frozen=True)
 class IndexConfig:
     """Where the index of shots is, what stands in it, and how well it must find."""
 
@@ -501,18 +326,6 @@ class IndexConfig:
             raise ValueError(f"index.recall must be above 0 and up to 1, is {self.recall}")
         if self.keep_hours < 0 or self.lease_minutes <= 0:
             raise ValueError("index.keep_hours cannot be negative, and index.lease_minutes must be positive")
-
-
-@dataclass(frozen=True)
-class BuildIndexConfig:
-    """Everything that ``jobs.build_index`` takes."""
-
-    index: IndexConfig = field(default_factory=IndexConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
-    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
-    vectors: VectorsConfig = field(default_factory=VectorsConfig)
-    run: DerivedRunConfig = field(default_factory=DerivedRunConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 @dataclass(frozen=True)
@@ -546,163 +359,3 @@ class FilterConfig:
                 raise ValueError(f"filter.{name} must be a finite number of seconds, is {value}")
         if self.start_s is not None and self.end_s is not None and self.start_s >= self.end_s:
             raise ValueError(f"filter.end_s ({self.end_s:g}) must come after filter.start_s ({self.start_s:g})")
-
-
-@dataclass(frozen=True)
-class SearchShotsConfig:
-    """Everything that ``jobs.search_shots`` takes."""
-
-    shot: str = resource("", "TITLE:INDEX of the shot whose like is wanted")
-    clip: str = resource("", "TITLE:START-END, in seconds, of the clip whose like is wanted")
-    query: str = resource("", "words that say what is wanted")
-    by: str = resource(
-        "", "vectors to compare: all (fused or contextual, as the index has them), video, audio or text; empty = all, and text for words"
-    )
-    count: int = resource(10, "shots to find")
-    format: str = resource("table", "table or json")
-    index: SearchedIndexConfig = field(default_factory=SearchedIndexConfig)
-    filter: FilterConfig = field(default_factory=FilterConfig)
-    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
-
-    def __post_init__(self) -> None:
-        if self.by not in ("", "all", *MODALITIES):
-            raise ValueError(f"by must be one of all, {', '.join(MODALITIES)}; is {self.by!r}")
-        if self.format not in ("table", "json"):
-            raise ValueError(f"format must be table or json, is {self.format!r}")
-        if not 1 <= self.count <= MOST_RESULTS:
-            raise ValueError(f"count must be from 1 to {MOST_RESULTS}, is {self.count}")
-
-
-def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str]) -> Job:
-    """A job's configuration from YAML files and ``key=value`` overrides, later ones over earlier ones. Raises ConfigError."""
-    merged = OmegaConf.structured(kind)
-    for file in files:
-        if not os.path.isfile(file):
-            raise ConfigError(f"--config {file}: there is no such file")
-        try:
-            merged = OmegaConf.merge(merged, _without_sections_of_others(kind, OmegaConf.load(file)))
-        except (OmegaConfBaseException, OSError, ValueError) as error:
-            raise ConfigError(f"--config {file}: {_first_line(error)}") from error
-        except Exception as error:  # PyYAML's errors have no common base that OmegaConf exports
-            raise ConfigError(f"--config {file}: not readable as YAML: {' '.join(str(error).split())}") from error
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{override!r}: expected key=value (try --help)")
-        try:
-            is_text = _type_of(kind, key) is str
-            given = _parsed(override, is_text)
-            if is_text and (OmegaConf.select(given, key) is not None or value.strip().lower() not in NULLS):
-                OmegaConf.update(given, key, _as_text(OmegaConf.select(given, key), value))
-            merged = OmegaConf.merge(merged, given)
-        except Exception as error:
-            raise ConfigError(f"{key}=...: {_first_line(error)}") from error  # the value may be a secret
-    try:
-        return _with_endpoint(OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from error
-    except ValueError as error:  # a dataclass's own check
-        raise ConfigError(str(error)) from error
-
-
-def _parsed(override: str, is_text: bool) -> Any:
-    """An override as YAML reads it; text that is no YAML, such as a sentence that begins with a quotation, is left for ``_as_text``."""
-    try:
-        return OmegaConf.from_dotlist([override])
-    except YAMLError:
-        if not is_text:
-            raise
-        return OmegaConf.from_dotlist([f"{override.partition('=')[0]}=0"])
-
-
-def _type_of(kind: Any, key: str) -> Any:
-    """The type of a field, by its full key; None where there is none."""
-    for name in key.split("."):
-        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
-    return kind
-
-
-def _as_text(parsed: Any, given: str) -> str:
-    """The value of a text field: as YAML reads it (which takes quotes off), or as it was given where that is none (012 is not 12)."""
-    return parsed if isinstance(parsed, str) else given
-
-
-def _without_sections_of_others(kind: type[Any], loaded: Any) -> Any:
-    """What a file says to this job: one file may serve several, so the sections of jobs.embed_catalog are checked and left aside."""
-    own, shared = ({entry.name for entry in dataclasses.fields(job)} for job in (kind, EmbedCatalogConfig))
-    others = [key for key in loaded if key in shared - own] if OmegaConf.is_dict(loaded) else []
-    if not others:
-        return loaded
-    OmegaConf.merge(OmegaConf.structured(EmbedCatalogConfig), OmegaConf.masked_copy(loaded, others))  # raises for unknown keys
-    return OmegaConf.masked_copy(loaded, [key for key in loaded if key not in others])
-
-
-def _with_endpoint(config: Any) -> Any:
-    """Weights and checkpoints on s3:// are on the server that storage.endpoint_url names, where they name no other."""
-    endpoint = config.storage.endpoint_url if hasattr(config, "storage") else ""
-    if not endpoint:
-        return config
-    changed = {}
-    for section in dataclasses.fields(config):
-        value = getattr(config, section.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            names = [entry.name for entry in dataclasses.fields(value) if entry.name in ADDRESSES]
-            found = {name: with_endpoint(getattr(value, name), endpoint) for name in names}
-            changed[section.name] = dataclasses.replace(value, **found)
-    return dataclasses.replace(config, **changed)
-
-
-def describe(kind: type[Any]) -> str:
-    """Every key of a job's configuration with its default and meaning, for --help."""
-    lines = []
-    for section in dataclasses.fields(kind):
-        default = default_of(section)
-        if dataclasses.is_dataclass(default):
-            lines += ["", f"{section.name}: {(type(default).__doc__ or '').splitlines()[0]}"]
-        for key in keys_of(section.name, default, section.metadata):
-            lines.append(f"  {key.name}={key.default}")
-            lines += textwrap.wrap(key.meaning, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
-
-
-def default_of(entry: dataclasses.Field[Any]) -> Any:
-    """Return the default of a dataclass field, made anew where a factory makes it."""
-    return entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key of a configuration as people read about it."""
-
-    name: str  # in full, such as media.max_pixels
-    default: str  # as YAML
-    meaning: str
-    changes_numbers: bool
-
-
-def keys_of(name: str, default: Any, metadata: Mapping[str, Any]) -> Iterator[Key]:
-    """The key ``name``, or those of the section that it is, in order. ``metadata``: of its dataclass field."""
-    if not dataclasses.is_dataclass(default):
-        yield Key(name, _yaml(default), metadata.get("help", ""), metadata.get("changes_numbers", False))
-        return
-    for entry in dataclasses.fields(default):
-        yield from keys_of(f"{name}.{entry.name}", getattr(default, entry.name), entry.metadata)
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(str, value)) + "]"
-    if value is None:
-        return "null"
-    return '""' if value == "" else str(value)
-
-
-def _first_line(error: Exception) -> str:
-    """What OmegaConf says, in one line with the full key."""
-    message = str(error).splitlines()[0]
-    key = getattr(error, "full_key", None)
-    return f"{key}: {message}" if key else message

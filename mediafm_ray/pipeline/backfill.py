@@ -26,7 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from mediafm_ray.config.sections import BackfillCatalogConfig, BackfillConfig, ConfigError
+from mediafm_ray.config.jobs import BackfillCatalogConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.config.sections import BackfillConfig
 from mediafm_ray.pipeline.plan import Plan, Survey, key_of, shots_first, survey
 from mediafm_ray.pipeline.report import SUMMARY, Tally
 from mediafm_ray.pipeline.rows import plan_table

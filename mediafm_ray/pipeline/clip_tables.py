@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.config.sections import ConfigError
+from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.downstream.clips import clip_overlaps, mean_of_neighbours, pool_overlaps
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.pipeline.clips import ClipEmbedder

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mediafm_ray.config.sections import ContextualiseCatalogConfig, OutputConfig, StoredDatasetConfig
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig
+from mediafm_ray.config.sections import OutputConfig, StoredDatasetConfig
 from mediafm_ray.downstream.clips import clip_overlaps, pool_clip, pool_overlaps
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.pipeline.plan import checkpoint_name

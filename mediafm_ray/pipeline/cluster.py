@@ -16,7 +16,8 @@ import ray
 from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mediafm_ray.config.sections import ConfigError, ResourcesConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.config.sections import ResourcesConfig
 from mediafm_ray.pipeline.stage_list import Pool
 
 GB = 10**9

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from mediafm_ray.config.sections import ConfigError, describe, read_config
+from mediafm_ray.config.loader import ConfigError, describe, read_config
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline.report import clean_logs, reason_of
 from mediafm_ray.spec import public_lines

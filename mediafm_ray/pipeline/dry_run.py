@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mediafm_ray.config.sections import EmbedCatalogConfig
+from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.rows import TitleRow

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from threadpoolctl import threadpool_limits
 
-from mediafm_ray.config.sections import BuildIndexConfig, IndexConfig
+from mediafm_ray.config.jobs import BuildIndexConfig
+from mediafm_ray.config.sections import IndexConfig
 from mediafm_ray.downstream.retrieval import NOTHING, ExactSearch, recall
 from mediafm_ray.downstream.similarity import unit_vectors
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK

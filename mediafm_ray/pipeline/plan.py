@@ -12,7 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mediafm_ray.config.sections import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.media.options import media_recipe
 from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_digest

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.config.sections import ConfigError, FilterConfig, SearchedIndexConfig, SearchShotsConfig
+from mediafm_ray.config.jobs import SearchShotsConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.config.sections import FilterConfig, SearchedIndexConfig
 from mediafm_ray.downstream.clips import clip_overlaps, pool_overlaps
 from mediafm_ray.models.encoder import build_text_encoder, weights_digest
 from mediafm_ray.models.options import TextEncoderConfig, VideoEncoderConfig

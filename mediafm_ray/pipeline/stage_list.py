@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mediafm_ray.config.sections import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig, ResourcesConfig, StageConfig
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.config.sections import ResourcesConfig, StageConfig
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline import stages
 from mediafm_ray.pipeline.plan import Plan

@@ -23,7 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mediafm_ray.config.sections import ConfigError, ContextualiseCatalogConfig
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig
+from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.pipeline.plan import WITH_SHOTS, Plan, checkpoint_name
 from mediafm_ray.pipeline.rows import ERROR, MEASURES, SECONDS, error_value

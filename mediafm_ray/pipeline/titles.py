@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mediafm_ray.config.sections import ConfigError
+from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, pool_title, share_of
 from mediafm_ray.pipeline.derived import Derived, PendingTitle, read_vectors

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mediafm_ray.config.sections import ConfigError, ResourcesConfig, TrainContextualiserConfig
+from mediafm_ray.config.jobs import TrainContextualiserConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.config.sections import ResourcesConfig
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS
 from mediafm_ray.pipeline.report import Console, clean_logs, clock, reason_of
 from mediafm_ray.pipeline.stored_titles import StoredTitles, TitleList, list_titles

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from mediafm_ray.config.sections import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import loop
 from mediafm_ray.pipeline.plan import make_plan, prepare_output
 from tests.end_to_end.clips import PROFILE, ROOT, kill_after, make_clip, objects

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mediafm_ray.config.sections import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import loop
 from mediafm_ray.pipeline.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
 from mediafm_ray.storage.dataset import EmbeddingDataset, read_failures, title_facts

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from mediafm_ray.config.sections import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import loop
 from mediafm_ray.pipeline.plan import make_plan, prepare_output
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, read_failures

@@ -12,7 +12,8 @@ import pyarrow.dataset as pads
 import pytest
 import s3fs
 
-from mediafm_ray.config.sections import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.models import weights
 from mediafm_ray.pipeline.plan import describe_model, make_plan
 from mediafm_ray.storage.base import StorageConfig

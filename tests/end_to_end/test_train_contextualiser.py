@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from jobs import train_contextualiser
-from mediafm_ray.config.sections import TrainContextualiserConfig, read_config
+from mediafm_ray.config.jobs import TrainContextualiserConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.models.contextualiser import TitleContextualiser
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.pipeline.command import EXIT_BAD_INPUT, EXIT_OK, run_job

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from jobs import backfill_catalog
-from mediafm_ray.config.sections import BackfillCatalogConfig, ConfigError, read_config
+from mediafm_ray.config.jobs import BackfillCatalogConfig
+from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.backfill import HOUR, Limits, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
 from mediafm_ray.pipeline.budget import Budget

@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks.stored_titles import commit_title, make_model
 from jobs import embed_clips, evaluate_probes
-from mediafm_ray.config.sections import ContextualiseCatalogConfig, EmbedClipsConfig, EvaluateProbesConfig, read_config
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedClipsConfig, EvaluateProbesConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.downstream.clips import pool_clip
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.clip_tables import KINDS

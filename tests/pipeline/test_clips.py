@@ -5,7 +5,8 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.stored_titles import commit_title, make_model
-from mediafm_ray.config.sections import ConfigError, ContextualiseCatalogConfig, read_config
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig
+from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.downstream.clips import pool_clip
 from mediafm_ray.models.contextualiser import TitleContextualiser, shot_times
 from mediafm_ray.models.options import ContextualiserConfig

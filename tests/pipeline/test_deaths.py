@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from mediafm_ray.config.sections import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import graph
 from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.deaths import DeathRegister

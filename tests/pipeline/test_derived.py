@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks.stored_titles import commit_title, make_model
 from jobs import describe_titles, segment_scenes
-from mediafm_ray.config.sections import ContextualiseCatalogConfig, DescribeTitlesConfig, SegmentScenesConfig, read_config
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig, DescribeTitlesConfig, SegmentScenesConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.downstream.clips import pool_clip
 from mediafm_ray.downstream.scenes import find_scenes
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, share_of

@@ -9,7 +9,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from benchmarks import scale
-from mediafm_ray.config.sections import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import cluster, graph
 from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.rows import Stage

@@ -168,7 +168,7 @@ KILL = """
 import os, signal, sys
 from mediafm_ray.storage.index import IndexWriter
 from mediafm_ray.pipeline.command import run_job
-from mediafm_ray.config.sections import BuildIndexConfig
+from mediafm_ray.config.jobs import BuildIndexConfig
 from jobs import build_index
 
 def killed(self, *arguments):

@@ -27,7 +27,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from mediafm_ray.config.sections import BackfillCatalogConfig, EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import BackfillCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.models.options import FusionConfig
 from mediafm_ray.pipeline import backfill, plan
 from mediafm_ray.pipeline.rows import TitleLeft, TitleRow

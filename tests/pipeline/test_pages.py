@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.pages import SOURCE, commit_title
 from jobs import report_catalog
-from mediafm_ray.config.sections import ReportCatalogConfig
+from mediafm_ray.config.jobs import ReportCatalogConfig
 from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, run_job
 from mediafm_ray.pipeline.pages import catalog_content, committed_titles, title_content, title_page_name, write_title_page
 from mediafm_ray.storage.dataset import FAILURES, SCENES, SHOTS, EmbeddingDataset, contextual, derived, object_name

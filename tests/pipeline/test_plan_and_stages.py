@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mediafm_ray.config.sections import ConfigError, EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline import stages
 from mediafm_ray.pipeline.dry_run import describe_cost

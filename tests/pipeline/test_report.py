@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from jobs.embed_catalog import report, run
-from mediafm_ray.config.sections import ConfigError, EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.pipeline.command import EXIT_ABORTED
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.report import SUMMARY, Console, Tally, follow, reason_of, redacted, summary, summary_table, write_summary

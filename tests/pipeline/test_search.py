@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mediafm_ray.config.sections import ContextualiseCatalogConfig, read_config
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.downstream.clips import pool_clip
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.stored import ContextualiseStored, make_stored_plan

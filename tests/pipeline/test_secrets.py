@@ -12,7 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mediafm_ray.config.sections import BackfillCatalogConfig, EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import BackfillCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.media.source import open_bytes, read_whole
 from mediafm_ray.pipeline.backfill import Backfill, Hours, Missing, describe
@@ -107,7 +108,7 @@ def test_logs_of_a_job_are_records_of_a_line_without_secrets():
     code = f"""
 import logging, sys
 from mediafm_ray.pipeline.command import run_job
-from mediafm_ray.config.sections import ReportTitleConfig
+from mediafm_ray.config.jobs import ReportTitleConfig
 
 def job(config):
     log = logging.getLogger("a.library")

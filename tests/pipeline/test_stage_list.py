@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mediafm_ray.config.sections import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.pipeline.stage_list import CORES_PER_ACTOR, CORES_PER_DETECTOR, make_pools, recipe_steps

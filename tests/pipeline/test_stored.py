@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.stored_titles import commit_title, fused_row, make_model
-from mediafm_ray.config.sections import ConfigError, ContextualiseCatalogConfig, read_config
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig
+from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.models.contextualiser import TitleContextualiser, shot_times
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.models.weights import WeightsError
