@@ -32,10 +32,10 @@ from benchmarks.stored_titles import commit_title, make_model
 from mediafm_ray.config.jobs import ContextualiseCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.models.tiny import make_contextualiser
-from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.contextualise_stored import READING_THREADS, WRITING_THREADS, ContextualiseStored, make_stored_plan, read_shots
 from mediafm_ray.pipeline.stage_list import stored_pool
 from mediafm_ray.pipeline.stages import contextual_file
-from mediafm_ray.pipeline.stored import READING_THREADS, WRITING_THREADS, ContextualiseStored, make_stored_plan, read_shots
+from mediafm_ray.runs.plan import Plan
 from mediafm_ray.storage.dataset import Output, contextual, sibling
 
 ROOT = Path(__file__).parents[1]

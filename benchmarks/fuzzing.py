@@ -44,11 +44,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mediafm_ray.derive.runner import read_vectors
 from mediafm_ray.media import timed_text
 from mediafm_ray.media.options import MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name, open_bytes
 from mediafm_ray.media.wire import LENGTH, Channel, WireError
-from mediafm_ray.pipeline.derived import read_vectors
 from mediafm_ray.spec import OutageError, TitleError, local_path
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.catalog import CatalogError, read_catalog

@@ -156,10 +156,10 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     from jobs.embed_catalog import report, say_plan
     from mediafm_ray.pipeline import graph
     from mediafm_ray.pipeline.cluster import connected
-    from mediafm_ray.pipeline.plan import make_plan, prepare_output
-    from mediafm_ray.pipeline.report import Console, Tally, follow
-    from mediafm_ray.pipeline.run_log import RunLog
     from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps
+    from mediafm_ray.runs.plan import make_plan, prepare_output
+    from mediafm_ray.runs.report import Console, Tally, follow
+    from mediafm_ray.runs.run_log import RunLog
     from mediafm_ray.storage.store import Store
 
     start, console = time.monotonic(), Console()

@@ -25,10 +25,10 @@ import numpy as np
 import pyarrow as pa
 
 from mediafm_ray.config.sections import IndexConfig
+from mediafm_ray.derive.indexing import RESULTS, index_vectors
 from mediafm_ray.downstream.retrieval import NOTHING, ExactSearch, recall
 from mediafm_ray.downstream.similarity import unit_vectors
-from mediafm_ray.pipeline.indexing import RESULTS, index_vectors
-from mediafm_ray.pipeline.report import Console
+from mediafm_ray.runs.report import Console
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import index as storage_index
 from mediafm_ray.storage.index import EMBEDDING, IndexFacts, IndexWriter, ShotIndex, half_vectors, open_index

@@ -15,13 +15,13 @@ import time
 
 from jobs.embed_catalog import report, run
 from mediafm_ray.config.jobs import ContextualiseCatalogConfig
-from mediafm_ray.pipeline.command import EXIT_OK, run_job, working
-from mediafm_ray.pipeline.metrics import Metrics
-from mediafm_ray.pipeline.plan import Plan
-from mediafm_ray.pipeline.report import Console, Tally, follow
-from mediafm_ray.pipeline.run_log import RunLog
+from mediafm_ray.pipeline.contextualise_stored import make_stored_plan, prepare_stored_output
 from mediafm_ray.pipeline.stage_list import stored_pool
-from mediafm_ray.pipeline.stored import make_stored_plan, prepare_stored_output
+from mediafm_ray.runs.command import EXIT_OK, run_job, working
+from mediafm_ray.runs.metrics import Metrics
+from mediafm_ray.runs.plan import Plan
+from mediafm_ray.runs.report import Console, Tally, follow
+from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.storage.store import Store
 
 LOGS = ("contextualise-summary.json", "contextualise.log", "contextualise-titles.jsonl")  # beside those of the job that embeds

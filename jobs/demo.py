@@ -33,10 +33,10 @@ from mediafm_ray.config.jobs import (
     TrainContextualiserConfig,
 )
 from mediafm_ray.config.loader import read_config
+from mediafm_ray.derive.runner import contextual_dataset
 from mediafm_ray.downstream.scenes import find_scenes
-from mediafm_ray.pipeline.command import run_job
-from mediafm_ray.pipeline.derived import contextual_dataset
-from mediafm_ray.pipeline.plan import BUILTIN_DATASET
+from mediafm_ray.runs.command import run_job
+from mediafm_ray.runs.plan import BUILTIN_DATASET
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.schemas import embedding_values
 

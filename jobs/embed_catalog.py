@@ -18,14 +18,14 @@ from typing import Any
 
 from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.config.loader import ConfigError
-from mediafm_ray.pipeline.backfill import NO_LIMITS, Limits
-from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, debugging, run_job, working
-from mediafm_ray.pipeline.dry_run import describe_cost
-from mediafm_ray.pipeline.metrics import Metrics
-from mediafm_ray.pipeline.plan import Plan, make_plan, prepare_output
-from mediafm_ray.pipeline.report import Console, Tally, follow, reason_of, summary, summary_table
-from mediafm_ray.pipeline.run_log import RunLog
 from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps
+from mediafm_ray.runs.backfill import NO_LIMITS, Limits
+from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, debugging, run_job, working
+from mediafm_ray.runs.dry_run import describe_cost
+from mediafm_ray.runs.metrics import Metrics
+from mediafm_ray.runs.plan import Plan, make_plan, prepare_output
+from mediafm_ray.runs.report import Console, Tally, follow, reason_of, summary, summary_table
+from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.spec import public_line
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.store import Store

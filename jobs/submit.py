@@ -29,7 +29,7 @@ import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from mediafm_ray.pipeline.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED, guarded, working
+from mediafm_ray.runs.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED, guarded, working
 from mediafm_ray.spec import public_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

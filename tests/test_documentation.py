@@ -10,7 +10,7 @@ import pytest
 
 from docs import configuration
 from mediafm_ray.config.loader import ConfigError
-from mediafm_ray.pipeline.command import parse
+from mediafm_ray.runs.command import parse
 from mediafm_ray.storage.schemas import contextual_schema, scenes_schema, shots_schema, titles_schema
 from tests.datasets import write_dataset
 

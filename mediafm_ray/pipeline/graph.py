@@ -24,9 +24,9 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from mediafm_ray.config.sections import StageConfig
 from mediafm_ray.pipeline.cluster import StarvationClock, configuration_fault, runs_alone
 from mediafm_ray.pipeline.deaths import DeathGuard
-from mediafm_ray.pipeline.plan import Plan
-from mediafm_ray.pipeline.report import clean_logs
 from mediafm_ray.pipeline.stage_list import Pool
+from mediafm_ray.runs.plan import Plan
+from mediafm_ray.runs.report import clean_logs
 
 NICENESS = 10  # of encoders that share their cores with the detector
 TASKS_IN_FLIGHT_PER_ACTOR = 2  # one at work, the next one's row already on its way

@@ -16,9 +16,9 @@ from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.config.sections import ResourcesConfig, StageConfig
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline import stages
-from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
 from mediafm_ray.pipeline.rows import Stage
-from mediafm_ray.pipeline.stored import ContextualiseStored
+from mediafm_ray.runs.plan import Plan
 
 CORES_PER_DETECTOR, CORES_PER_ACTOR = 2, 8  # of the machine, where max_actors is 0
 

@@ -7,7 +7,7 @@
     <output>/<dataset version>/titles-<fused|contextual>-<options>/shard=<00..ff>/<title>@<source>.parquet
     <output>/<dataset version>/failures/shard=<00..ff>/<title>@<source>.json
     <output>/leases/<dataset version>/...                                       who is at work, see lease.py
-    <output>/runs/<UTC time>-<id>/...                                           the logs of every run, see pipeline/run_log.py
+    <output>/runs/<UTC time>-<id>/...                                           the logs of every run, see runs/run_log.py
 
 The listing is the ledger: an object that exists is committed, resume is the catalog minus the listing. There is no journal.
 """

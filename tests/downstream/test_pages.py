@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.pages import commit_title
+from mediafm_ray.derive.pages import title_content
 from mediafm_ray.downstream.pages import (
     CatalogContent,
     CatalogTitle,
@@ -23,7 +24,6 @@ from mediafm_ray.downstream.pages import (
     title_page,
     visible,
 )
-from mediafm_ray.pipeline.pages import title_content
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from tests.hostile_text import HOSTILE
 

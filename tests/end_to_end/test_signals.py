@@ -15,7 +15,7 @@ import pytest
 from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.config.loader import read_config
 from tests.end_to_end.clips import ROOT
-from tests.pipeline.test_backfill import compute, put
+from tests.runs.test_backfill import compute, put
 
 NAMES = ("a", "b")
 

@@ -15,7 +15,7 @@ import s3fs
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.models import weights
-from mediafm_ray.pipeline.plan import describe_model, make_plan
+from mediafm_ray.runs.plan import describe_model, make_plan
 from mediafm_ray.storage.base import StorageConfig
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, read_failures
 from mediafm_ray.storage.store import Store

@@ -12,9 +12,9 @@ from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import graph
 from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.deaths import DeathRegister
-from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.rows import Stage, plan_table
 from mediafm_ray.pipeline.stage_list import Pool, Step
+from mediafm_ray.runs.plan import Plan
 from mediafm_ray.storage.dataset import Model
 
 DEADLY = ("deadly",)

@@ -15,10 +15,10 @@ from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline import stages
-from mediafm_ray.pipeline.dry_run import describe_cost
-from mediafm_ray.pipeline.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
 from mediafm_ray.pipeline.rows import FLAGS, SHOTS, TitleRow, plan_table, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import DetectShots, Fuse, WriteTitle, metadata_text
+from mediafm_ray.runs.dry_run import describe_cost
+from mediafm_ray.runs.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, object_name, read_failures, title_facts

@@ -25,11 +25,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mediafm_ray.derive.runner import read_vectors
 from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.media.source import file_name, open_bytes
-from mediafm_ray.pipeline.derived import read_vectors
+from mediafm_ray.pipeline.contextualise_stored import read_shots
 from mediafm_ray.pipeline.rows import plan_table
-from mediafm_ray.pipeline.stored import read_shots
 from mediafm_ray.spec import OutageError, TitleError, local_path, public_line
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.catalog import COLUMNS, CatalogError, read_catalog
