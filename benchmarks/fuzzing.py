@@ -44,7 +44,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mediafm_ray.derive.runner import read_vectors
+from mediafm_ray.derive.reader import read_vectors
 from mediafm_ray.media import timed_text
 from mediafm_ray.media.options import MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name, open_bytes

@@ -153,10 +153,10 @@ def main() -> None:
 
 def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     """The job of jobs.embed_catalog with stand-ins; memory and driver time as JSON lines on standard error."""
-    from jobs.embed_catalog import report, say_plan
     from mediafm_ray.pipeline import graph
     from mediafm_ray.pipeline.cluster import connected
     from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps
+    from mediafm_ray.runs.catalog_run import report, say_plan
     from mediafm_ray.runs.plan import make_plan, prepare_output
     from mediafm_ray.runs.report import Console, Tally, follow
     from mediafm_ray.runs.run_log import RunLog

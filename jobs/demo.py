@@ -33,7 +33,7 @@ from mediafm_ray.config.jobs import (
     TrainContextualiserConfig,
 )
 from mediafm_ray.config.loader import read_config
-from mediafm_ray.derive.runner import contextual_dataset
+from mediafm_ray.derive.reader import contextual_dataset
 from mediafm_ray.downstream.scenes import find_scenes
 from mediafm_ray.runs.command import run_job
 from mediafm_ray.runs.plan import BUILTIN_DATASET

@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.clips import ClipEmbedder
-from mediafm_ray.derive.runner import contextual_dataset, in_order, read_vectors
+from mediafm_ray.derive.reader import contextual_dataset, read_vectors
+from mediafm_ray.derive.runner import in_order
 from mediafm_ray.downstream.clips import clip_overlaps, mean_of_neighbours, pool_overlaps
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.spec import MODALITIES, TitleError

@@ -22,13 +22,15 @@ import pyarrow.compute as pc
 
 from mediafm_ray.config.jobs import ContextualiseCatalogConfig
 from mediafm_ray.config.sections import OutputConfig, StoredDatasetConfig
+from mediafm_ray.derive.reader import told
 from mediafm_ray.downstream.clips import clip_overlaps, pool_clip, pool_overlaps
 from mediafm_ray.models.options import ContextualiserConfig
-from mediafm_ray.pipeline.contextualise_stored import StoredShots, open_dataset, read_shots, told
 from mediafm_ray.runs.plan import checkpoint_name
+from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.dataset import contextual, sibling
 from mediafm_ray.storage.schemas import embedding_values
 from mediafm_ray.storage.store import StorageConfig
+from mediafm_ray.storage.stored_shots import StoredShots, read_shots
 
 
 class ClipEmbedder:

@@ -23,7 +23,8 @@ from threadpoolctl import threadpool_limits
 
 from mediafm_ray.config.jobs import BuildIndexConfig
 from mediafm_ray.config.sections import IndexConfig
-from mediafm_ray.derive.runner import PROGRESS_S, in_order, read_vectors, say_failures
+from mediafm_ray.derive.reader import read_vectors
+from mediafm_ray.derive.runner import PROGRESS_S, in_order, say_failures
 from mediafm_ray.downstream.retrieval import NOTHING, ExactSearch, recall
 from mediafm_ray.downstream.similarity import unit_vectors
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK

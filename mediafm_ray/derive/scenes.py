@@ -6,7 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mediafm_ray.derive.runner import Derived, PendingTitle, TitleVectors, read_vectors
+from mediafm_ray.derive.reader import TitleVectors, read_vectors
+from mediafm_ray.derive.runner import Derived, PendingTitle
 from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.scenes import Scenes, find_scenes
 from mediafm_ray.spec import TitleError, recipe_of

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.config.loader import ConfigError
-from mediafm_ray.derive.runner import Derived, PendingTitle, read_vectors
+from mediafm_ray.derive.reader import read_vectors
+from mediafm_ray.derive.runner import Derived, PendingTitle
 from mediafm_ray.derive.scenes import scenes_of_title, scenes_recipe
 from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, pool_title, share_of

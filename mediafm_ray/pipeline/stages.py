@@ -52,9 +52,9 @@ from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, obj
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import StorageConfig, fsspec_options
+from mediafm_ray.storage.stored_shots import FACTS
 
 CAP_REACHED = "max_cost_usd"  # why a run took no more titles
-FACTS = ("title_id", "source", "video", "dataset_version", "dims", "spans")  # that the objects of a title share
 
 
 class TitleBudget(Protocol):

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -58,20 +57,6 @@ MAX_FACTS_READ = 1000  # pending titles whose duration is read from an object th
 NAMES_SHOWN = 10
 MAX_DOUBLINGS = 64  # of the delay after a failure: longer than any time
 Elsewhere = Mapping[tuple[str, str], tuple[Output, str]]  # dataset version and object's name, by encoded title and source
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a run may take, beside the number of titles."""
-
-    max_video_s: float  # seconds of video; 0 = no limit
-    wall_until: float  # time.monotonic() at which the last title may begin; infinity = no limit
-    expected_s: Mapping[str, float]  # seconds of video by title id, where something is known before it is read
-    interrupted: Callable[[], str]  # asked after each title: a reason to take no more, or empty
-    drains: bool = True  # whether a first SIGTERM lets the titles that are begun end
-
-
-NO_LIMITS = Limits(0.0, math.inf, {}, lambda: "", drains=False)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Prometheus metrics of a run, by ``ray.util.metrics``: each node of a cluster shows them at its metrics endpoint as ``ray_<name>``.
 
 All are counted on the driver, from the rows that finished titles leave: a title counts once, however often Ray had to repeat a piece of
-it, and what its stages counted comes along with it. Without a connected Ray (a plain loop, a dry run) nothing happens.
+it, and what its stages counted comes along with it. No ray here: ``pipeline.cluster.metric_series`` opens the series; where nothing
+does (a plain loop, a dry run), nothing is counted.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,19 +51,18 @@ def exported_name(name: str) -> str:
 class Metrics:
     """The metrics of one run."""
 
-    def __init__(self, dataset: str = ""):
-        """``dataset``: the dataset version, a label of every series."""
-        self.dataset = dataset
+    def __init__(self, open_series: Callable[[str], Any] | None = None):
+        """``open_series``: a name of METRICS -> a series with ``inc`` or ``observe``."""
+        self.open_series = open_series
         self.series: dict[str, Any] = {}
 
     def planned(self, titles: int) -> None:
         """A run sets out to do so many titles."""
-        if self._connected():
-            self._add("mediafm_titles_planned", titles)
+        self._add("mediafm_titles_planned", titles)
 
     def title(self, result: Mapping[str, Any]) -> None:
         """One title ended: a row that WriteTitle left."""
-        if not self._connected():
+        if self.open_series is None:
             return
         error = result["error"]
         self._add("mediafm_titles", 1, outcome="ok" if error is None else "failed", stage="" if error is None else error["stage"])
@@ -76,29 +75,12 @@ class Metrics:
             self._add("mediafm_stage_seconds", spent["seconds"], stage=spent["stage"])
             self._series("mediafm_title_seconds").observe(spent["seconds"], tags={"stage": spent["stage"]})
 
-    def _connected(self) -> bool:
-        if self.series:
-            return True
-        if "ray" not in sys.modules:  # a process that never needed it is not made to load it
-            return False
-        import ray
-
-        return ray.is_initialized()
-
     def _add(self, name: str, amount: float | None, **labels: str) -> None:
-        if amount:  # Ray refuses zeros; a failed title has none of most
+        if amount and self.open_series:  # Ray refuses zeros; a failed title has none of most
             self._series(name).inc(amount, tags=labels)
 
     def _series(self, name: str) -> Any:
         if name not in self.series:
-            from ray.util.metrics import Counter, Histogram
-
-            metric = METRICS[name]
-            labels = ("dataset", *metric.labels)
-            made: Any
-            if metric.kind == COUNTER:
-                made = Counter(name, metric.description, labels)
-            else:
-                made = Histogram(name, metric.description, list(TITLE_SECONDS), labels)
-            self.series[name] = made.set_default_tags({"dataset": self.dataset})
+            assert self.open_series is not None
+            self.series[name] = self.open_series(name)
         return self.series[name]

@@ -17,8 +17,9 @@ from mediafm_ray.derive.clip_tables import KINDS
 from mediafm_ray.derive.clips import ClipEmbedder
 from mediafm_ray.downstream.clips import pool_clip
 from mediafm_ray.models.tiny import make_contextualiser
-from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored, make_stored_plan
+from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
 from mediafm_ray.runs.command import run_job
+from mediafm_ray.runs.stored import make_stored_plan
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.schemas import embedding_values
 from mediafm_ray.storage.tables import TableError, read_table

@@ -12,7 +12,8 @@ from mediafm_ray.downstream.clips import pool_clip
 from mediafm_ray.models.contextualiser import TitleContextualiser, shot_times
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.models.tiny import make_contextualiser
-from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored, make_stored_plan
+from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
+from mediafm_ray.runs.stored import make_stored_plan
 from mediafm_ray.storage.dataset import DatasetError
 
 MODEL = make_model("0123456789ab", video=20, audio=12, text=16)

@@ -15,13 +15,14 @@ from benchmarks.stored_titles import commit_title, make_model
 from jobs import describe_titles, segment_scenes
 from mediafm_ray.config.jobs import ContextualiseCatalogConfig, DescribeTitlesConfig, SegmentScenesConfig
 from mediafm_ray.config.loader import read_config
-from mediafm_ray.derive.runner import read_vectors
+from mediafm_ray.derive.reader import read_vectors
 from mediafm_ray.downstream.clips import pool_clip
 from mediafm_ray.downstream.scenes import find_scenes
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, share_of
 from mediafm_ray.models.tiny import make_contextualiser
-from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored, make_stored_plan
+from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
 from mediafm_ray.runs.command import run_job
+from mediafm_ray.runs.stored import make_stored_plan
 from mediafm_ray.spec import TitleError
 from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, Output, contextual, sibling
 from mediafm_ray.storage.schemas import (

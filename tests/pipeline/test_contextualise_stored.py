@@ -19,9 +19,10 @@ from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline import graph
 from mediafm_ray.pipeline.cluster import connected
-from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored, make_stored_plan, prepare_stored_output
+from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
 from mediafm_ray.pipeline.stage_list import stored_pool
 from mediafm_ray.pipeline.stages import Contextualise, WriteTitle
+from mediafm_ray.runs.stored import make_stored_plan, prepare_stored_output
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, Output, read_failures, title_facts
 from mediafm_ray.storage.schemas import METADATA_KEY, embedding_values
 

@@ -16,8 +16,9 @@ from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.budget import Budget
 from mediafm_ray.pipeline.rows import TitleLeft, TitleRow, was_left
 from mediafm_ray.pipeline.stages import DetectShots, Fuse, WriteTitle
-from mediafm_ray.runs.backfill import HOUR, Limits, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
+from mediafm_ray.runs.backfill import HOUR, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
+from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.plan import describe_model, prepare_output
 from mediafm_ray.runs.report import Tally, write_summary
 from mediafm_ray.spec import OutageError, TitleError

@@ -6,10 +6,10 @@ import json
 import pyarrow as pa
 import pytest
 
-from jobs.embed_catalog import report, run
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.pipeline.rows import plan_table
+from mediafm_ray.runs.catalog_run import report, run
 from mediafm_ray.runs.command import EXIT_ABORTED
 from mediafm_ray.runs.plan import Plan
 from mediafm_ray.runs.report import SUMMARY, Console, Tally, follow, reason_of, redacted, summary, summary_table, write_summary
