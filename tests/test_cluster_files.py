@@ -215,5 +215,5 @@ def test_a_submitted_job_takes_along_what_it_needs_and_no_more(tmp_path):
     packed = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}
     top = {name.split("/")[0] for name in packed}
     assert {"mediafm_ray", "jobs", "conf"} <= top
-    assert not top & {".git", ".venv", "demo", "build", "docs", "tests", "benchmarks"}
+    assert not top & {".git", ".venv", "demo", "build", "docs", "tests", "benchmarks", "examples"}
     assert package.stat().st_size < 2 << 20, "Ray packs the sources as they are: a video or weights would be larger"

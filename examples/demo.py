@@ -1,6 +1,6 @@
 """The whole life of a catalog on one machine, on real footage: what ``make demo`` runs.
 
-    python -m jobs.demo [folder, default: demo]
+    python -m examples.demo [folder, default: demo]
 
 Embed the titles, train a contextualiser on them for about a minute, contextualise them with it, look at what changed, group the shots
 into scenes, and write pages to look at.
