@@ -28,8 +28,8 @@ from mediafm_ray.downstream.probes import Labels, as_json, chance, describe, des
 from mediafm_ray.runs.command import EXIT_OK, run_job
 from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.stored import open_dataset
-from mediafm_ray.spec import public_line
 from mediafm_ray.storage.tables import TableError, write_object
+from mediafm_ray.text import public_line
 
 NO_LABELS = (*CLIP_COLUMNS, "clip_id")  # columns of the table that say which clip it is
 

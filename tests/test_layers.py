@@ -11,9 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mediafm_ray"
+BASE = ("spec", "errors", "text")
 MIDDLE = ("media", "models", "storage", "training", "downstream")
 FORBIDDEN = {  # layer -> libraries that it must run without
-    "spec": ("ray", "torch", "transformers", "av", "pyarrow", "omegaconf", "fsspec"),
+    **dict.fromkeys(BASE, ("ray", "torch", "transformers", "av", "pyarrow", "omegaconf", "fsspec")),
     "media": ("ray", "torch", "transformers", "omegaconf", "pyarrow"),
     "models": ("ray", "av", "omegaconf", "pyarrow", "fsspec"),
     "training": ("ray", "av", "omegaconf", "pyarrow", "fsspec", "matplotlib", "tensorboardX"),
@@ -23,16 +24,18 @@ FORBIDDEN = {  # layer -> libraries that it must run without
     "derive": ("ray", "torch", "transformers", "av"),
 }
 MAY_IMPORT = {  # layer -> layers and modules of this package that it may import
+    "text": (),
+    "errors": ("text",),
     "spec": (),
-    "media": ("media", "spec"),
-    "models": ("models", "spec"),
-    "storage": ("storage", "spec"),
-    "downstream": ("downstream", "spec"),
-    "training": ("training", "models", "spec"),
-    "config": ("config", *MIDDLE, "spec"),
-    "runs": ("runs", "pipeline.rows", "pipeline.stages", "config", *MIDDLE, "spec"),
-    "derive": ("derive", "runs", "config", *MIDDLE, "spec"),
-    "pipeline": ("pipeline", "derive", "runs", "config", *MIDDLE, "spec"),
+    "media": ("media", *BASE),
+    "models": ("models", *BASE),
+    "storage": ("storage", *BASE),
+    "downstream": ("downstream", *BASE),
+    "training": ("training", "models", *BASE),
+    "config": ("config", *MIDDLE, *BASE),
+    "runs": ("runs", "pipeline.rows", "pipeline.stages", "config", *MIDDLE, *BASE),
+    "derive": ("derive", "runs", "config", *MIDDLE, *BASE),
+    "pipeline": ("pipeline", "derive", "runs", "config", *MIDDLE, *BASE),
 }
 IMPORT_ALL = """
 import importlib, importlib.machinery, sys

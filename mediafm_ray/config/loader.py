@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.models.weights import with_endpoint
-from mediafm_ray.spec import PublicError
+from mediafm_ray.text import PublicError
 
 HELP_WIDTH = 118  # columns
 NULLS = ("null", "~")  # how YAML writes that there is no value

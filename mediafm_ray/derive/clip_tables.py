@@ -21,8 +21,9 @@ from mediafm_ray.derive.clips import ClipEmbedder
 from mediafm_ray.derive.reader import contextual_dataset, read_vectors
 from mediafm_ray.derive.runner import in_order
 from mediafm_ray.downstream.clips import clip_overlaps, mean_of_neighbours, pool_overlaps
+from mediafm_ray.errors import TitleError
 from mediafm_ray.models.options import ContextualiserConfig
-from mediafm_ray.spec import MODALITIES, TitleError
+from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, encode_title, newest_objects, object_key
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.storage.tables import TableError, read_table

@@ -27,9 +27,10 @@ from mediafm_ray.derive.reader import read_vectors
 from mediafm_ray.derive.runner import PROGRESS_S, in_order, say_failures
 from mediafm_ray.downstream.retrieval import NOTHING, ExactSearch, recall
 from mediafm_ray.downstream.similarity import unit_vectors
+from mediafm_ray.errors import TitleError
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.report import Console
-from mediafm_ray.spec import MODALITIES, TitleError, public_line
+from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, encode_title, newest_objects, object_key
 from mediafm_ray.storage.index import (
     EMBEDDING,
@@ -43,6 +44,7 @@ from mediafm_ray.storage.index import (
     modality_of,
     part_column,
 )
+from mediafm_ray.text import public_line
 
 MB = 10**6
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mediafm_ray.downstream.pages import CatalogContent, CatalogTitle, TitleContent, title_page
 from mediafm_ray.runs.report import SUMMARY
-from mediafm_ray.spec import MODALITIES, parse_json, public_line, public_uri
+from mediafm_ray.spec import MODALITIES, parse_json
 from mediafm_ray.storage.dataset import (
     FAILURES,
     SCENES,
@@ -33,6 +33,7 @@ from mediafm_ray.storage.dataset import (
 )
 from mediafm_ray.storage.schemas import embedding_values, read_facts
 from mediafm_ray.storage.store import ObjectInfo, Store
+from mediafm_ray.text import public_line, public_uri
 
 PAGES = "pages"
 INDEX = "index.html"

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.config.sections import VectorsConfig
+from mediafm_ray.errors import TitleError
 from mediafm_ray.runs.plan import BUILTIN_DATASET
-from mediafm_ray.spec import TitleError
 from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, contextual, encode_title, object_key, sibling
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, vector_fact
 from mediafm_ray.storage.stored_shots import StoredShots, read_shots

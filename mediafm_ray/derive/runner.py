@@ -23,11 +23,12 @@ import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from mediafm_ray.config.sections import DerivedRunConfig
+from mediafm_ray.errors import TitleError
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.report import MAX_FAILURES_SHOWN, Console
-from mediafm_ray.spec import TitleError, public_line
 from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, newest_objects, object_key, sibling
 from mediafm_ray.storage.schemas import encode_parquet
+from mediafm_ray.text import public_line
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 5.0  # seconds between lines of progress

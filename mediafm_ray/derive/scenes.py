@@ -10,7 +10,8 @@ from mediafm_ray.derive.reader import TitleVectors, read_vectors
 from mediafm_ray.derive.runner import Derived, PendingTitle
 from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.scenes import Scenes, find_scenes
-from mediafm_ray.spec import TitleError, recipe_of
+from mediafm_ray.errors import TitleError
+from mediafm_ray.spec import recipe_of
 from mediafm_ray.storage.dataset import SCENES, EmbeddingDataset, derived
 from mediafm_ray.storage.schemas import scenes_schema
 

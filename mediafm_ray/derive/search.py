@@ -25,10 +25,10 @@ from mediafm_ray.downstream.clips import clip_overlaps, pool_overlaps
 from mediafm_ray.models.encoder import build_text_encoder, weights_digest
 from mediafm_ray.models.options import TextEncoderConfig, VideoEncoderConfig
 from mediafm_ray.runs.plan import encoder_recipe
-from mediafm_ray.spec import escape_controls_in_json, public_uri
 from mediafm_ray.storage.dataset import DatasetError
 from mediafm_ray.storage.index import EMBEDDING, IndexFacts, NoIndex, ShotFilter, ShotIndex, modality_of, part_column
 from mediafm_ray.storage.schemas import embedding_values
+from mediafm_ray.text import escape_controls_in_json, public_uri
 
 ALL = "all"  # of the modalities together: the fused or contextual vector
 SHOT_PATTERN = re.compile(r"(?P<title>.+):(?P<index>\d+)")

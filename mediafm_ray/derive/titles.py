@@ -20,9 +20,10 @@ from mediafm_ray.derive.runner import Derived, PendingTitle
 from mediafm_ray.derive.scenes import scenes_of_title, scenes_recipe
 from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, pool_title, share_of
-from mediafm_ray.spec import TitleError, public_line
+from mediafm_ray.errors import TitleError
 from mediafm_ray.storage.dataset import TITLES, EmbeddingDataset, derived
 from mediafm_ray.storage.schemas import embedding_array, embedding_type, embedding_values, titles_schema
+from mediafm_ray.text import public_line
 
 ARITHMETIC = 1  # raise it with a change of the code that changes the rows: it is part of the dataset's name
 TEXT_COLUMNS = ("text", "has_audio", "has_text")  # of shots

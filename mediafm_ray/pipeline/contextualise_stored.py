@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 
 from mediafm_ray.derive.reader import told
+from mediafm_ray.errors import TitleError
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.pipeline.rows import ERROR, MEASURES, SECONDS, error_value
 from mediafm_ray.pipeline.stages import contextual_file, remove_superseded
-from mediafm_ray.spec import TitleError
 from mediafm_ray.storage.dataset import (
     FAILURES,
     Model,

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import pyarrow as pa
 
+from mediafm_ray.errors import CardError
 from mediafm_ray.media.loudness import audio_levels
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.models.encoder import build_audio_encoder, build_text_encoder, build_video_encoder
@@ -47,12 +48,13 @@ from mediafm_ray.pipeline.rows import (
     vectors_type,
     was_left,
 )
-from mediafm_ray.spec import MODALITIES, CardError, public_line, public_uri
+from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name, record_failure, sibling
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import StorageConfig, fsspec_options
 from mediafm_ray.storage.stored_shots import FACTS
+from mediafm_ray.text import public_line, public_uri
 
 CAP_REACHED = "max_cost_usd"  # why a run took no more titles
 

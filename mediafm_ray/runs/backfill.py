@@ -31,10 +31,11 @@ from mediafm_ray.config.sections import BackfillConfig
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.runs.plan import Plan, Survey, key_of, shots_first, survey
 from mediafm_ray.runs.report import SUMMARY, Tally
-from mediafm_ray.spec import parse_json, public_line
+from mediafm_ray.spec import parse_json
 from mediafm_ray.storage.catalog import Entry
 from mediafm_ray.storage.dataset import SHOTS, Model, Output, dataset_versions, encode_title, parse_failure
 from mediafm_ray.storage.store import ObjectInfo, Store
+from mediafm_ray.text import public_line
 
 log = logging.getLogger(__name__)
 

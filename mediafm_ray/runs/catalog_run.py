@@ -13,8 +13,8 @@ from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, 
 from mediafm_ray.runs.plan import Plan
 from mediafm_ray.runs.report import Console, Tally, reason_of, summary, summary_table
 from mediafm_ray.runs.run_log import RunLog
-from mediafm_ray.spec import public_line
 from mediafm_ray.storage.errors import StorageError
+from mediafm_ray.text import public_line
 
 UNKNOWN_SHOWN = 5  # titles
 

@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 from mediafm_ray.config.loader import ConfigError, describe, read_config
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.runs.report import clean_logs, reason_of
-from mediafm_ray.spec import public_lines
 from mediafm_ray.storage.catalog import CatalogError
 from mediafm_ray.storage.dataset import DatasetError
 from mediafm_ray.storage.lease import release_all
 from mediafm_ray.storage.store import StorageError
+from mediafm_ray.text import public_lines
 
 EXIT_OK = 0
 EXIT_FAILED_TITLES = 1

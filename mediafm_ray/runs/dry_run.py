@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.pipeline.rows import TitleRow
 from mediafm_ray.pipeline.stages import media_options, metadata_text
 from mediafm_ray.runs.plan import Plan
-from mediafm_ray.spec import OutageError, Title, TitleError
+from mediafm_ray.spec import Title
 
 
 def describe_cost(plan: Plan, config: EmbedCatalogConfig) -> str:

@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from mediafm_ray.runs.metrics import Metrics
 from mediafm_ray.runs.plan import IN_CATALOG, WITH_SHOTS, Plan
-from mediafm_ray.spec import escape_controls_in_json, public_line, public_lines, public_uri
 from mediafm_ray.storage.store import Store
+from mediafm_ray.text import escape_controls_in_json, public_line, public_lines, public_uri
 
 SUMMARY = "run-summary.json"
 LOG = "run.log"

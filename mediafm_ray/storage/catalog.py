@@ -27,11 +27,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mediafm_ray.spec import PublicError, TimedTextSource, Title, digest_of, parse_json
+from mediafm_ray.spec import TimedTextSource, Title, digest_of, parse_json
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig, Unknown
 from mediafm_ray.storage.errors import StorageError, may_pass
 from mediafm_ray.storage.s3 import S3Objects, hasty
 from mediafm_ray.storage.store import ALLOWED_SCHEMES, LOOK_UP_THREADS, Store, absolute, join, scheme_of
+from mediafm_ray.text import PublicError
 
 log = logging.getLogger(__name__)
 

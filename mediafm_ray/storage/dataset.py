@@ -27,9 +27,10 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from mediafm_ray.spec import MODALITIES, PublicError, digest_of, parse_json
+from mediafm_ray.spec import MODALITIES, digest_of, parse_json
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, scenes_schema, shots_schema, titles_schema
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig, Store, percent_encode
+from mediafm_ray.text import PublicError
 
 log = logging.getLogger(__name__)
 

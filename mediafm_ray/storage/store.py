@@ -25,10 +25,11 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from mediafm_ray.spec import local_path, says_absent
+from mediafm_ray.errors import says_absent
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig
 from mediafm_ray.storage.errors import StorageError, explain, retrying
 from mediafm_ray.storage.s3 import S3Objects, s3_config_options
+from mediafm_ray.text import local_path
 
 PARTIAL_FOLDER = ".partial"  # of a root: files that are being written (local stores), and what tries whether it can be written to
 ALLOWED_SCHEMES = ("file", "s3", "memory", "gs", "abfs", "az", "http", "https")  # what a catalog may make us open

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mediafm_ray.spec import TitleError
+from mediafm_ray.errors import TitleError
 from mediafm_ray.storage.dataset import (
     Model,
     Output,

@@ -19,11 +19,11 @@ from mediafm_ray.derive.reader import read_vectors
 from mediafm_ray.downstream.clips import pool_clip
 from mediafm_ray.downstream.scenes import find_scenes
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, share_of
+from mediafm_ray.errors import TitleError
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
 from mediafm_ray.runs.command import run_job
 from mediafm_ray.runs.stored import make_stored_plan
-from mediafm_ray.spec import TitleError
 from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, Output, contextual, sibling
 from mediafm_ray.storage.schemas import (
     METADATA_KEY,

@@ -12,6 +12,7 @@ import pytest
 from jobs import backfill_catalog
 from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.config.loader import ConfigError, read_config
+from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.budget import Budget
 from mediafm_ray.pipeline.rows import TitleLeft, TitleRow, was_left
@@ -21,7 +22,6 @@ from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.plan import describe_model, prepare_output
 from mediafm_ray.runs.report import Tally, write_summary
-from mediafm_ray.spec import OutageError, TitleError
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.dataset import Output, lease_folder
 from mediafm_ray.storage.lease import LeaseHeld, held

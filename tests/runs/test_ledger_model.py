@@ -29,11 +29,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from mediafm_ray.config.jobs import BackfillCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
+from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.models.options import FusionConfig
 from mediafm_ray.pipeline.rows import TitleLeft, TitleRow
 from mediafm_ray.pipeline.stages import Fuse, WriteTitle
 from mediafm_ray.runs import backfill, plan
-from mediafm_ray.spec import OutageError, TitleError
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.dataset import (

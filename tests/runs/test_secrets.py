@@ -16,6 +16,7 @@ from mediafm_ray.config.jobs import BackfillCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.derive.runner import say_failures
 from mediafm_ray.derive.titles import describe_titles
+from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.media.source import open_bytes, read_whole
 from mediafm_ray.pipeline.rows import TitleRow, error_value, plan_table
@@ -24,7 +25,6 @@ from mediafm_ray.runs.backfill import Backfill, Hours, Missing, describe
 from mediafm_ray.runs.command import guarded
 from mediafm_ray.runs.plan import Plan
 from mediafm_ray.runs.report import SUMMARY, TITLES_LOG, Console, Tally, follow, reason_of, summary, write_summary
-from mediafm_ray.spec import OutageError, TitleError
 from mediafm_ray.storage.dataset import Model, Output
 from mediafm_ray.storage.store import Store
 from tests.servers.web import QuietHandler, serving

@@ -19,9 +19,10 @@ from mediafm_ray.models.options import BUILTIN_NEIGHBOURS
 from mediafm_ray.pipeline.training.folder import CURVES, EVENTS, FINISHED, PLAN, TrainingFolder
 from mediafm_ray.pipeline.training.titles import StoredTitles, TitleList, list_titles
 from mediafm_ray.runs.report import Console, clean_logs, clock, reason_of
-from mediafm_ray.spec import public_line, recipe_of
+from mediafm_ray.spec import recipe_of
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.store import StorageConfig, absolute
+from mediafm_ray.text import public_line
 from mediafm_ray.training.baselines import BASELINES
 from mediafm_ray.training.batches import UnusableTitle
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
