@@ -34,7 +34,7 @@ from mediafm_ray.config.loader import read_config
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.contextualise_stored import READING_THREADS, WRITING_THREADS, ContextualiseStored
 from mediafm_ray.pipeline.stage_list import stored_pool
-from mediafm_ray.pipeline.stages import contextual_file
+from mediafm_ray.pipeline.write_title import contextual_file
 from mediafm_ray.runs.plan import Plan
 from mediafm_ray.runs.stored import make_stored_plan
 from mediafm_ray.storage.dataset import Output, contextual, sibling

@@ -22,7 +22,8 @@ from mediafm_ray.derive.reader import vectors_dataset
 from mediafm_ray.runs.command import holder_of_lease, run_job, working
 from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.stored import open_dataset
-from mediafm_ray.storage.index import LEASE, IndexWriter
+from mediafm_ray.storage.index import LEASE
+from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.storage.lease import LeaseLost, held
 from mediafm_ray.storage.store import Store
 

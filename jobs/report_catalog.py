@@ -14,7 +14,7 @@ import sys
 
 from mediafm_ray.config.jobs import ReportCatalogConfig
 from mediafm_ray.derive.pages import INDEX, catalog_content, committed_titles, pages_folder, write_title_page
-from mediafm_ray.downstream.pages import catalog_page
+from mediafm_ray.downstream.catalog_pages import catalog_page
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, run_job, working
 from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.dataset import EmbeddingDataset

@@ -36,7 +36,6 @@ from mediafm_ray.storage.index import (
     EMBEDDING,
     ROW_COLUMNS,
     IndexFacts,
-    IndexWriter,
     NoIndex,
     Setting,
     ShotIndex,
@@ -44,6 +43,7 @@ from mediafm_ray.storage.index import (
     modality_of,
     part_column,
 )
+from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.text import public_line
 
 MB = 10**6

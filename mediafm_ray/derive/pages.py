@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mediafm_ray.downstream.pages import CatalogContent, CatalogTitle, TitleContent, title_page
+from mediafm_ray.downstream.catalog_pages import CatalogContent, CatalogTitle
+from mediafm_ray.downstream.pages import TitleContent, title_page
 from mediafm_ray.runs.report import SUMMARY
 from mediafm_ray.spec import MODALITIES, parse_json
 from mediafm_ray.storage.dataset import (

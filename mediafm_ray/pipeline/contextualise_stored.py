@@ -25,7 +25,7 @@ from mediafm_ray.derive.reader import told
 from mediafm_ray.errors import TitleError
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.pipeline.rows import ERROR, MEASURES, SECONDS, error_value
-from mediafm_ray.pipeline.stages import contextual_file, remove_superseded
+from mediafm_ray.pipeline.write_title import contextual_file, remove_superseded
 from mediafm_ray.storage.dataset import (
     FAILURES,
     Model,
@@ -55,15 +55,6 @@ RESULT_SCHEMA = pa.schema(
         ("error", ERROR),
     ]
 )
-
-
-# ------------------------------------------------------------------------------------------------------------- plan
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-# ------------------------------------------------------------------------------------------------------------ stage
 
 
 @dataclass

@@ -21,7 +21,8 @@ from mediafm_ray.models.fusion import spans
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.spec import digest_of, recipe_of
-from mediafm_ray.storage.catalog import SOURCE_DIGITS, BadRow, Entry, read_catalog
+from mediafm_ray.storage.catalog import SOURCE_DIGITS, Entry, read_catalog
+from mediafm_ray.storage.catalog_rows import BadRow
 from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextual, encode_title, object_name, record_failure
 from mediafm_ray.storage.store import ObjectInfo, StorageError
 from mediafm_ray.text import public_line

@@ -11,7 +11,8 @@ import pytest
 from mediafm_ray.derive import indexing
 from mediafm_ray.storage import lease
 from mediafm_ray.storage.dataset import EmbeddingDataset
-from mediafm_ray.storage.index import EMBEDDING, IndexWriter, NoIndex, open_index
+from mediafm_ray.storage.index import EMBEDDING, NoIndex, open_index
+from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.storage.store import StorageConfig
 from tests.searchable import MODEL, TITLES, build, commit, contents, expected, found, search, vectors_of
 

@@ -21,7 +21,8 @@ from mediafm_ray.pipeline import graph
 from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
 from mediafm_ray.pipeline.stage_list import stored_pool
-from mediafm_ray.pipeline.stages import Contextualise, WriteTitle
+from mediafm_ray.pipeline.stages import Contextualise
+from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs.stored import make_stored_plan, prepare_stored_output
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, Output, read_failures, title_facts
 from mediafm_ray.storage.schemas import METADATA_KEY, embedding_values

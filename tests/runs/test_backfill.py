@@ -16,7 +16,8 @@ from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.budget import Budget
 from mediafm_ray.pipeline.rows import TitleLeft, TitleRow, was_left
-from mediafm_ray.pipeline.stages import DetectShots, Fuse, WriteTitle
+from mediafm_ray.pipeline.stages import DetectShots, Fuse
+from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs.backfill import HOUR, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.limits import Limits

@@ -32,7 +32,8 @@ from mediafm_ray.config.loader import read_config
 from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.models.options import FusionConfig
 from mediafm_ray.pipeline.rows import TitleLeft, TitleRow
-from mediafm_ray.pipeline.stages import Fuse, WriteTitle
+from mediafm_ray.pipeline.stages import Fuse
+from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs import backfill, plan
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.catalog import CatalogError, read_catalog

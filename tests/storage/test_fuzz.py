@@ -31,7 +31,8 @@ from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.media.source import file_name, open_bytes
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.storage import catalog
-from mediafm_ray.storage.catalog import COLUMNS, CatalogError, read_catalog
+from mediafm_ray.storage.catalog import CatalogError, read_catalog
+from mediafm_ray.storage.catalog_rows import COLUMNS
 from mediafm_ray.storage.dataset import (
     FAILURES,
     SHOTS,
