@@ -14,7 +14,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from jobs.embed_catalog import EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
-from mediafm_ray.runs.metrics import METRICS, exported_name
+from mediafm_ray.runs.metrics import METRICS
+from tests.runs.test_metrics import exported_name
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "conf" / "kubernetes"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 COUNTER, HISTOGRAM = "counter", "histogram"  # no gauges: Ray shows one only for some 20 s after it was set
-RAY_PREFIX = "ray_"  # that Ray puts before the names of an application's metrics
 TITLE_SECONDS = (0.01, 0.1, 1, 5, 15, 60, 300, 900, 3600, 10800)  # a title may be a clip of a second or a film of three hours
 
 
@@ -41,11 +40,6 @@ METRICS = {
     "mediafm_text_tokens": Definition(COUNTER, "tokens in the requests that the embeddings API answered"),
     "mediafm_process_deaths": Definition(COUNTER, "processes that ended while they worked on a title"),
 }
-
-
-def exported_name(name: str) -> str:
-    """The name at the metrics endpoint: of a histogram, the common beginning of its _bucket, _sum and _count."""
-    return f"{RAY_PREFIX}{name}{'_total' if METRICS[name].kind == COUNTER else ''}"
 
 
 class Metrics:

@@ -10,7 +10,7 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from mediafm_ray.pipeline.cluster import metric_series
-from mediafm_ray.runs.metrics import METRICS, Metrics, exported_name
+from mediafm_ray.runs.metrics import COUNTER, METRICS, Metrics
 
 REPORT_EVERY_MS = 500
 OK = {
@@ -37,6 +37,11 @@ FAILED = {
     "seconds": [{"stage": "detect_shots", "seconds": 20.0}],
     "measures": [{"name": "frames_decoded", "value": 500.0}, {"name": "process_deaths", "value": 1.0}],
 }
+
+
+def exported_name(name: str) -> str:
+    """The name at the metrics endpoint: of a histogram, the common beginning of its _bucket, _sum and _count."""
+    return f"ray_{name}{'_total' if METRICS[name].kind == COUNTER else ''}"
 
 
 @pytest.fixture(scope="module")
