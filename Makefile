@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-slow lint format docs environment clean
 
 demo: $(READY)
-	$(BIN)/python -m jobs.demo
+	$(BIN)/python -m examples.demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/end_to_end --numprocesses 2 --dist loadfile

@@ -14,7 +14,7 @@ import argparse
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.pipeline.clips import ClipEmbedder
+from mediafm_ray.derive.clips import ClipEmbedder
 from mediafm_ray.storage.dataset import SHOTS
 
 SEED = 0

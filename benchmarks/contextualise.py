@@ -29,13 +29,16 @@ import numpy as np
 import torch
 
 from benchmarks.stored_titles import commit_title, make_model
-from mediafm_ray.config import ContextualiseCatalogConfig, read_config
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.models.tiny import make_contextualiser
-from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.contextualise_stored import READING_THREADS, WRITING_THREADS, ContextualiseStored
 from mediafm_ray.pipeline.stage_list import stored_pool
-from mediafm_ray.pipeline.stages import contextual_file
-from mediafm_ray.pipeline.stored import READING_THREADS, WRITING_THREADS, ContextualiseStored, make_stored_plan, read_shots
+from mediafm_ray.pipeline.write_title import contextual_file
+from mediafm_ray.runs.plan import Plan
+from mediafm_ray.runs.stored import make_stored_plan
 from mediafm_ray.storage.dataset import Output, contextual, sibling
+from mediafm_ray.storage.stored_shots import read_shots
 
 ROOT = Path(__file__).parents[1]
 MODEL = make_model("0123456789ab", video=768, audio=768, text=768)

@@ -118,12 +118,13 @@ class Film:
 
 def embed_takes(folders: Sequence[str], same: Sequence[Sequence[str]] = ()) -> Takes:
     """Read every video below the folders once and embed its takes with the offline profile. ``same``: first words that mean one film."""
+    from mediafm_ray.errors import TitleError
     from mediafm_ray.media.isolation import IsolatedReader
     from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
     from mediafm_ray.models.encoder import build_audio_encoder, build_text_encoder, build_video_encoder
     from mediafm_ray.models.options import AudioEncoderConfig, DetectorConfig, TextEncoderConfig, VideoEncoderConfig
     from mediafm_ray.models.transnet import ShotDetector
-    from mediafm_ray.spec import Title, TitleError
+    from mediafm_ray.spec import Title
 
     detector = ShotDetector(DetectorConfig())
     reader = IsolatedReader(FramesConfig(per_shot=FRAMES_PER_SHOT), TimedTextConfig(), MediaConfig())

@@ -44,12 +44,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mediafm_ray.derive.reader import read_vectors
+from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.media import timed_text
 from mediafm_ray.media.options import MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name, open_bytes
 from mediafm_ray.media.wire import LENGTH, Channel, WireError
-from mediafm_ray.pipeline.derived import read_vectors
-from mediafm_ray.spec import OutageError, TitleError, local_path
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.dataset import (
@@ -66,6 +66,7 @@ from mediafm_ray.storage.dataset import (
 from mediafm_ray.storage.schemas import METADATA_KEY
 from mediafm_ray.storage.store import ObjectInfo, StorageError, Store, join, scheme_of
 from mediafm_ray.storage.verify import check_model, check_title, list_titles
+from mediafm_ray.text import local_path
 from tests.datasets import CHECKPOINT, MODEL, SOURCE, write_dataset
 
 MEGABYTE = 1 << 20

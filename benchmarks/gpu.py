@@ -693,7 +693,7 @@ def decoded(path: Path, card_scale: int = 0, threads: int = 1) -> tuple[np.ndarr
 
 def measure_decoding(bench: Bench) -> None:
     """H.264 to the pictures that the reader makes, by the CPU and by the card, at several sizes that leave the card."""
-    from mediafm_ray.spec import CardError
+    from mediafm_ray.errors import CardError
 
     path, frames = bench.folder / "film.mp4", bench.sizes.video[2]
     make_video(path, *bench.sizes.video)
@@ -728,9 +728,10 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> str:
 def measure_reader(bench: Bench) -> None:
     """Whole titles through the reading process, by the CPU and by the card."""
     from benchmarks.reading import EvenShots
+    from mediafm_ray.errors import CardError
     from mediafm_ray.media.isolation import IsolatedReader
     from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-    from mediafm_ray.spec import CardError, Title
+    from mediafm_ray.spec import Title
 
     path = bench.folder / "film.mp4"
     if not path.exists():

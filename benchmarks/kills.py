@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.overhead import PROFILE, ROOT, shipped_footage
-from mediafm_ray.pipeline.run_log import RUNS
+from mediafm_ray.runs.run_log import RUNS
 
 MARK = "MEDIAFM_KILLS_MARK"  # an environment variable by which the processes of a run are told from all others
 CLIP = "carphone_pristine.mp4"  # 4 s

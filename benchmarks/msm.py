@@ -168,7 +168,7 @@ class World:
     @classmethod
     def of_real_shots(cls, uri: str) -> World:
         """Places and voices as various as the parts of real shots."""
-        from mediafm_ray.pipeline.stored_titles import StoredTitles, list_titles
+        from mediafm_ray.pipeline.training.titles import StoredTitles, list_titles
         from mediafm_ray.storage.dataset import EmbeddingDataset
         from mediafm_ray.storage.store import StorageConfig
 

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import ShotSpan, Title, TitleError
+from mediafm_ray.spec import ShotSpan, Title
 
 ENDINGS = (".mp4", ".mkv", ".webm", ".ts", ".mpg", ".avi", ".mov", ".flv", ".ogv", ".mxf")
 MAX_S = 120.0  # of a file of a few MB

@@ -61,9 +61,10 @@ def main() -> None:
 
 def time_loop(catalog: str, output: str, overrides: list[str]) -> float:
     """Seconds that the stages take in a plain loop, their models loaded before."""
-    from mediafm_ray.config import EmbedCatalogConfig, read_config
+    from mediafm_ray.config.jobs import EmbedCatalogConfig
+    from mediafm_ray.config.loader import read_config
     from mediafm_ray.pipeline.loop import build_stages, run
-    from mediafm_ray.pipeline.plan import make_plan, prepare_output
+    from mediafm_ray.runs.plan import make_plan, prepare_output
 
     config = read_config(EmbedCatalogConfig, [str(PROFILE)], [f"catalog.uri={catalog}", f"output.uri={output}", *overrides])
     plan = make_plan(config)

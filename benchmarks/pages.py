@@ -27,7 +27,7 @@ import pyarrow as pa
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from mediafm_ray.downstream.pages import CatalogContent, CatalogTitle, catalog_page
+from mediafm_ray.downstream.catalog_pages import CatalogContent, CatalogTitle, catalog_page
 from mediafm_ray.models.fusion import spans
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import SCENES, SHOTS, Model, Output, contextual, derived

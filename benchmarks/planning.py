@@ -33,8 +33,9 @@ from xml.sax.saxutils import escape
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mediafm_ray.config import EmbedCatalogConfig, read_config
-from mediafm_ray.pipeline.plan import describe_model, make_plan
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
+from mediafm_ray.runs.plan import describe_model, make_plan
 from mediafm_ray.spec import Title
 from mediafm_ray.storage.base import ObjectInfo
 from mediafm_ray.storage.catalog import source_digest

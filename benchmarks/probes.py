@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.scenes import film_of
 from jobs import evaluate_probes
-from mediafm_ray.config import EvaluateProbesConfig
-from mediafm_ray.pipeline.command import run_job
+from mediafm_ray.config.jobs import EvaluateProbesConfig
+from mediafm_ray.runs.command import run_job
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import EmbeddingDataset
 

@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.config import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline.rows import AUDIO, FLAGS, FRAMES, SHOTS, Stage, TitleRow, to_json, vectors_cell, vectors_type
 
 ROOT = Path(__file__).parents[1]
@@ -152,13 +153,13 @@ def main() -> None:
 
 def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     """The job of jobs.embed_catalog with stand-ins; memory and driver time as JSON lines on standard error."""
-    from jobs.embed_catalog import report, say_plan
     from mediafm_ray.pipeline import graph
     from mediafm_ray.pipeline.cluster import connected
-    from mediafm_ray.pipeline.plan import make_plan, prepare_output
-    from mediafm_ray.pipeline.report import Console, Tally, follow
-    from mediafm_ray.pipeline.run_log import RunLog
     from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps
+    from mediafm_ray.runs.catalog_run import report, say_plan
+    from mediafm_ray.runs.plan import make_plan, prepare_output
+    from mediafm_ray.runs.report import Console, Tally, follow
+    from mediafm_ray.runs.run_log import RunLog
     from mediafm_ray.storage.store import Store
 
     start, console = time.monotonic(), Console()

@@ -24,14 +24,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.config import IndexConfig
+from mediafm_ray.config.sections import IndexConfig
+from mediafm_ray.derive.indexing import RESULTS, index_vectors
 from mediafm_ray.downstream.retrieval import NOTHING, ExactSearch, recall
 from mediafm_ray.downstream.similarity import unit_vectors
-from mediafm_ray.pipeline.indexing import RESULTS, index_vectors
-from mediafm_ray.pipeline.report import Console
+from mediafm_ray.runs.report import Console
 from mediafm_ray.spec import MODALITIES
-from mediafm_ray.storage import index as storage_index
-from mediafm_ray.storage.index import EMBEDDING, IndexFacts, IndexWriter, ShotIndex, half_vectors, open_index
+from mediafm_ray.storage import index_writer
+from mediafm_ray.storage.index import EMBEDDING, IndexFacts, ShotIndex, half_vectors, open_index
+from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.storage.store import StorageConfig
 
 SHOTS_A_TITLE = 1000
@@ -105,11 +106,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=0, help="dimensions of the noise; 0 = all")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--recall", type=float, default=IndexConfig.recall)
-    parser.add_argument("--index-type", default=storage_index.INDEX_TYPE)
+    parser.add_argument("--index-type", default=index_writer.INDEX_TYPE)
     parser.add_argument("--no-index", action="store_true")
     parser.add_argument("--keep", action="store_true", help="leave the index there; a second run only searches it")
     arguments = parser.parse_args()
-    storage_index.INDEX_TYPE = arguments.index_type
+    index_writer.INDEX_TYPE = arguments.index_type
     world = World(arguments.shots, arguments.dims, arguments.cluster, arguments.spread, arguments.rank)
     uri = arguments.folder / "search-benchmark"
     if not uri.exists():

@@ -16,7 +16,7 @@ import numpy as np
 
 from mediafm_ray.downstream.retrieval import ExactSearch, recall
 from mediafm_ray.downstream.similarity import unit_vectors
-from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.store import StorageConfig
 

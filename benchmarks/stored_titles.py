@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.config import FusionConfig
 from mediafm_ray.models.fusion import spans
+from mediafm_ray.models.options import FusionConfig
 from mediafm_ray.pipeline.rows import FLAGS, NORMS, SHOTS, plan_table, to_json, vectors_cell
-from mediafm_ray.pipeline.stages import WriteTitle
+from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.dataset import Model, Output, object_name

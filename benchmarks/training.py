@@ -96,9 +96,10 @@ def plain_step(model: Any, optimisers: Optimisers, batch: Batch, step: int) -> N
 
 def job(folder: Path, number: int, config: TrainingConfig) -> float:
     """Seconds a step of the job's own, between its rows of metrics."""
-    from mediafm_ray.config import TrainContextualiserConfig, read_config
-    from mediafm_ray.pipeline.report import Console
-    from mediafm_ray.pipeline.train import Watch, plan_training, run_workers
+    from mediafm_ray.config.jobs import TrainContextualiserConfig
+    from mediafm_ray.config.loader import read_config
+    from mediafm_ray.pipeline.training.train import Watch, plan_training, run_workers
+    from mediafm_ray.runs.report import Console
 
     rows: list[tuple[float, float]] = []
 

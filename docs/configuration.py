@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jobs
-from mediafm_ray.config import Key, default_of, keys_of
+from mediafm_ray.config.loader import Key, default_of, keys_of
 
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Configuration

@@ -15,24 +15,16 @@ from __future__ import annotations
 import sys
 import time
 
-from jobs.embed_catalog import embed, report, run, say_unknown
-from mediafm_ray.config import BackfillCatalogConfig
-from mediafm_ray.pipeline.backfill import (
-    HOUR,
-    Backfill,
-    Limits,
-    delete_missing,
-    describe,
-    describe_time,
-    last_pace,
-    plan_backfill,
-    summary_part,
-)
-from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, holder_of_lease, run_job, working
-from mediafm_ray.pipeline.dry_run import describe_cost
-from mediafm_ray.pipeline.plan import describe_model, prepare_output
-from mediafm_ray.pipeline.report import Console, Tally
-from mediafm_ray.pipeline.run_log import RunLog
+from mediafm_ray.config.jobs import BackfillCatalogConfig
+from mediafm_ray.pipeline.execute import embed
+from mediafm_ray.runs.backfill import HOUR, Backfill, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
+from mediafm_ray.runs.catalog_run import report, run, say_unknown
+from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_OK, holder_of_lease, run_job, working
+from mediafm_ray.runs.dry_run import describe_cost
+from mediafm_ray.runs.limits import Limits
+from mediafm_ray.runs.plan import describe_model, prepare_output
+from mediafm_ray.runs.report import Console, Tally
+from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.storage.dataset import Output, lease_folder
 from mediafm_ray.storage.lease import Lease, held
 from mediafm_ray.storage.store import Store

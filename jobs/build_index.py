@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import sys
 
-from mediafm_ray.config import BuildIndexConfig, ConfigError
-from mediafm_ray.pipeline.command import holder_of_lease, run_job, working
-from mediafm_ray.pipeline.derived import vectors_dataset
-from mediafm_ray.pipeline.indexing import add_titles, finish_build, index_vectors, make_index_plan, open_target, remove_titles
-from mediafm_ray.pipeline.report import Console
-from mediafm_ray.pipeline.stored import open_dataset
-from mediafm_ray.storage.index import LEASE, IndexWriter
+from mediafm_ray.config.jobs import BuildIndexConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.derive.indexing import add_titles, finish_build, index_vectors, make_index_plan, open_target, remove_titles
+from mediafm_ray.derive.reader import vectors_dataset
+from mediafm_ray.runs.command import holder_of_lease, run_job, working
+from mediafm_ray.runs.report import Console
+from mediafm_ray.runs.stored import open_dataset
+from mediafm_ray.storage.index import LEASE
+from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.storage.lease import LeaseLost, held
 from mediafm_ray.storage.store import Store
 

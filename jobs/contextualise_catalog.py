@@ -13,15 +13,14 @@ from __future__ import annotations
 import sys
 import time
 
-from jobs.embed_catalog import report, run
-from mediafm_ray.config import ContextualiseCatalogConfig
-from mediafm_ray.pipeline.command import EXIT_OK, run_job, working
-from mediafm_ray.pipeline.metrics import Metrics
-from mediafm_ray.pipeline.plan import Plan
-from mediafm_ray.pipeline.report import Console, Tally, follow
-from mediafm_ray.pipeline.run_log import RunLog
-from mediafm_ray.pipeline.stage_list import stored_pool
-from mediafm_ray.pipeline.stored import make_stored_plan, prepare_stored_output
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig
+from mediafm_ray.pipeline.execute import contextualise
+from mediafm_ray.runs.catalog_run import report, run
+from mediafm_ray.runs.command import EXIT_OK, run_job, working
+from mediafm_ray.runs.plan import Plan
+from mediafm_ray.runs.report import Console, Tally
+from mediafm_ray.runs.run_log import RunLog
+from mediafm_ray.runs.stored import make_stored_plan, prepare_stored_output
 from mediafm_ray.storage.store import Store
 
 LOGS = ("contextualise-summary.json", "contextualise.log", "contextualise-titles.jsonl")  # beside those of the job that embeds
@@ -39,19 +38,6 @@ def main(config: ContextualiseCatalogConfig) -> int:
         tally = Tally.of(plan)
         run(plan, tally, console, lambda: contextualise(plan, config, console, tally))
         return report(plan, tally, time.monotonic() - start, config, console, log)
-
-
-def contextualise(plan: Plan, config: ContextualiseCatalogConfig, console: Console, tally: Tally) -> None:
-    """Read, compute and write the pending titles; ``tally`` counts how they end."""
-    from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
-    from mediafm_ray.pipeline.cluster import check_room, connected
-
-    begun = time.monotonic()
-    with connected(config.resources):
-        pool = stored_pool(plan, config)
-        check_room(config.resources, [pool])
-        results = graph.contextualise_stored(plan, pool, config.resources.max_deaths_per_title)
-        follow(graph.blocks(results, console.say), tally, begun, console, Metrics(plan.model.dataset_version))
 
 
 def say_plan(plan: Plan, console: Console) -> None:

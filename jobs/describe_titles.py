@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import sys
 
-from mediafm_ray.config import DescribeTitlesConfig
-from mediafm_ray.pipeline.command import run_job, working
-from mediafm_ray.pipeline.derived import DerivedPlan, derive_titles, finish, make_derived_plan, vectors_dataset
-from mediafm_ray.pipeline.report import Console
-from mediafm_ray.pipeline.stored import open_dataset
-from mediafm_ray.pipeline.titles import check_table_uri, describe_title, describe_titles, read_titles, titles_dataset, with_nearest
+from mediafm_ray.config.jobs import DescribeTitlesConfig
+from mediafm_ray.derive.reader import vectors_dataset
+from mediafm_ray.derive.runner import DerivedPlan, derive_titles, finish, make_derived_plan
+from mediafm_ray.derive.titles import check_table_uri, describe_title, describe_titles, read_titles, titles_dataset, with_nearest
+from mediafm_ray.runs.command import run_job, working
+from mediafm_ray.runs.report import Console
+from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.tables import write_table
 
 MOST_SHOWN = 40  # titles of the table on the terminal

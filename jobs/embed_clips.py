@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import sys
 
-from mediafm_ray.config import ConfigError, EmbedClipsConfig
-from mediafm_ray.pipeline.clip_tables import ClipSource, clip_vectors, read_clips
-from mediafm_ray.pipeline.command import EXIT_OK, run_job
-from mediafm_ray.pipeline.report import Console
-from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.config.jobs import EmbedClipsConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.derive.clip_tables import ClipSource, clip_vectors, read_clips
+from mediafm_ray.runs.command import EXIT_OK, run_job
+from mediafm_ray.runs.report import Console
+from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.schemas import embedding_array
 from mediafm_ray.storage.tables import write_table
 

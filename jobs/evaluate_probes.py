@@ -21,14 +21,15 @@ import sys
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.config import ConfigError, EvaluateProbesConfig
+from mediafm_ray.config.jobs import EvaluateProbesConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.derive.clip_tables import CLIP_COLUMNS, CONTEXTUAL, FUSED, NEIGHBOURS, ClipSource, check_kinds, clip_vectors, read_clips
 from mediafm_ray.downstream.probes import Labels, as_json, chance, describe, describe_labels, evaluate, labels_of, learnable
-from mediafm_ray.pipeline.clip_tables import CLIP_COLUMNS, CONTEXTUAL, FUSED, NEIGHBOURS, ClipSource, check_kinds, clip_vectors, read_clips
-from mediafm_ray.pipeline.command import EXIT_OK, run_job
-from mediafm_ray.pipeline.report import Console
-from mediafm_ray.pipeline.stored import open_dataset
-from mediafm_ray.spec import public_line
+from mediafm_ray.runs.command import EXIT_OK, run_job
+from mediafm_ray.runs.report import Console
+from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.tables import TableError, write_object
+from mediafm_ray.text import public_line
 
 NO_LABELS = (*CLIP_COLUMNS, "clip_id")  # columns of the table that say which clip it is
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import sys
 
-from mediafm_ray.config import ReportCatalogConfig
-from mediafm_ray.downstream.pages import catalog_page
-from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, run_job, working
-from mediafm_ray.pipeline.pages import INDEX, catalog_content, committed_titles, pages_folder, write_title_page
-from mediafm_ray.pipeline.stored import open_dataset
-from mediafm_ray.spec import public_line
+from mediafm_ray.config.jobs import ReportCatalogConfig
+from mediafm_ray.derive.pages import INDEX, catalog_content, committed_titles, pages_folder, write_title_page
+from mediafm_ray.downstream.catalog_pages import catalog_page
+from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, run_job, working
+from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.store import StorageError, Store
+from mediafm_ray.text import public_line
 
 
 def main(config: ReportCatalogConfig) -> int:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import sys
 
-from mediafm_ray.config import ConfigError, ReportTitleConfig
-from mediafm_ray.pipeline.command import EXIT_OK, run_job
-from mediafm_ray.pipeline.pages import INDEX, pages_folder, write_title_page
-from mediafm_ray.pipeline.stored import open_dataset
-from mediafm_ray.spec import public_line
+from mediafm_ray.config.jobs import ReportTitleConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.derive.pages import INDEX, pages_folder, write_title_page
+from mediafm_ray.runs.command import EXIT_OK, run_job
+from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.store import Store
+from mediafm_ray.text import public_line
 
 
 def main(config: ReportTitleConfig) -> int:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import sys
 
-from mediafm_ray.config import ConfigError, SearchShotsConfig
-from mediafm_ray.pipeline.command import EXIT_OK, run_job
-from mediafm_ray.pipeline.search import as_json, as_table, check_index, find_shots, make_query
+from mediafm_ray.config.jobs import SearchShotsConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.derive.search import as_json, as_table, check_index, find_shots, make_query
+from mediafm_ray.runs.command import EXIT_OK, run_job
 from mediafm_ray.storage.index import open_index
 
 

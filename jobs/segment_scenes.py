@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import sys
 
-from mediafm_ray.config import SegmentScenesConfig
-from mediafm_ray.pipeline.command import run_job, working
-from mediafm_ray.pipeline.derived import derive_titles, finish, make_derived_plan, vectors_dataset
-from mediafm_ray.pipeline.report import Console
-from mediafm_ray.pipeline.scenes import scenes_dataset, segment_title
-from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.config.jobs import SegmentScenesConfig
+from mediafm_ray.derive.reader import vectors_dataset
+from mediafm_ray.derive.runner import derive_titles, finish, make_derived_plan
+from mediafm_ray.derive.scenes import scenes_dataset, segment_title
+from mediafm_ray.runs.command import run_job, working
+from mediafm_ray.runs.report import Console
+from mediafm_ray.runs.stored import open_dataset
 
 
 def main(config: SegmentScenesConfig) -> int:

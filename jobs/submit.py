@@ -29,8 +29,8 @@ import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from mediafm_ray.pipeline.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED, guarded, working
-from mediafm_ray.spec import public_line
+from mediafm_ray.runs.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED, guarded, working
+from mediafm_ray.text import public_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 EXIT_UNKNOWN = 3  # the job ended and nobody knows with what: its node was lost, it was stopped, or the cluster does not answer

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import sys
 
-from mediafm_ray.config import TrainContextualiserConfig
-from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, run_job, working
-from mediafm_ray.pipeline.report import Console
-from mediafm_ray.pipeline.train import TrainingPlan, Watch, advise, describe_cosines, plan_training, run_workers
-from mediafm_ray.pipeline.training_folder import FINISHED, TrainingFolder
+from mediafm_ray.config.jobs import TrainContextualiserConfig
+from mediafm_ray.pipeline.training.folder import FINISHED, TrainingFolder
+from mediafm_ray.pipeline.training.train import TrainingPlan, Watch, advise, describe_cosines, plan_training, run_workers
+from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_OK, run_job, working
+from mediafm_ray.runs.report import Console
 
 
 def main(config: TrainContextualiserConfig) -> int:

@@ -17,15 +17,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from mediafm_ray.config import VerifyDatasetConfig
-from mediafm_ray.pipeline.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job, working
-from mediafm_ray.pipeline.derived import in_order
-from mediafm_ray.pipeline.report import Console
-from mediafm_ray.spec import public_line
+from mediafm_ray.config.jobs import VerifyDatasetConfig
+from mediafm_ray.derive.runner import in_order
+from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job, working
+from mediafm_ray.runs.report import Console
 from mediafm_ray.storage.dataset import DatasetError, Output, dataset_versions, lease_folder
 from mediafm_ray.storage.lease import Lease, held
 from mediafm_ray.storage.store import StorageError, Store
 from mediafm_ray.storage.verify import Finding, check_model, check_title, list_titles
+from mediafm_ray.text import public_line
 
 LEASE_S = 600
 PROGRESS_S = 10  # between two lines of progress

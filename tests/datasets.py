@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.models.options import FusionConfig
 from mediafm_ray.pipeline.rows import FLAGS, SHOTS, error_value, plan_table, vectors_cell, vectors_type
-from mediafm_ray.pipeline.stages import Fuse, WriteTitle
-from mediafm_ray.spec import MODALITIES, TitleError, digest_of
+from mediafm_ray.pipeline.stages import Fuse
+from mediafm_ray.pipeline.write_title import WriteTitle
+from mediafm_ray.spec import MODALITIES, digest_of
 from mediafm_ray.storage.dataset import Model, Output
 from mediafm_ray.storage.store import StorageConfig, Store
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 
 from benchmarks.stored_titles import commit_title, make_model
 from jobs import build_index, search_shots
-from mediafm_ray.config import BuildIndexConfig, SearchShotsConfig
-from mediafm_ray.pipeline.command import run_job
+from mediafm_ray.config.jobs import BuildIndexConfig, SearchShotsConfig
+from mediafm_ray.runs.command import run_job
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output
 from mediafm_ray.storage.index import open_index
 from mediafm_ray.storage.schemas import encode_parquet, read_facts

@@ -13,8 +13,9 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from jobs.embed_catalog import EmbedCatalogConfig
-from mediafm_ray.config import read_config
-from mediafm_ray.pipeline.metrics import METRICS, exported_name
+from mediafm_ray.config.loader import read_config
+from mediafm_ray.runs.metrics import METRICS
+from tests.runs.test_metrics import exported_name
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "conf" / "kubernetes"
@@ -215,5 +216,5 @@ def test_a_submitted_job_takes_along_what_it_needs_and_no_more(tmp_path):
     packed = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}
     top = {name.split("/")[0] for name in packed}
     assert {"mediafm_ray", "jobs", "conf"} <= top
-    assert not top & {".git", ".venv", "demo", "build", "docs", "tests", "benchmarks"}
+    assert not top & {".git", ".venv", "demo", "build", "docs", "tests", "benchmarks", "examples"}
     assert package.stat().st_size < 2 << 20, "Ray packs the sources as they are: a video or weights would be larger"

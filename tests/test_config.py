@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mediafm_ray.config import ConfigError, EmbedCatalogConfig, describe, read_config
-from mediafm_ray.pipeline.command import parse
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import ConfigError, describe, read_config
+from mediafm_ray.runs.command import parse
 
 CONF = Path(__file__).parents[1] / "conf"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from docs import configuration
-from mediafm_ray.config import ConfigError
-from mediafm_ray.pipeline.command import parse
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.runs.command import parse
 from mediafm_ray.storage.schemas import contextual_schema, scenes_schema, shots_schema, titles_schema
 from tests.datasets import write_dataset
 
@@ -25,10 +25,10 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#{1,6} (.*)$", re.MULTILINE)
-COMMAND = re.compile(r"python -m ((?:jobs|benchmarks|mediafm_ray|docs)[\w.]*)((?:(?!python -m ).)*)", re.DOTALL)
-MODULE = re.compile(r"\b((?:jobs|benchmarks)\.[a-z]\w*)")
+COMMAND = re.compile(r"python -m ((?:jobs|benchmarks|examples|mediafm_ray|docs)[\w.]*)((?:(?!python -m ).)*)", re.DOTALL)
+MODULE = re.compile(r"\b((?:jobs|benchmarks|examples)\.[a-z]\w*)")
 KEY = re.compile(r"^([a-z_]+(?:\.[a-z_<>]+)+)(?:=.*)?$")
-PATH = re.compile(r"^(?:mediafm_ray|jobs|conf|tests|benchmarks|docs|\.ci)/[\w./-]*$")
+PATH = re.compile(r"^(?:mediafm_ray|jobs|conf|tests|benchmarks|docs|examples|\.ci)/[\w./-]*$")
 FILE = re.compile(r"\.(?:md|png|html|json|jsonl|log|py|yaml|csv|srt|parquet|safetensors|toml|txt)$")
 JOBS = configuration.job_configs()
 KEYS = {key.name for kind in JOBS.values() for section in configuration.sections_of(kind) for key in section.keys}

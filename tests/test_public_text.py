@@ -10,22 +10,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.media.source import file_name
 from mediafm_ray.models.weights import WeightsError, with_endpoint
-from mediafm_ray.spec import (
-    PublicError,
-    TitleError,
-    escape_controls,
-    escape_controls_in_json,
-    public_line,
-    public_lines,
-    public_text,
-    public_uri,
-)
 from mediafm_ray.storage.base import StorageConfig
 from mediafm_ray.storage.catalog import CatalogError
 from mediafm_ray.storage.errors import StorageError, explain
 from mediafm_ray.storage.store import absolute, join
+from mediafm_ray.text import PublicError, escape_controls, escape_controls_in_json, public_line, public_lines, public_text, public_uri
 
 HARMFUL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 ADDRESS_CHARACTERS = string.ascii_letters + string.digits + "-._~!$&'()*+,;=:"

@@ -19,7 +19,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def title_page(content: TitleContent) -> str:
         "scenes": scenes,
         "spaces": {name: _space(vectors_SD) for name, vectors_SD in content.vectors.items()},
     }
-    return _render(
+    return render(
         "title",
         data,
         title=visible(str(content.facts.get("title_id", ""))),
@@ -120,16 +120,16 @@ def title_facts_shown(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     media = facts.get("media", {})
     found = media.get("facts", {})
     size = f"{found['width']} x {found['height']}" if found.get("width") and found.get("height") else None
-    sound = [found.get("audio_codec"), _with_unit(found.get("audio_rate"), "Hz"), found.get("audio_layout")]
+    sound = [found.get("audio_codec"), with_unit(found.get("audio_rate"), "Hz"), found.get("audio_layout")]
     dims = facts.get("dims", {})
     rows = [
         ("Video", facts.get("video")),
         ("Container", found.get("container")),
-        ("Picture", _joined([found.get("video_codec"), size, _with_unit(_decimal(found.get("average_rate")), "frames/s on average")])),
+        ("Picture", _joined([found.get("video_codec"), size, with_unit(_decimal(found.get("average_rate")), "frames/s on average")])),
         ("Sound", _joined(sound) or "none"),
-        ("Frames decoded", _thousands(media.get("frame_count"))),
-        ("Duration", _with_unit(_rounded(media.get("duration_s"), 3), "s")),
-        ("Duration the file declares", _with_unit(_rounded(found.get("declared_duration_s"), 3), "s")),
+        ("Frames decoded", thousands(media.get("frame_count"))),
+        ("Duration", with_unit(rounded(media.get("duration_s"), 3), "s")),
+        ("Duration the file declares", with_unit(rounded(found.get("declared_duration_s"), 3), "s")),
         ("Damaged picture", f"{100 * found['damage']:.2g} %" if found.get("damage") is not None else None),
         ("Size", f"{found['bytes'] / 1e6:.1f} MB" if found.get("bytes") else None),
         ("Dataset version", facts.get("dataset_version")),
@@ -247,130 +247,7 @@ def _coverage(shots: pa.Table, lengths_s: np.ndarray, shares: Sequence[Sequence[
     return rows
 
 
-# -------------------------------------------------------------------------------------------------------- a catalog
-
 OK, FAILED, OUTDATED = "ok", "failed", "outdated"
-
-
-@dataclass(frozen=True)
-class CatalogTitle:
-    """One line of a catalog's page."""
-
-    title_id: str
-    duration_s: float = 0.0
-    shots: int = 0
-    warnings: Sequence[str] = ()
-    failure: Mapping[str, Any] | None = None  # stage, type, message, attempts of a failure record
-    page: str = ""  # relative address of the title's page; empty = there is none
-    picture: bytes = b""  # a small JPEG
-
-    @property
-    def status(self) -> str:
-        """ok; failed: there are no shots; outdated: there are shots, but its source has changed and the new one failed."""
-        if self.failure is None:
-            return OK
-        return OUTDATED if self.shots else FAILED
-
-
-@dataclass(frozen=True)
-class CatalogContent:
-    """What the page of a catalog is made from."""
-
-    name: str  # where the dataset stands
-    dataset_version: str
-    titles: Sequence[CatalogTitle]
-    run: Mapping[str, Any] | None = None  # run-summary.json; None where there is none
-    dims: Mapping[str, int] = field(default_factory=dict)
-
-
-def catalog_page(content: CatalogContent) -> str:
-    """The HTML file that lists a catalog's titles."""
-    titles = sorted(content.titles, key=lambda title: title.title_id)
-    data = {
-        "id": [visible(_cut(title.title_id, SHOWN_ID)) for title in titles],
-        "duration": [round(title.duration_s, 2) for title in titles],
-        "shots": [title.shots for title in titles],
-        "status": [title.status for title in titles],
-        "page": [title.page for title in titles],
-        "warnings": [[visible(_cut(warning, MESSAGE)) for warning in title.warnings] for title in titles],
-        "failure": [_failure_shown(title.failure) for title in titles],
-        "picture": [base64.b64encode(title.picture).decode() for title in titles] if any(title.picture for title in titles) else [],
-    }
-    hours = sum(title.duration_s for title in titles) / 3600
-    shots = sum(title.shots for title in titles)
-    figures = [
-        ("Titles", f"{len(titles):,}"),
-        ("Failed", f"{sum(title.status == FAILED for title in titles):,}"),
-        ("With warnings", f"{sum(bool(title.warnings) for title in titles):,}"),
-        ("Hours of video", f"{hours:,.2f}" if hours < 100 else f"{hours:,.0f}"),
-        ("Shots", f"{shots:,}"),
-        ("Shots a minute", f"{shots / hours / 60:.1f}" if hours else "0"),
-    ]
-    return _render(
-        "catalog",
-        data,
-        title=visible(content.name),
-        figures=figures,
-        version=visible(content.dataset_version),
-        dims=[(name, f"{size:,}") for name, size in content.dims.items()],
-        failures=_failure_groups(titles),
-        run=_run_shown(content.run, content.dataset_version),
-        stages=_stages_shown((content.run or {}).get("seconds_by_stage", {})),
-        count=len(titles),
-        some_outdated=any(title.status == OUTDATED for title in titles),
-    )
-
-
-def _failure_shown(failure: Mapping[str, Any] | None) -> str:
-    if failure is None:
-        return ""
-    attempts = failure.get("attempts")
-    tried = f" (tried {attempts} times)" if isinstance(attempts, int) and attempts > 1 else ""
-    return visible(f"{failure.get('stage', '')}: {_cut(str(failure.get('message', '')), MESSAGE)}{tried}")
-
-
-def _failure_groups(titles: Iterable[CatalogTitle]) -> list[dict[str, Any]]:
-    """Failures that have the stage and the type in common, the most frequent first, each with an example."""
-    groups: dict[tuple[str, str], list[CatalogTitle]] = {}
-    for title in titles:
-        if title.failure is not None:
-            key = (visible(str(title.failure.get("stage", ""))), visible(str(title.failure.get("type", ""))))
-            groups.setdefault(key, []).append(title)
-    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [
-        {"stage": stage, "type": type_, "count": len(members), "example": _failure_shown(members[0].failure)}
-        for (stage, type_), members in ordered
-    ]
-
-
-def _run_shown(run: Mapping[str, Any] | None, dataset_version: str) -> list[tuple[str, str]]:
-    """The last run for a person: labels and values; empty where no summary is there."""
-    if not run:
-        return []
-    titles = run.get("titles", {})
-    other = run.get("dataset_version")
-    versions = run.get("versions", {})
-    rows = [
-        ("Planned", _thousands(titles.get("planned"))),
-        ("Done", _thousands(titles.get("ok"))),
-        ("Failed", _thousands(titles.get("failed"))),
-        ("Never came back", _thousands(titles.get("lost") or None)),
-        ("Committed before", _thousands(titles.get("skipped"))),
-        ("Ended early", run.get("aborted")),
-        ("Wall time", clock(run["wall_s"]) if run.get("wall_s") is not None else None),
-        ("Video read", _with_unit(_rounded(run.get("video_hours") or None, 3), "h")),
-        ("Throughput", _with_unit(_rounded(run.get("video_hours_per_hour") or None, 2), "hours of video an hour")),
-        ("Written", f"{run['bytes_written'] / 1e6:,.1f} MB" if run.get("bytes_written") else None),
-        ("Checkpoint", run.get("checkpoint")),
-        ("Of dataset version", f"{other}: not the one of this page" if other and other != dataset_version else None),
-        ("Software", ", ".join(f"{name} {version}" for name, version in versions.items()) or None),
-    ]
-    return [(label, visible(str(value))) for label, value in rows if value not in (None, "")]
-
-
-def _stages_shown(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
-    longest = max([*seconds.values(), 1e-9])
-    return [{"name": visible(name), "seconds": f"{value:,.1f} s", "share": 100 * value / longest} for name, value in seconds.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------- shared
@@ -391,7 +268,7 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest // 10:02d}.{rest % 10}"
 
 
-def _render(name: str, data: Mapping[str, Any], **values: Any) -> str:
+def render(name: str, data: Mapping[str, Any], **values: Any) -> str:
     style, script = ((ASSETS / file).read_text(encoding="utf-8") for file in ("page.css", f"{name}.js"))
     script = f"{(ASSETS / 'common.js').read_text(encoding='utf-8')}{script}"
     policy = [
@@ -429,7 +306,7 @@ def _base64(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
-def _cut(text: str, most: int) -> str:
+def cut_to(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}\u2026"
 
 
@@ -437,11 +314,11 @@ def _joined(parts: Iterable[Any]) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
-def _with_unit(value: Any, unit: str) -> str | None:
+def with_unit(value: Any, unit: str) -> str | None:
     return None if value in (None, "") else f"{value} {unit}"
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
+def rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
@@ -451,5 +328,5 @@ def _decimal(fraction: str | None) -> str | None:
     return f"{int(match[1]) / int(match[2]):.5g}" if match else fraction
 
 
-def _thousands(value: int | None) -> str | None:
+def thousands(value: int | None) -> str | None:
     return None if value is None else f"{value:,}"

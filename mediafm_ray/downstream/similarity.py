@@ -50,19 +50,31 @@ def nearest_shots(vectors_SD: np.ndarray, count: int) -> Neighbours:
     unit_SD, present_S = unit_vectors(vectors_SD)
     shots = len(unit_SD)
     kept = max(min(count, shots - 1), 0)
-    index_SK = np.full((shots, kept), -1, np.int32)
-    cosine_SK = np.full((shots, kept), np.nan, np.float32)
-    for begin in range(0, shots, ROWS_AT_ONCE) if kept else ():
-        rows = np.arange(begin, min(begin + ROWS_AT_ONCE, shots))
-        cosine_RS = unit_SD[rows] @ unit_SD.T
-        cosine_RS[:, ~present_S] = -np.inf
-        cosine_RS[~present_S[rows]] = -np.inf
-        cosine_RS[np.arange(len(rows)), rows] = -np.inf
-        order_RK = np.argsort(-cosine_RS, axis=1, kind="stable")[:, :kept]
-        found_RK = np.take_along_axis(cosine_RS, order_RK, axis=1)
-        index_SK[rows] = np.where(np.isfinite(found_RK), order_RK, -1)
-        cosine_SK[rows] = np.where(np.isfinite(found_RK), found_RK, np.nan)
-    return Neighbours(index_SK, cosine_SK)
+    index_SK, cosine_SK = nearest_rows(unit_SD, np.arange(shots), kept, ROWS_AT_ONCE, present_S)
+    found_SK = np.isfinite(cosine_SK)
+    return Neighbours(np.where(found_SK, index_SK, -1).astype(np.int32), np.where(found_SK, cosine_SK, np.float32(np.nan)))
+
+
+def nearest_rows(
+    unit_SD: np.ndarray, rows_Q: np.ndarray, count: int, rows_at_once: int, present_S: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The (Q, K) int64 rows nearest to each of some rows, itself left out, and their float32 cosines; of two alike the earlier.
+
+    The cosine of a row that is not present, and of all rows with it, is minus infinity.
+    """
+    index_QK = np.empty((len(rows_Q), count), np.int64)
+    cosine_QK = np.empty((len(rows_Q), count), np.float32)
+    for begin in range(0, len(rows_Q) if count else 0, rows_at_once):
+        rows_B = rows_Q[begin : begin + rows_at_once]
+        cosine_BS = unit_SD[rows_B] @ unit_SD.T
+        if present_S is not None:
+            cosine_BS[:, ~present_S] = -np.inf
+            cosine_BS[~present_S[rows_B]] = -np.inf
+        cosine_BS[np.arange(len(rows_B)), rows_B] = -np.inf  # not itself
+        order_BK = np.argsort(-cosine_BS, axis=1, kind="stable")[:, :count]
+        index_QK[begin : begin + len(rows_B)] = order_BK
+        cosine_QK[begin : begin + len(rows_B)] = np.take_along_axis(cosine_BS, order_BK, axis=1)
+    return index_QK, cosine_QK
 
 
 def similarity_map(vectors_SD: np.ndarray, most_cells: int) -> SimilarityMap:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mediafm_ray.downstream.clips import pool_overlaps
+from mediafm_ray.downstream.similarity import nearest_rows
 
 BLOCK_VALUES = 4_000_000  # cosines held at once
 NOT_SPOKEN = re.compile(r"\[[^\]]*\]|\([^)]*\)|[♪♫][^♪♫]*[♪♫]?|[♪♫]")  # how captions write sounds, manner and song
@@ -50,14 +51,4 @@ def nearest_titles(vectors_TD: np.ndarray, count: int, queries: Sequence[int] | 
     unit_TD = np.divide(vectors_TD, norm_T, out=np.zeros_like(vectors_TD), where=norm_T > 0)
     rows_Q = np.arange(len(unit_TD)) if queries is None else np.asarray(queries, np.int64)
     count = max(0, min(count, len(unit_TD) - 1))
-    found_QN = np.empty((len(rows_Q), count), np.int64)
-    cosine_QN = np.empty((len(rows_Q), count), np.float32)
-    block = max(1, BLOCK_VALUES // max(1, len(unit_TD)))
-    for begin in range(0, len(rows_Q) if count else 0, block):
-        rows_B = rows_Q[begin : begin + block]
-        cosine_BT = unit_TD[rows_B] @ unit_TD.T
-        cosine_BT[np.arange(len(rows_B)), rows_B] = -np.inf  # not itself
-        order_BN = np.argsort(-cosine_BT, axis=1, kind="stable")[:, :count]
-        found_QN[begin : begin + len(rows_B)] = order_BN
-        cosine_QN[begin : begin + len(rows_B)] = np.take_along_axis(cosine_BT, order_BN, axis=1)
-    return found_QN, cosine_QN
+    return nearest_rows(unit_TD, rows_Q, count, max(1, BLOCK_VALUES // max(1, len(unit_TD))))

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 import av
 
+from mediafm_ray.errors import CardError
 from mediafm_ray.media.picture import kept_size
-from mediafm_ray.spec import CardError
 
 DECODERS = {"h264": "h264_cuvid", "hevc": "hevc_cuvid", "av1": "av1_cuvid", "vp9": "vp9_cuvid"}  # by FFmpeg's name of the codec
 LOGGED_AS = ("AVHWDeviceContext", *DECODERS.values())  # in FFmpeg's log, whose lines then say nothing of the file

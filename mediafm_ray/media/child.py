@@ -26,12 +26,13 @@ import av
 import av.logging
 import numpy as np
 
+from mediafm_ray.errors import CardError, OutageError, TitleError, is_outage
 from mediafm_ray.media import card, reader
 from mediafm_ray.media.damage import DecoderLog
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
 from mediafm_ray.media.wire import Channel, WireError
-from mediafm_ray.spec import CardError, OutageError, ShotSpan, TimedTextSource, Title, TitleError, is_outage
+from mediafm_ray.spec import ShotSpan, TimedTextSource, Title
 
 OUTSTANDING_BLOCKS = 2  # blocks the detector may lag behind the decoder: replies are awaited at fixed places, whatever the timing
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

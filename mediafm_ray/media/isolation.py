@@ -18,24 +18,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mediafm_ray.errors import CardError, OutageError, TitleError
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
 from mediafm_ray.media.spool import Spool
 from mediafm_ray.media.wire import Channel, Gone, Overdue, WireError
-from mediafm_ray.spec import (
-    DETECTOR_HEIGHT,
-    DETECTOR_WIDTH,
-    SAMPLE_RATE,
-    CardError,
-    OutageError,
-    PublicError,
-    ShotMedia,
-    ShotSpan,
-    ShotStream,
-    Title,
-    TitleError,
-    TitleMedia,
-)
+from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH, SAMPLE_RATE, ShotMedia, ShotSpan, ShotStream, Title, TitleMedia
+from mediafm_ray.text import PublicError
 
 Result = TypeVar("Result")
 

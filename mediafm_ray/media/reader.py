@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import av
 import numpy as np
 
+from mediafm_ray.errors import CardError, TitleError
 from mediafm_ray.media import card, picture, sampling, sound, source, streams, timed_text
 from mediafm_ray.media.damage import (
     BROADCAST_FORMATS,
@@ -35,7 +36,7 @@ from mediafm_ray.media.damage import (
     DecoderLog,
 )
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import SAMPLE_RATE, CardError, Cue, ShotSpan, Title, TitleError
+from mediafm_ray.spec import SAMPLE_RATE, Cue, ShotSpan, Title
 
 BLOCK_FRAMES = 64  # pictures handed to the detector at once
 MAX_SOUND_LEAD_S = 0.5  # sound that starts earlier than this before the first picture is programme, not a codec's lead-in

@@ -18,8 +18,9 @@ import av
 import av.container
 import fsspec
 
+from mediafm_ray.errors import OutageError, TitleError, is_outage, says_absent
 from mediafm_ray.media.options import MediaConfig
-from mediafm_ray.spec import OutageError, TitleError, is_outage, local_path, public_line, public_uri, says_absent
+from mediafm_ray.text import local_path, public_line, public_uri
 
 LOCAL_BUFFER_BYTES = 1 << 20  # what FFmpeg reads at once from a local file; small reads cost a Python call each
 READ_ATTEMPTS = 4  # of reading on in a remote file, each after what the file system tries by itself

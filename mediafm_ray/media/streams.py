@@ -5,9 +5,9 @@ from __future__ import annotations
 import av
 from av.stream import Disposition
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.media import timed_text
 from mediafm_ray.media.options import TimedTextConfig
-from mediafm_ray.spec import TitleError
 
 NOT_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 NOT_PROGRAMME = Disposition.comment | Disposition.visual_impaired | Disposition.descriptions | Disposition.karaoke

@@ -22,9 +22,10 @@ from typing import Any
 
 import pysubs2
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.media import ttml
 from mediafm_ray.media.options import TimedTextConfig
-from mediafm_ray.spec import Cue, TimedTextSource, TitleError
+from mediafm_ray.spec import Cue, TimedTextSource
 
 MAX_BYTES = 32 << 20  # of one timed text object; a feature film has 0.1 MB
 MAX_CUES = 100_000  # of one timed text object, or stream; a day has 86,400 seconds

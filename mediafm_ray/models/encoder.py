@@ -21,6 +21,7 @@ from mediafm_ray.models.options import AudioEncoderConfig, TextEncoderConfig, Vi
 from mediafm_ray.spec import digest_of
 
 EFFICIENTNET_LITE0_DIM = 1280  # channels of the last convolution
+LOG_MEL_DIM = 192  # three statistics of 64 mel bands
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,6 @@ class _Implementation:
     has_weights: bool = True
 
 
-def _log_mel_dim(config: AudioEncoderConfig) -> int:
-    from mediafm_ray.models import log_mel
-
-    return log_mel.DIM
-
-
 def _number_in_config(address: str, *paths: tuple[str, ...]) -> int:
     """The first of the given paths through the checkpoint's config.json that leads to a number."""
     config = weights.read_config(address)
@@ -121,7 +116,7 @@ VIDEO_ENCODERS: Mapping[str, _Implementation] = {
 }
 AUDIO_ENCODERS: Mapping[str, _Implementation] = {
     "wav2vec2": _Implementation("wav2vec2", "Wav2Vec2Encoder", _hidden_size),
-    "log_mel": _Implementation("log_mel", "LogMelEncoder", _log_mel_dim, has_weights=False),
+    "log_mel": _Implementation("log_mel", "LogMelEncoder", lambda config: LOG_MEL_DIM, has_weights=False),
 }
 TEXT_ENCODERS: Mapping[str, _Implementation] = {
     "openai": _Implementation("text_api", "ApiTextEncoder", lambda config: config.dimensions, has_weights=False),

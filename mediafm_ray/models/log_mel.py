@@ -22,20 +22,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mediafm_ray.models.encoder import Encoded
+from mediafm_ray.models.encoder import LOG_MEL_DIM, Encoded
 from mediafm_ray.models.options import AudioEncoderConfig
 from mediafm_ray.spec import SAMPLE_RATE
 
 WINDOW = SAMPLE_RATE * 25 // 1000  # samples
 HOP = SAMPLE_RATE * 10 // 1000  # samples
 FFT_SIZE = 512
-MEL_BANDS = 64
 LOWEST_HZ = 50.0
 HIGHEST_HZ = SAMPLE_RATE / 2
 FLOOR_DB = -80.0  # quieter counts as this: below lies the noise of 16-bit samples and of codecs
 MIDDLE_DB = -40.0  # becomes 0
 STATISTICS = ("mean", "standard deviation", "mean absolute change")
-DIM = len(STATISTICS) * MEL_BANDS
+MEL_BANDS = LOG_MEL_DIM // len(STATISTICS)
 WINDOWS_PER_CALL = 2048  # bounds the memory that a long shot takes: about 20 s at a time
 
 
@@ -53,7 +52,7 @@ def mel_filters() -> np.ndarray:
 class LogMelEncoder:
     """The audio encoder of the offline profile: see the module. Every shot is computed alone, in float64."""
 
-    dim = DIM
+    dim = LOG_MEL_DIM
 
     def __init__(self, config: AudioEncoderConfig) -> None:
         """Nothing of the configuration changes it: it has no weights, and numpy computes on one core of the CPU."""

@@ -28,9 +28,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import openai
 
+from mediafm_ray.errors import OutageError
 from mediafm_ray.models.encoder import Encoded
 from mediafm_ray.models.options import TextEncoderConfig
-from mediafm_ray.spec import OutageError, PublicError, public_line
+from mediafm_ray.text import PublicError, public_line
 
 INPUTS_PER_REQUEST = 2048  # the API's limits
 TOKENS_PER_REQUEST = 300_000

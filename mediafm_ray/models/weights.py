@@ -33,7 +33,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mediafm_ray.spec import PublicError, parse_json
+from mediafm_ray.spec import parse_json
+from mediafm_ray.text import PublicError
 
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hub:"

@@ -18,9 +18,9 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mediafm_ray.pipeline.backfill import Limits
-from mediafm_ray.pipeline.report import Tally
 from mediafm_ray.pipeline.rows import TitleLeft, was_left
+from mediafm_ray.runs.limits import Limits
+from mediafm_ray.runs.report import Tally
 
 ASKED_TO_END = "SIGTERM"
 

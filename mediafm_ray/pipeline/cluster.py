@@ -14,10 +14,13 @@ from typing import Any
 
 import ray
 from ray.data import DataContext
+from ray.util.metrics import Counter, Histogram
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mediafm_ray.config import ConfigError, ResourcesConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.config.sections import ResourcesConfig
 from mediafm_ray.pipeline.stage_list import Pool
+from mediafm_ray.runs.metrics import COUNTER, METRICS, TITLE_SECONDS
 
 GB = 10**9
 IDLE_WORKER_MS = 60_000  # a task's process takes 2 s of a core to start, and Ray ends it after one idle second
@@ -149,6 +152,19 @@ def room_for(wanted: Mapping[str, float], nodes: Iterable[Mapping[str, Any]], fr
         )
     there = ", ".join(f"{free.get(name, 0):g} of {sum(size.get(name, 0) for size in sizes):g} {name}" for name in wanted)
     return f"an actor needs {each}, and free are {there}: other jobs or stages hold the rest (see ray status)"
+
+
+def metric_series(name: str, dataset: str) -> Counter | Histogram:
+    """A series of METRICS at the metrics endpoint of this node, labelled with the dataset version."""
+    metric = METRICS[name]
+    labels = ("dataset", *metric.labels)
+    made: Counter | Histogram
+    if metric.kind == COUNTER:
+        made = Counter(name, metric.description, labels)
+    else:
+        made = Histogram(name, metric.description, list(TITLE_SECONDS), labels)
+    made.set_default_tags({"dataset": dataset})
+    return made
 
 
 def runs_alone() -> bool:

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Protocol
 import pyarrow as pa
 import ray
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.pipeline.cluster import on_this_node
 from mediafm_ray.pipeline.rows import TitleRow, failed
-from mediafm_ray.spec import TitleError
 
 REGISTER = "mediafm_deaths"
 

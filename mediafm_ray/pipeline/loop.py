@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from mediafm_ray.config import EmbedCatalogConfig
-from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.pipeline.rows import Stage
 from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps
+from mediafm_ray.runs.plan import Plan
 
 
 def build_stages(plan: Plan, config: EmbedCatalogConfig) -> list[Stage]:

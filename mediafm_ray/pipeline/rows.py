@@ -22,7 +22,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.spec import OutageError, Packed, TimedTextSource, Title, TitleError, is_outage, public_line, public_lines
+from mediafm_ray.errors import OutageError, TitleError, is_outage
+from mediafm_ray.spec import Packed, TimedTextSource, Title
+from mediafm_ray.text import public_line, public_lines
 
 log = logging.getLogger(__name__)
 MAX_TRACEBACK_PARTS = 6  # the last frames and the error itself

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mediafm_ray.config import ConfigError, ContextualiseCatalogConfig, EmbedCatalogConfig, ResourcesConfig, StageConfig
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.config.sections import ResourcesConfig, StageConfig
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.pipeline import stages
-from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
 from mediafm_ray.pipeline.rows import Stage
-from mediafm_ray.pipeline.stored import ContextualiseStored
+from mediafm_ray.pipeline.write_title import WriteTitle
+from mediafm_ray.runs.plan import Plan
 
 CORES_PER_DETECTOR, CORES_PER_ACTOR = 2, 8  # of the machine, where max_actors is 0
 
@@ -106,7 +109,7 @@ def recipe_steps(plan: Plan, config: EmbedCatalogConfig, budget: stages.TitleBud
         Step(stages.EncodeText, resources.encode_text, config.text, (allowance, budget)),
         Step(stages.Fuse, resources.contextualise if plan.checkpoint else resources.write, None, (fused_dim, config.fusion)),
         *contextualise,
-        Step(stages.WriteTitle, resources.write, None, (config.output.uri, plan.model, plan.checkpoint, config.storage)),
+        Step(WriteTitle, resources.write, None, (config.output.uri, plan.model, plan.checkpoint, config.storage)),
     ]
 
 

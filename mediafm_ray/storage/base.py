@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from mediafm_ray.spec import resource
 
+PROBE_BYTES = 1 << 20  # what must fit on a disk before a job begins
 ADDRESSING_STYLES = ("auto", "path", "virtual")
 LEAST_PART_MB = 5  # S3's own limit for every part but the last
 
@@ -53,3 +54,8 @@ class Unknown:
 
     reason: str  # for a person
     may_pass: bool
+
+
+def object_path(root: str, name: str) -> str:
+    """Return the path of an object below a root."""
+    return f"{root.rstrip('/')}/{name}"

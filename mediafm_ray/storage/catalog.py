@@ -12,10 +12,7 @@ A table
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
-import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -24,14 +21,23 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from mediafm_ray.spec import PublicError, TimedTextSource, Title, digest_of, parse_json
+from mediafm_ray.spec import TimedTextSource, Title, digest_of, parse_json
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig, Unknown
+from mediafm_ray.storage.catalog_rows import (
+    TIMED_TEXT_KINDS,
+    BadRow,
+    csv_rows,
+    is_clean,
+    jsonl_rows,
+    parquet_rows,
+    problems_of_id,
+    problems_of_metadata,
+    title_of,
+)
 from mediafm_ray.storage.errors import StorageError, may_pass
 from mediafm_ray.storage.s3 import S3Objects, hasty
-from mediafm_ray.storage.store import ALLOWED_SCHEMES, LOOK_UP_THREADS, Store, absolute, join, scheme_of
+from mediafm_ray.storage.store import LOOK_UP_THREADS, Store, absolute, join, scheme_of
+from mediafm_ray.text import PublicError
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +48,7 @@ VIDEO_ENDINGS = frozenset(
     )
 )
 TIMED_TEXT_ENDINGS = frozenset([".srt", ".vtt", ".ttml", ".dfxp", ".imsc", ".xml", ".scc", ".ass", ".ssa"])
-TIMED_TEXT_KINDS = frozenset(["captions", "cc", "sdh", "subtitles", "subtitle", "forced", "descriptions", "ad", "chapters"])
-COLUMNS = ("title_id", "video", "timed_text", "synopsis", "tags", "duration_s")
 TABLE_ENDINGS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
-CSV_LIST_SEPARATOR = ";"
-MAX_TITLE_ID_BYTES = 1024  # of UTF-8
 MAX_PROBLEMS_SHOWN = 50
 MAX_FAILED_LOOK_UPS = 16  # of a server that has answered none: it is down, or its address is wrong
 SOURCE_DIGITS = 16  # hex digits of a source digest
@@ -58,24 +60,6 @@ class CatalogError(PublicError):
     def __init__(self, uri: str, problems: list[str]):
         self.problems = problems
         super().__init__(*list_problems(f"catalog {uri}", problems))
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row of a table, or a title of a folder, that cannot be used."""
-
-    where: str  # such as "line 3", or the name of a file; empty for the catalog as a whole
-    problem: str
-    title_id: str = ""  # its title's, where it has one that no other row has
-
-    @property
-    def name(self) -> str:
-        """The title's id, or what stands for it where it has none; valid Unicode, which the name of a file need not be."""
-        return (self.title_id or f"({self.where})").encode(errors="backslashreplace").decode()
-
-    def __str__(self) -> str:
-        title = f" ({self.title_id})" if self.title_id and self.title_id not in self.where else ""
-        return f"{self.where}{title}: {self.problem}" if self.where else self.problem
 
 
 def list_problems(what: str, problems: list[str]) -> list[str]:
@@ -180,7 +164,7 @@ def _read_folder(store: Store, skipped: list[BadRow] | None) -> list[Entry]:
     sidecars = _sidecars_of(by_stem, objects)
     names = ((stem, name) for stem, texts in sidecars.items() for name, _, _ in texts)
     problem = "the name has control characters or is not valid Unicode; rename it"
-    problems.extend(BadRow(name, problem, stem) for stem, name in names if not _is_clean(name))
+    problems.extend(BadRow(name, problem, stem) for stem, name in names if not is_clean(name))
     described = [stem for stem in by_stem if f"{stem}.json" in objects]
     with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
         found_metadata = dict(zip(described, pool.map(lambda stem: _read_metadata(store, stem, problems), described), strict=True))
@@ -195,7 +179,7 @@ def _read_folder(store: Store, skipped: list[BadRow] | None) -> list[Entry]:
             synopsis=metadata.get("synopsis", ""),
             tags=metadata.get("tags", ()),
         )
-        problems.extend(BadRow(name, problem) for problem in _problems_of_id(stem))
+        problems.extend(BadRow(name, problem) for problem in problems_of_id(stem))
         found = {title.video: objects[name]} | {join(uri, text): objects[text] for text, _, _ in texts}
         entries.append(_entry(title, found, len(entries)))
     _check(uri, problems, skipped)
@@ -242,7 +226,7 @@ def _read_metadata(store: Store, stem: str, problems: list[BadRow]) -> dict[str,
         problems.append(BadRow(name, f"must be a JSON object with synopsis and tags, is {type(content).__name__}", stem))
         return {}
     synopsis, tags = content.get("synopsis"), content.get("tags")
-    wrong = _problems_of_metadata(synopsis, tags)
+    wrong = problems_of_metadata(synopsis, tags)
     if wrong:
         problems.extend(BadRow(name, problem, stem) for problem in wrong)
         return {}
@@ -255,7 +239,7 @@ def _read_metadata(store: Store, stem: str, problems: list[BadRow]) -> dict[str,
 def _read_table(base: str, name: str, kind: str, config: StorageConfig, skipped: list[BadRow] | None) -> list[Entry]:
     content = Store(base, config).read(name)
     problems: list[BadRow] = []
-    rows = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}[kind](content, problems)
+    rows = {"parquet": parquet_rows, "csv": csv_rows, "jsonl": jsonl_rows}[kind](content, problems)
     titles: list[Title] = []
     durations: list[float | None] = []
     seen: dict[str, str] = {}
@@ -263,7 +247,7 @@ def _read_table(base: str, name: str, kind: str, config: StorageConfig, skipped:
         title_id = row.get("title_id")
         if isinstance(title_id, str) and title_id in seen:
             problems.append(BadRow(where, f"title_id {title_id!r} is already that of {seen[title_id]}"))
-        title = _title_of(where, row, base, problems, seen)
+        title = title_of(where, row, base, problems, seen)
         if title is not None and title.title_id not in seen:
             titles.append(title)
             durations.append(float(row["duration_s"]) if row.get("duration_s") else None)
@@ -275,156 +259,6 @@ def _read_table(base: str, name: str, kind: str, config: StorageConfig, skipped:
     objects = _look_up([uri for title in titles for uri in _uris(title)], config)
     found = zip(titles, durations, strict=True)
     return [_entry(title, objects, position, duration_s) for position, (title, duration_s) in enumerate(found)]
-
-
-def _title_of(where: str, row: Mapping[str, Any], base: str, problems: list[BadRow], seen: Mapping[str, str]) -> Title | None:
-    """The title of one row of a table; None, and ``problems``, when there is something wrong with it. ``seen``: the ids of other rows."""
-    wrong: list[str] = []
-    title_id, video = row.get("title_id"), row.get("video")
-    for name, value in (("title_id", title_id), ("video", video)):
-        if name not in row:
-            wrong.append(f"the column {name} is missing")
-        elif value is None or value == "":
-            wrong.append(f"{name} is empty")
-        elif not isinstance(value, str):
-            wrong.append(f"{name} must be a string, is {type(value).__name__} ({value!r})")
-        elif not value.strip():
-            wrong.append(f"{name} is empty (white space)")
-    if isinstance(title_id, str):
-        wrong.extend(_problems_of_id(title_id))
-    timed_text, synopsis, tags = row.get("timed_text"), row.get("synopsis"), row.get("tags")
-    wrong.extend(_problems_of_list("timed_text", timed_text))
-    wrong.extend(_problems_of_metadata(synopsis, tags))
-    wrong.extend(_problems_of_duration(row.get("duration_s")))
-    uris = [video] if isinstance(video, str) else []
-    uris += [uri for uri in timed_text if isinstance(uri, str)] if isinstance(timed_text, (list, tuple)) else []
-    wrong.extend(f"{uri!r} is no URI: it has characters that none has" for uri in uris if not _is_clean(uri))
-    wrong.extend(
-        f"{uri}: the scheme {scheme_of(uri)}:// is not allowed; use a path or one of {', '.join(ALLOWED_SCHEMES)}"
-        for uri in uris
-        if scheme_of(uri) not in ALLOWED_SCHEMES
-    )
-    if wrong:
-        own = isinstance(title_id, str) and title_id.strip() and title_id not in seen and not _problems_of_id(title_id)
-        problems.extend(BadRow(where, problem, title_id if own and isinstance(title_id, str) else "") for problem in wrong)
-        return None
-    assert isinstance(title_id, str)
-    assert isinstance(video, str)
-    texts = tuple(TimedTextSource(join(base, text), *_marks_of(text)) for text in timed_text or ())
-    return Title(title_id, join(base, video), texts, synopsis or "", tuple(tags or ()))
-
-
-def _marks_of(uri: str) -> tuple[str, str]:
-    """Language and kind as the name of a timed-text object gives them: ``film.en.captions.srt`` -> ('en', 'captions')."""
-    marks = PurePosixPath(uri).name.split(".")[1:-1]
-    kind = marks.pop().lower() if marks and marks[-1].lower() in TIMED_TEXT_KINDS else ""
-    language = marks[-1] if marks and 2 <= len(marks[-1].split("-")[0]) <= 3 and marks[-1].replace("-", "").isalnum() else ""
-    return language, kind
-
-
-def _problems_of_id(title_id: str) -> list[str]:
-    if not _is_clean(title_id):
-        return ["title_id has control characters or is not valid Unicode"]
-    size = len(title_id.encode())
-    return [f"title_id has {size} bytes; the limit is {MAX_TITLE_ID_BYTES}"] if size > MAX_TITLE_ID_BYTES else []
-
-
-def _is_clean(text: str) -> bool:
-    """Whether text is valid Unicode (JSON may hold half a surrogate pair) without control characters."""
-    return _is_unicode(text) and not any(ord(character) < 32 for character in text)
-
-
-def _is_unicode(text: str) -> bool:
-    return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
-
-
-def _problems_of_list(name: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if not isinstance(value, (list, tuple)):
-        return [f"{name} must be a list of strings, is {type(value).__name__} ({value!r})"]
-    wrong = [item for item in value if not isinstance(item, str)]
-    if wrong:
-        return [f"{name} must be a list of strings, has {type(wrong[0]).__name__} ({wrong[0]!r})"]
-    return [f"{name} has an empty entry"] if any(not item.strip() for item in value) else []
-
-
-def _problems_of_metadata(synopsis: Any, tags: Any) -> list[str]:
-    wrong = _problems_of_list("tags", tags)
-    if synopsis is not None and not isinstance(synopsis, str):
-        wrong.append(f"synopsis must be a string, is {type(synopsis).__name__}")
-    if not wrong and not all(map(_is_unicode, [synopsis or "", *(tags or ())])):
-        wrong.append("synopsis or tags are not valid Unicode")
-    return wrong
-
-
-def _problems_of_duration(value: Any) -> list[str]:
-    """Of a number, or of its text in a CSV; nothing, or 0, is a duration that is not known."""
-    try:
-        seconds = float(value or 0)
-    except (TypeError, ValueError, OverflowError):  # OverflowError: an integer of hundreds of digits
-        seconds = math.nan
-    return [] if 0 <= seconds < math.inf else [f"duration_s must be a number of seconds, is {value!r}"]
-
-
-def _parquet_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        names = file.schema_arrow.names
-        missing = [name for name in ("title_id", "video") if name not in names]
-        if missing:
-            problems.extend(BadRow("", f"the column {name} is missing (there are: {', '.join(names)})") for name in missing)
-            return []
-        rows = file.read([name for name in COLUMNS if name in names]).to_pylist()
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the latter of times that Python has no value for
-        problems.append(BadRow("", f"not a readable Parquet file: {error}"))
-        return []
-    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
-
-
-def _csv_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        problems.append(BadRow("", f"not UTF-8: {error}"))
-        return []
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: list[tuple[str, dict[str, Any]]] = []
-    try:
-        header = reader.fieldnames or []
-        missing = [name for name in ("title_id", "video") if name not in header]
-        if missing:
-            problems.extend(BadRow("", f"the column {name} is missing (there are: {', '.join(header)})") for name in missing)
-            return []
-        for row in reader:
-            where = f"line {reader.line_num}"
-            if None in row:
-                problems.append(BadRow(where, f"more fields than the header has ({len(header)})"))
-                continue
-            for name in ("timed_text", "tags"):
-                if name in row:
-                    row[name] = [item.strip() for item in (row[name] or "").split(CSV_LIST_SEPARATOR) if item.strip()]
-            rows.append((where, dict(row)))
-    except csv.Error as error:
-        problems.append(BadRow("", f"line {reader.line_num}: {error}"))  # what comes after it was not read
-    return rows
-
-
-def _jsonl_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
-    rows: list[tuple[str, dict[str, Any]]] = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            problems.append(BadRow(f"line {number}", f"not valid JSON: {error}"))
-            continue
-        if isinstance(row, dict):
-            rows.append((f"line {number}", row))
-        else:
-            problems.append(BadRow(f"line {number}", f"must be a JSON object, is {type(row).__name__}"))
-    return rows
 
 
 def _look_up(uris: Iterable[str], config: StorageConfig) -> dict[str, ObjectInfo | Unknown | None]:

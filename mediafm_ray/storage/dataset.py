@@ -7,7 +7,7 @@
     <output>/<dataset version>/titles-<fused|contextual>-<options>/shard=<00..ff>/<title>@<source>.parquet
     <output>/<dataset version>/failures/shard=<00..ff>/<title>@<source>.json
     <output>/leases/<dataset version>/...                                       who is at work, see lease.py
-    <output>/runs/<UTC time>-<id>/...                                           the logs of every run, see pipeline/run_log.py
+    <output>/runs/<UTC time>-<id>/...                                           the logs of every run, see runs/run_log.py
 
 The listing is the ledger: an object that exists is committed, resume is the catalog minus the listing. There is no journal.
 """
@@ -27,9 +27,10 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from mediafm_ray.spec import MODALITIES, PublicError, digest_of, parse_json
+from mediafm_ray.spec import MODALITIES, digest_of, parse_json
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, scenes_schema, shots_schema, titles_schema
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig, Store, percent_encode
+from mediafm_ray.text import PublicError
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from botocore import exceptions as boto
 
-from mediafm_ray.spec import OutageError
+from mediafm_ray.errors import OutageError
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +42,9 @@ SETTINGS_KEY = "mediafm_ray.search"  # in the schema's metadata: how each column
 LEASE = "leases/build"  # below the index: who is building
 LANCE_FOLDER = "_versions"  # of every Lance dataset
 EMBEDDING = "embedding"  # the column of fused or contextual vectors
-INDEX_TYPE = "IVF_PQ"
-SHOTS_A_PARTITION = 4096  # of the inverted file
-BYTE_DIMS = (16, 8, 4, 2, 1)  # dimensions that the product quantiser writes as one byte: the first that divides the vector's
-TRAINING = {"max_iters": 10, "sample_rate": 64}  # of k-means; Lance's own 50 and 256 take ten times as long for the same recall
 FEW_SHOTS = 20_000  # so many are searched one by one: that is as quick, and exact
-GROUP_BYTES = 256 << 20  # of vectors that are written as one file, and so held at once
-SPARE_FILES = 16  # files beyond those that the rows need, before they are merged
 BLOCK_SHOTS = 4096  # that are read at once where all are
 KEYS_AT_ONCE = 1 << 16  # rows of which titles and sources are read at once
-KEYS_A_DELETION = 200  # titles and sources in one condition
 DRAWN_FOR_ONE = 8  # shots that are drawn for one query: not all have a vector of each modality
 SPARE_RESULTS = 8  # beyond those asked for: Lance orders them by cosines of half precision
 LEAST_NORM = 1e-12
@@ -257,9 +249,9 @@ def _cosines(vectors_SD: np.ndarray, query_D: np.ndarray) -> pa.Array:
 
 def open_index(uri: str, config: StorageConfig) -> ShotIndex:
     """The published version of an index. Raises NoIndex, saying what is there instead, and StorageError."""
-    there = _lance_at(uri, config)
+    there = lance_at(uri, config)
     if there is None:
-        found = _contents(uri, config)
+        found = contents_of(uri, config)
         said = f"there is: {found}" if found else "there is nothing"
         raise NoIndex(f"{uri} has no index of shots; {said}: run python -m jobs.build_index output.uri=... index.uri={uri}")
     with explained(uri):
@@ -270,7 +262,7 @@ def open_index(uri: str, config: StorageConfig) -> ShotIndex:
         return ShotIndex(uri, there.checkout_version(published["version"]))
 
 
-def _lance_at(uri: str, config: StorageConfig) -> lance.LanceDataset | None:
+def lance_at(uri: str, config: StorageConfig) -> lance.LanceDataset | None:
     """The latest version of the Lance dataset at a URI; None where there is none. Raises StorageError, soon, where nothing can be read."""
     store = Store(uri, config)
     store.check_readable()
@@ -280,153 +272,12 @@ def _lance_at(uri: str, config: StorageConfig) -> lance.LanceDataset | None:
         return lance.dataset(store.uri, storage_options=storage_options(store.uri, config))
 
 
-def _contents(uri: str, config: StorageConfig) -> str:
+def contents_of(uri: str, config: StorageConfig) -> str:
     """What is at a URI that is no Lance dataset, for a message."""
     store = Store(uri, config)
     names = [*store.folders(), *sorted(store.children())]
     names = [name for name in names if name != LEASE.split("/")[0]]
     return ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
-
-
-class IndexWriter:
-    """The latest version of an index, and what a build does to it. Only the holder of the lease may use it."""
-
-    def __init__(self, uri: str, config: StorageConfig):
-        """Raises NoIndex where something else is at the URI, StorageError."""
-        self.store, self.config = Store(uri, config), config
-        self.uri = self.store.uri
-        self.lance: Any = _lance_at(uri, config)
-        if self.lance is None and (found := _contents(uri, config)):
-            raise NoIndex(f"{uri} has no index of shots, and it is not empty; there is: {found}: choose another index.uri")
-
-    @property
-    def index(self) -> ShotIndex | None:
-        """The latest version, published or not; None before the first."""
-        return None if self.lance is None else ShotIndex(self.uri, self.lance)
-
-    def published(self) -> bool:
-        """Whether the latest version is the one that is searched."""
-        with explained(self.uri):
-            return self.lance is not None and self.lance.tags.list().get(PUBLISHED, {}).get("version") == self.lance.version
-
-    def create(self, facts: IndexFacts) -> None:
-        """Begin an empty index; one that is there stays published until this one is."""
-        with explained(self.uri):
-            options = storage_options(self.uri, self.config)
-            mode = "create" if self.lance is None else "overwrite"
-            self.lance = lance.write_dataset(facts.schema().empty_table(), self.uri, mode=mode, storage_options=options)
-
-    def add(self, tables: Iterable[pa.Table]) -> int:
-        """Add rows, a title's shots a table, in groups: one that is written stays, whatever happens then. How many rows."""
-        group: list[pa.Table] = []
-        bytes_waiting = added = 0
-        for table in tables:
-            group.append(table)
-            bytes_waiting += table.nbytes
-            added += len(table)
-            if bytes_waiting >= GROUP_BYTES:
-                self._append(group)
-                group, bytes_waiting = [], 0
-        if group:
-            self._append(group)
-        return added
-
-    def _append(self, group: Sequence[pa.Table]) -> None:
-        with explained(self.uri):
-            options = storage_options(self.uri, self.config)
-            schema = self.lance.schema.remove_metadata()
-            rows = pa.concat_tables([table.cast(schema) for table in group])
-            self.lance = lance.write_dataset(rows, self.lance, mode="append", storage_options=options)
-
-    def remove(self, keys: Sequence[tuple[str, str]]) -> None:
-        """Remove the rows of these titles and sources."""
-        with explained(self.uri):
-            for begin in range(0, len(keys), KEYS_A_DELETION):
-                some = keys[begin : begin + KEYS_A_DELETION]
-                terms = [f"(title_id = {quoted(title_id)} AND source = {quoted(source)})" for title_id, source in some]
-                self.lance.delete(" OR ".join(terms))
-
-    def merge_files(self) -> bool:
-        """Merge files where there are many more than the rows need, and drop deleted rows for good; whether anything was done."""
-        rows = max(1, GROUP_BYTES // self._bytes_a_row())
-        with explained(self.uri):
-            files = len(self.lance.get_fragments())
-            if files <= self.lance.count_rows() // rows + SPARE_FILES:
-                return False
-            before = self.lance.version
-            self.lance.optimize.compact_files(target_rows_per_fragment=rows, batch_size=BLOCK_SHOTS)
-            return self.lance.version != before
-
-    def train(self, column: str) -> Setting:
-        """Train and fill the vector index of a column, in the place of the one that is there."""
-        index = self._index()
-        shots = index.shots(column)
-        dim = index.facts.dims[column]
-        partitions = max(1, shots // SHOTS_A_PARTITION)
-        byte_dims = next(dims for dims in BYTE_DIMS if dim % dims == 0)
-        with explained(self.uri):
-            self.lance = self.lance.create_index(
-                column,
-                INDEX_TYPE,
-                name=column,
-                metric="cosine",
-                replace=True,
-                num_partitions=partitions,
-                num_sub_vectors=dim // byte_dims,
-                **TRAINING,
-            )
-        return Setting(trained_shots=shots, partitions=partitions)
-
-    def index_titles(self) -> None:
-        """An index of the ids of titles, so that one title's shots are found without reading those of all."""
-        with explained(self.uri):
-            self.lance.create_scalar_index("title_id", "BTREE", name="title_id", replace=True)
-
-    def indexed(self) -> Sequence[str]:
-        """The columns that have an index."""
-        with explained(self.uri):
-            return [description.name for description in self.lance.describe_indices()]
-
-    def drop(self, column: str) -> None:
-        """Remove the index of a column."""
-        with explained(self.uri):
-            self.lance.drop_index(column)
-
-    def absorb(self) -> None:
-        """Put the rows that were added into the indexes that are there, as they were trained."""
-        with explained(self.uri):
-            self.lance.optimize.optimize_indices()
-
-    def record(self, settings: Mapping[str, Setting]) -> None:
-        """Say how each column is searched."""
-        values = {column: dataclasses.asdict(setting) for column, setting in settings.items()}
-        with explained(self.uri):
-            self.lance.update_schema_metadata({SETTINGS_KEY: json.dumps(values, sort_keys=True)})
-
-    def publish(self) -> None:
-        """Make the latest version the one that is searched, at once."""
-        with explained(self.uri):
-            tag = self.lance.tags.update if PUBLISHED in self.lance.tags.list() else self.lance.tags.create
-            tag(PUBLISHED, self.lance.version)
-
-    def forget(self, older_than_hours: float) -> None:
-        """Delete versions before the published one, and files that only they need, once they are so old."""
-        with explained(self.uri):
-            self.lance.cleanup_old_versions(datetime.timedelta(hours=older_than_hours), error_if_tagged_old_versions=False)
-
-    def size(self) -> int:
-        """Bytes of all objects at the URI, those of older versions too."""
-        return sum(info.size for info in self.store.list())
-
-    def _index(self) -> ShotIndex:
-        assert self.index is not None
-        return self.index
-
-    def _bytes_a_row(self) -> int:
-        return 2 * sum(self._index().facts.dims.values())
 
 
 # -------------------------------------------------------------------------------------------------------------- lance

@@ -9,34 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
-import errno
-import fcntl
 import os
 import secrets
-import stat
 import urllib.parse
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from mediafm_ray.spec import local_path, says_absent
-from mediafm_ray.storage.base import ObjectInfo, StorageConfig
+from mediafm_ray.errors import says_absent
+from mediafm_ray.storage.base import ObjectInfo, StorageConfig, object_path
 from mediafm_ray.storage.errors import StorageError, explain, retrying
+from mediafm_ray.storage.local import PARTIAL_FOLDER, LocalObjects
 from mediafm_ray.storage.s3 import S3Objects, s3_config_options
+from mediafm_ray.text import local_path
 
-PARTIAL_FOLDER = ".partial"  # of a root: files that are being written (local stores), and what tries whether it can be written to
 ALLOWED_SCHEMES = ("file", "s3", "memory", "gs", "abfs", "az", "http", "https")  # what a catalog may make us open
-PARTIAL_ATTEMPTS = 3
 LOOK_UP_THREADS = 16  # objects that are looked up one by one, at once
-NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-FILE_MODE = 0o644  # before the umask
-PROBE_BYTES = 1 << 20  # what must fit on a disk before a job begins
 
 Result = TypeVar("Result")
 
@@ -132,7 +125,7 @@ class Store:
 
     def path(self, name: str) -> str:
         """The path of an object in ``self.filesystem``."""
-        return _below(self.root, name)
+        return object_path(self.root, name)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object below ``prefix``, in no particular order; nothing when the prefix does not exist."""
@@ -212,155 +205,10 @@ class Store:
                 raise
             raise StorageError(f"{self.uri}: there is nothing at this location") from None
         except Exception as error:  # fsspec implementations raise many kinds
-            raise StorageError(explain(error, _below(self.uri, name) if name else self.uri)) from error
+            raise StorageError(explain(error, object_path(self.uri, name) if name else self.uri)) from error
 
 
 # ----------------------------------------------------------------------------------------------------- kinds of store
-
-
-class LocalObjects:
-    """Files below a local folder."""
-
-    def __init__(self, root: str):
-        self.root = root
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every file below ``prefix``, through symbolic links, too; one whose link leads nowhere has no size and no version.
-
-        Raises OSError where a folder cannot be read: what is in it is not gone.
-        """
-        yield from self._walk(_below(self.root, prefix).rstrip("/") or "/", len(self.root.rstrip("/")) + 1, ())
-
-    def _walk(self, folder: str, base: int, above: tuple[tuple[int, int], ...]) -> Iterator[ObjectInfo]:
-        """``base``: characters of the root in a path; ``above``: device and inode of the folders around, which a link may lead back to."""
-        try:
-            status = os.stat(folder)
-            here = status.st_dev, status.st_ino
-            if here in above:
-                return
-            with os.scandir(folder) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name)
-        except (FileNotFoundError, NotADirectoryError):  # nothing is there (any more)
-            return
-        for entry in entries:
-            path = f"{folder.rstrip('/')}/{entry.name}"
-            if _is_folder(entry):
-                if entry.name != PARTIAL_FOLDER:
-                    yield from self._walk(path, base, (*above, here))
-            elif info := _stat(path, path[base:]):
-                yield info
-
-    def children(self) -> tuple[Sequence[str], Mapping[str, ObjectInfo]]:
-        try:
-            entries = list(os.scandir(self.root))
-        except FileNotFoundError:
-            return [], {}
-        folders = [entry.name for entry in entries if entry.is_dir() and entry.name != PARTIAL_FOLDER]
-        infos = {entry.name: _stat(entry.path, entry.name) for entry in entries if not entry.is_dir()}
-        return folders, {name: info for name, info in infos.items() if info}
-
-    def info(self, name: str) -> ObjectInfo | None:
-        return _stat(_below(self.root, name), name)
-
-    def read(self, name: str) -> bytes:
-        return Path(_below(self.root, name)).read_bytes()
-
-    def write(self, name: str, content: bytes) -> None:
-        path = _below(self.root, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        for attempt in range(PARTIAL_ATTEMPTS):
-            descriptor, partial = _create_partial(os.path.join(self.root, PARTIAL_FOLDER))
-            with os.fdopen(descriptor, "wb", buffering=0) as stream:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX)
-                    _write_all(stream, content)
-                    os.fsync(descriptor)
-                    os.rename(partial, path)
-                    return
-                except FileNotFoundError:  # a starting job took the file for a dead writer's, before it was locked
-                    if attempt == PARTIAL_ATTEMPTS - 1:
-                        raise
-                finally:
-                    with contextlib.suppress(FileNotFoundError):  # renamed
-                        os.unlink(partial)
-                    with contextlib.suppress(OSError):  # not empty: another writer is at work in it
-                        os.rmdir(os.path.dirname(partial))
-
-    def delete(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(_below(self.root, name))
-
-    def check_readable(self, name: str = "") -> bool:
-        path = _below(self.root, name) if name else self.root
-        if os.path.isdir(path):
-            next(os.scandir(path), None)  # raises where it may not be read
-        return os.path.exists(path)
-
-    def check_writable(self, name: str) -> None:
-        self.write(name, bytes(PROBE_BYTES))
-        self.delete(name)
-
-    def remove_partial(self) -> int:
-        folder = Path(self.root, PARTIAL_FOLDER)
-        if not folder.is_dir():
-            return 0
-        removed = 0
-        for path in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                path.unlink()
-                removed += 1
-        with contextlib.suppress(OSError):  # another writer is at work in it
-            folder.rmdir()
-        return removed
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Tell a folder, or a link to one, from all else. Raises OSError where that cannot be told."""
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return False
-        raise
-
-
-def _stat(path: str, name: str) -> ObjectInfo | None:
-    """A regular file, or a link that leads nowhere: that is a file which cannot be read, not one that is gone.
-
-    None for anything else, and where there is nothing (any more).
-    """
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        if error.errno not in NOTHING_THERE:
-            raise
-        return ObjectInfo(name, 0, "", 0.0) if os.path.islink(path) else None
-    return ObjectInfo(name, status.st_size, str(status.st_mtime_ns), status.st_mtime) if stat.S_ISREG(status.st_mode) else None
-
-
-def _create_partial(folder: str) -> tuple[int, str]:
-    """A new file in the folder of partial files: its descriptor and path."""
-    path = os.path.join(folder, f"{os.getpid()}-{secrets.token_hex(8)}")
-    while True:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, FILE_MODE), path
-        except FileNotFoundError:  # another writer removed the empty folder just now
-            continue
-        except FileExistsError:  # ... while makedirs looked whether what exists is a folder
-            if os.path.exists(folder) and not os.path.isdir(folder):
-                raise
-
-
-def _write_all(stream: Any, content: bytes) -> None:
-    """Unbuffered: on a full disk the error comes here, not a second time when the stream is closed."""
-    left = memoryview(content)
-    while left:
-        left = left[stream.write(left) :]
 
 
 class FsspecObjects:
@@ -371,7 +219,7 @@ class FsspecObjects:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object below ``prefix``. Raises where a folder cannot be listed: what is in it is not gone."""
-        top = _below(self.root, prefix).rstrip("/")
+        top = object_path(self.root, prefix).rstrip("/")
         base = self.root.rstrip("/") + "/"
         self.filesystem.invalidate_cache()
         flat = getattr(type(self.filesystem), "_find", AsyncFileSystem._find) is not AsyncFileSystem._find  # one listing, not one a folder
@@ -422,29 +270,29 @@ class FsspecObjects:
 
     def info(self, name: str) -> ObjectInfo | None:
         try:
-            return _object_info(name, self._tried(lambda: self.filesystem.info(_below(self.root, name))))
+            return _object_info(name, self._tried(lambda: self.filesystem.info(object_path(self.root, name))))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read(self, name: str) -> bytes:
-        return self._tried(lambda: self.filesystem.cat_file(_below(self.root, name)))
+        return self._tried(lambda: self.filesystem.cat_file(object_path(self.root, name)))
 
     def write(self, name: str, content: bytes) -> None:
-        self._tried(lambda: self.filesystem.pipe_file(_below(self.root, name), content))
+        self._tried(lambda: self.filesystem.pipe_file(object_path(self.root, name), content))
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._tried(lambda: self.filesystem.rm_file(_below(self.root, name)))
+            self._tried(lambda: self.filesystem.rm_file(object_path(self.root, name)))
 
     def check_readable(self, name: str = "") -> bool:
         try:  # not exists(): to that, an error of any kind is absence
-            return bool(self._tried(lambda: self.filesystem.info(_below(self.root, name) if name else self.root)))
+            return bool(self._tried(lambda: self.filesystem.info(object_path(self.root, name) if name else self.root)))
         except FileNotFoundError:
             return False
 
     def check_writable(self, name: str) -> None:
-        self.filesystem.pipe_file(_below(self.root, name), b"probe")
-        self.filesystem.rm_file(_below(self.root, name))
+        self.filesystem.pipe_file(object_path(self.root, name), b"probe")
+        self.filesystem.rm_file(object_path(self.root, name))
 
     def remove_partial(self) -> int:
         return 0
@@ -471,10 +319,6 @@ def _object_info(name: str, info: dict[str, Any]) -> ObjectInfo:
     seconds = modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
     version = str(info.get("ETag") or info.get("etag") or "").strip('"') or str(seconds)
     return ObjectInfo(name, int(info.get("size") or 0), version, seconds)
-
-
-def _below(root: str, name: str) -> str:
-    return f"{root.rstrip('/')}/{name}"
 
 
 def percent_encode(text: str) -> str:

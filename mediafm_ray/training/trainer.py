@@ -26,14 +26,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -45,6 +44,7 @@ from mediafm_ray.models.loading import open_device
 from mediafm_ray.models.neighbours import NeighbourAttention, NeighbourAttentionConfig, neighbour_context
 from mediafm_ray.training.baselines import BASELINES, cosines, guess
 from mediafm_ray.training.batches import Batch, Titles, Window, WindowSource, collate, read_ahead
+from mediafm_ray.training.losses import context_loss, cosines_at_masked, held_out_figures, loss_of, window_groups
 from mediafm_ray.training.optimisers import Optimisers, schedule
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 from mediafm_ray.training.sampling import CUT_AWAYS, DROPOUT, HELD_OUT, random_of
@@ -52,8 +52,6 @@ from mediafm_ray.training.sampling import CUT_AWAYS, DROPOUT, HELD_OUT, random_o
 STATE_KEY = "training"  # in the metadata of a state's file: where the training stands, as JSON
 METRIC_DIGITS = 6  # significant digits of a row of metrics
 MIN_GAIN = 1e-4  # of the held-out score: less is no better model
-TEMPERATURE = 0.1  # of both softmaxes over cosines
-MAX_COMPARED = 4096  # shots that are compared with one another at once; more windows are taken in groups
 COMPILE_OPTIONS: dict[str, Any] = {"triton.coalesce_tiling_analysis": False}  # with lengths that change, torch 2.11 fails at it
 TERMS = ("masked", "context")  # of the loss
 FIGURES = ("cosine", "identity", "context")  # of served vectors on held-out titles
@@ -226,10 +224,10 @@ class Trainer:
     def _loss_terms(self, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """(TERMS,) float64 sums of the loss's terms over shots, and how many shots each has."""
         contextual_BSD, clean_BSD = self._read(network, batch)
-        distances_K = 1 - _cosines_at_masked(contextual_BSD, batch)
+        distances_K = 1 - cosines_at_masked(contextual_BSD, batch)
         sums, counts = [distances_K.sum().double()], [len(distances_K)]
         if self.is_context:
-            context_N = [loss_N for group in _groups(batch) for loss_N in [_context_loss(contextual_BSD, clean_BSD, batch, group)]]
+            context_N = [loss_N for group in window_groups(batch) for loss_N in [context_loss(contextual_BSD, clean_BSD, batch, group)]]
             sums.append(torch.stack([loss_N.sum() for loss_N in context_N]).sum().double())
             counts.append(sum(map(len, context_N)))
         else:
@@ -264,7 +262,7 @@ class Trainer:
         """The metrics since the last row, of all workers. Raises TrainingError where the loss is no number."""
         self._gather_sums()
         standing = self.standing
-        loss = _loss(standing.loss_sums, standing.loss_counts)
+        loss = loss_of(standing.loss_sums, standing.loss_counts)
         if not math.isfinite(loss) or not math.isfinite(float(self.norm)):
             raise TrainingError(
                 f"the loss is {loss} and the gradient's norm {float(self.norm)} at step {standing.step}: lower training.learning_rate, "
@@ -299,7 +297,7 @@ class Trainer:
         """
         if not len(self.titles.held_out):
             return {}
-        names = [*FIGURES, *(f"{term}_loss" for term in TERMS)]
+        names = [*FIGURES, *(f"{term}loss_of" for term in TERMS)]
         names += [*(f"{name}_neighbours" for name in FIGURES), *BASELINES] if with_baselines else []
         totals = {name: torch.zeros(2, dtype=torch.float64) for name in names}  # of every worker the same, for a sum over all
 
@@ -309,12 +307,12 @@ class Trainer:
         for windows, batch in self._held_out_batches():
             batch = batch.to(self.device)
             terms, served = self._held_out(batch)
-            for name, values in {**_figures(*served, batch), **terms}.items():
+            for name, values in {**held_out_figures(*served, batch), **terms}.items():
                 add(name, values)
             if with_baselines:
                 known_BS = (batch.fused_BSD != 0).any(-1)
                 formula = neighbour_context(batch.given_BSD, known_BS & ~batch.masked_BS), neighbour_context(batch.given_BSD, known_BS)
-                for name, values in _figures(*formula, batch).items():
+                for name, values in held_out_figures(*formula, batch).items():
                     add(f"{name}_neighbours", values)
                 for name in BASELINES:
                     for window in windows:
@@ -327,7 +325,7 @@ class Trainer:
             totals = dict(zip(names, together.cpu(), strict=True))
         found = {name: float(total / count) for name, (total, count) in totals.items() if count}
         if self.is_context:
-            found["loss"] = sum(found.pop(f"{term}_loss", 0.0) for term in TERMS)
+            found["loss"] = sum(found.pop(f"{term}loss_of", 0.0) for term in TERMS)
         return {f"held_out_{name}": significant(value) for name, value in found.items()}
 
     @torch.no_grad()
@@ -337,8 +335,8 @@ class Trainer:
         terms: dict[str, Tensor] = {}
         hidden_BSD, clean_BSD = self._read(self.network, batch)
         if self.is_context:
-            context_N = torch.cat([_context_loss(hidden_BSD, clean_BSD, batch, group) for group in _groups(batch)])
-            terms = {"masked_loss": 1 - _cosines_at_masked(hidden_BSD, batch), "context_loss": context_N}
+            context_N = torch.cat([context_loss(hidden_BSD, clean_BSD, batch, group) for group in window_groups(batch)])
+            terms = {"masked_loss": 1 - cosines_at_masked(hidden_BSD, batch), "context_loss": context_N}
         visible_BSD, _ = self._read(self.network, dataclasses.replace(batch, masked_BS=torch.zeros_like(batch.masked_BS)))
         return terms, (hidden_BSD, visible_BSD)
 
@@ -397,53 +395,6 @@ class Trainer:
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StateError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
         self.standing = standing
-
-
-def _cosines_at_masked(contextual_BSD: Tensor, batch: Batch) -> Tensor:
-    """(K,) float32 cosines between the vectors of hidden shots and the original ones."""
-    found_KD, wanted_KD = (vectors_BSD.flatten(0, 1).index_select(0, batch.masked_K) for vectors_BSD in (contextual_BSD, batch.fused_BSD))
-    return F.cosine_similarity(found_KD.float(), wanted_KD, dim=1)
-
-
-def _groups(batch: Batch) -> list[slice]:
-    """Windows that are compared with one another: as many as have MAX_COMPARED shots together."""
-    windows, shots = batch.masked_BS.shape
-    size = max(1, MAX_COMPARED // shots)
-    return [slice(first, first + size) for first in range(0, windows, size)]
-
-
-def _context_loss(damaged_BSD: Tensor, clean_BSD: Tensor, batch: Batch, group: slice) -> Tensor:
-    """(N,) float32 cross-entropies at the shots of a group of windows that have a vector, damaged plus undamaged; see the module."""
-    fused_BSD = batch.fused_BSD[group]
-    known_BS = (fused_BSD != 0).any(-1)
-    with torch.no_grad():
-        teacher_ND = neighbour_context(fused_BSD, known_BS)[known_BS]
-    damaged_ND, clean_ND = (F.normalize(vectors_BSD[group][known_BS].float(), dim=-1) for vectors_BSD in (damaged_BSD, clean_BSD))
-    if len(teacher_ND) < 2:  # nothing to compare with
-        return damaged_ND.sum(1) * 0
-    self_NN = torch.eye(len(teacher_ND), dtype=torch.bool, device=teacher_ND.device)
-    wanted_NN = (teacher_ND @ teacher_ND.T / TEMPERATURE).masked_fill(self_NN, -math.inf).softmax(1)
-    loss_N = torch.zeros(len(teacher_ND), device=teacher_ND.device)
-    for student_ND in (damaged_ND, clean_ND):
-        found_NN = (student_ND @ clean_ND.T / TEMPERATURE).masked_fill(self_NN, -math.inf).log_softmax(1)
-        loss_N = loss_N - (wanted_NN * found_NN.masked_fill(self_NN, 0)).sum(1)
-    return loss_N
-
-
-def _figures(hidden_BSD: Tensor, visible_BSD: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """One number a shot for each figure of the served vectors; see Trainer.evaluate."""
-    known_BS = (batch.fused_BSD != 0).any(-1)
-    to_original_BS = F.cosine_similarity(visible_BSD.float(), batch.fused_BSD, dim=-1)
-    return {
-        "cosine": _cosines_at_masked(hidden_BSD, batch),
-        "identity": to_original_BS[known_BS & ~batch.replaced_BS],
-        "context": to_original_BS[batch.replaced_BS],
-    }
-
-
-def _loss(sums: Sequence[float], counts: Sequence[int]) -> float:
-    """The sum of the terms' means."""
-    return sum(total / max(1, count) for total, count in zip(sums, counts, strict=True))
 
 
 def state_header(beginning: bytes) -> dict[str, Any]:

@@ -12,18 +12,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.pages import commit_title
-from mediafm_ray.downstream.pages import (
-    CatalogContent,
-    CatalogTitle,
-    TitleContent,
-    catalog_page,
-    clock,
-    fit_thumbnails,
-    length_histogram,
-    title_page,
-    visible,
-)
-from mediafm_ray.pipeline.pages import title_content
+from mediafm_ray.derive.pages import title_content
+from mediafm_ray.downstream.catalog_pages import CatalogContent, CatalogTitle, catalog_page
+from mediafm_ray.downstream.pages import TitleContent, clock, fit_thumbnails, length_histogram, title_page, visible
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from tests.hostile_text import HOSTILE
 

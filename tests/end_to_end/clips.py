@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from mediafm_ray.pipeline.run_log import RUNS
+from mediafm_ray.runs.run_log import RUNS
 
 ROOT = Path(__file__).parents[2]
 RATE = 25  # frames a second

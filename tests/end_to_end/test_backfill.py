@@ -10,9 +10,10 @@ import time
 
 import pytest
 
-from mediafm_ray.config import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import loop
-from mediafm_ray.pipeline.plan import make_plan, prepare_output
+from mediafm_ray.runs.plan import make_plan, prepare_output
 from tests.end_to_end.clips import PROFILE, ROOT, kill_after, make_clip, objects
 
 TITLES = {"oldest": [30], "older": [25, 30], "middle": [40], "newer": [30, 25], "newest": [35]}

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mediafm_ray.config import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import loop
-from mediafm_ray.pipeline.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
+from mediafm_ray.runs.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
 from mediafm_ray.storage.dataset import EmbeddingDataset, read_failures, title_facts
 from mediafm_ray.storage.schemas import embedding_values
 from tests.end_to_end.clips import PROFILE, RATE, ROOT, embed, embed_and_kill, make_clip, objects, run_job

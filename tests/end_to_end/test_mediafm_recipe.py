@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from mediafm_ray.config import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import loop
-from mediafm_ray.pipeline.plan import make_plan, prepare_output
+from mediafm_ray.runs.plan import make_plan, prepare_output
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, read_failures
 from tests.embeddings_server import DIM, KEY, fails, load_minilm, padded_minilm, serving
 from tests.end_to_end.clips import ROOT, embed, make_clip, objects

@@ -50,7 +50,7 @@ UNFORESEEN = """
 import sys
 from jobs import {job} as job
 from mediafm_ray import config
-from mediafm_ray.pipeline.command import run_job
+from mediafm_ray.runs.command import run_job
 
 def fails(*_, **__):
     raise RecursionError("it goes\\nround and round")

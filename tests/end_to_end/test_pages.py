@@ -13,9 +13,9 @@ from PIL import Image
 
 from benchmarks.pages import BROWSERS, browser_path, commit_title, make_catalog
 from jobs import report_title
-from mediafm_ray.config import ReportTitleConfig
-from mediafm_ray.downstream.pages import catalog_page
-from mediafm_ray.pipeline.command import EXIT_BAD_INPUT, run_job
+from mediafm_ray.config.jobs import ReportTitleConfig
+from mediafm_ray.downstream.catalog_pages import catalog_page
+from mediafm_ray.runs.command import EXIT_BAD_INPUT, run_job
 from mediafm_ray.storage.dataset import FAILURES, EmbeddingDataset, encode_title
 from tests.end_to_end.clips import ROOT
 from tests.hostile_text import HOSTILE

@@ -12,9 +12,10 @@ import time
 
 import pytest
 
-from mediafm_ray.config import BackfillCatalogConfig, read_config
+from mediafm_ray.config.jobs import BackfillCatalogConfig
+from mediafm_ray.config.loader import read_config
 from tests.end_to_end.clips import ROOT
-from tests.pipeline.test_backfill import compute, put
+from tests.runs.test_backfill import compute, put
 
 NAMES = ("a", "b")
 

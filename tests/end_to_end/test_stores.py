@@ -12,9 +12,10 @@ import pyarrow.dataset as pads
 import pytest
 import s3fs
 
-from mediafm_ray.config import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.models import weights
-from mediafm_ray.pipeline.plan import describe_model, make_plan
+from mediafm_ray.runs.plan import describe_model, make_plan
 from mediafm_ray.storage.base import StorageConfig
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, read_failures
 from mediafm_ray.storage.store import Store

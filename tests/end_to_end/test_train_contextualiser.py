@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from jobs import train_contextualiser
-from mediafm_ray.config import TrainContextualiserConfig, read_config
+from mediafm_ray.config.jobs import TrainContextualiserConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.models.contextualiser import TitleContextualiser
 from mediafm_ray.models.options import ContextualiserConfig
-from mediafm_ray.pipeline.command import EXIT_BAD_INPUT, EXIT_OK, run_job
-from mediafm_ray.pipeline.stored_titles import StoredTitles, list_titles
-from mediafm_ray.pipeline.train import plan_training
-from mediafm_ray.pipeline.training_folder import TrainingFolder
+from mediafm_ray.pipeline.training.folder import TrainingFolder
+from mediafm_ray.pipeline.training.titles import StoredTitles, list_titles
+from mediafm_ray.pipeline.training.train import plan_training
+from mediafm_ray.runs.command import EXIT_BAD_INPUT, EXIT_OK, run_job
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.training.trainer import Trainer, new_model

@@ -13,10 +13,11 @@ from fractions import Fraction
 
 import pytest
 
+from mediafm_ray.errors import CardError, TitleError
 from mediafm_ray.media import card
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import CardError, Title, TitleError
+from mediafm_ray.spec import Title
 from tests.videos import KnownCuts, flat, make_video
 
 STAND_IN = """

@@ -20,11 +20,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.media import timed_text
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.wire import LENGTH, Channel, Overdue, WireError
-from mediafm_ray.spec import ShotSpan, Title, TitleError, TitleMedia
+from mediafm_ray.spec import ShotSpan, Title, TitleMedia
 from tests.media.test_timed_text import ASS, SRT, TTML, VTT
 from tests.videos import KnownCuts
 

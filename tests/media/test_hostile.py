@@ -18,9 +18,10 @@ import av
 import numpy as np
 import pytest
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import Title, TitleError, TitleMedia
+from mediafm_ray.spec import Title, TitleMedia
 from tests.servers.web import QuietHandler, serving
 from tests.videos import KnownCuts, make_video
 

@@ -15,10 +15,11 @@ import av
 import numpy as np
 import pytest
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.media import child
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import TimedTextSource, Title, TitleError, recipe_of
+from mediafm_ray.spec import TimedTextSource, Title, recipe_of
 from tests.videos import KnownCuts, flat, make_video
 
 

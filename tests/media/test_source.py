@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.media import source
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import TimedTextSource, Title, TitleError
+from mediafm_ray.spec import TimedTextSource, Title
 from tests.servers.web import QuietHandler, serving
 from tests.videos import KnownCuts, flat, make_video
 

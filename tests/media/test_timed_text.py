@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.media import timed_text
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import Cue, TimedTextSource, Title, TitleError
+from mediafm_ray.spec import Cue, TimedTextSource, Title
 from tests.videos import KnownCuts, make_video
 
 SRT = "1\n00:00:01,000 --> 00:00:02,500\nWhere is she?\n\n2\n00:00:03,000 --> 00:00:04,000\nÀ la gare,\nbien sûr.\n"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mediafm_ray.models import log_mel
-from mediafm_ray.models.log_mel import DIM, MEL_BANDS, LogMelEncoder, mel_filters
+from mediafm_ray.models.encoder import LOG_MEL_DIM
+from mediafm_ray.models.log_mel import MEL_BANDS, LogMelEncoder, mel_filters
 from mediafm_ray.models.options import AudioEncoderConfig
 from mediafm_ray.spec import SAMPLE_RATE
 
@@ -114,4 +115,4 @@ def test_half_a_sample_is_refused(encoder: LogMelEncoder) -> None:
 
 
 def test_dimension() -> None:
-    assert DIM == 192
+    assert LOG_MEL_DIM == 192

@@ -12,15 +12,9 @@ import numpy as np
 import pytest
 
 from mediafm_ray.models.options import DetectorConfig
+from mediafm_ray.models.shot_rules import LONGEST_TRANSITION, ShotsFromProbabilities, shots_from_probabilities
 from mediafm_ray.models.shot_statistics import shot_statistics
-from mediafm_ray.models.transnet import (
-    LONGEST_TRANSITION,
-    ShotDetector,
-    ShotsFromProbabilities,
-    finish_all,
-    push_all,
-    shots_from_probabilities,
-)
+from mediafm_ray.models.transnet import ShotDetector, finish_all, push_all
 from mediafm_ray.spec import ShotSpan
 
 CONFIG = DetectorConfig()

@@ -286,8 +286,8 @@ def test_a_job_says_in_one_line_that_the_hub_cannot_be_reached(verbosity: str, t
 import logging, sys, time
 time.sleep = lambda seconds: None  # between the attempts
 from jobs.embed_catalog import main
-from mediafm_ray.config import EmbedCatalogConfig
-from mediafm_ray.pipeline.command import run_job
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.runs.command import run_job
 code = run_job("", EmbedCatalogConfig, main, sys.argv[1:])
 print("ENDED", file=sys.stderr, flush=True)
 logging.getLogger("huggingface_hub.utils._http").warning("something else")

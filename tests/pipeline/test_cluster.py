@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from mediafm_ray.pipeline.cluster import MAX_SILENCE_S, StarvationClock, room_for
-from mediafm_ray.pipeline.command import EXIT_BAD_INPUT
+from mediafm_ray.runs.command import EXIT_BAD_INPUT
 from tests.end_to_end.clips import embed, make_clip
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import ray
-from mediafm_ray.config import ResourcesConfig
+from mediafm_ray.config.sections import ResourcesConfig
 from mediafm_ray.pipeline.cluster import connected
 
 with connected(ResourcesConfig()):

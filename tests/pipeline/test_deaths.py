@@ -7,13 +7,14 @@ import pyarrow as pa
 import pytest
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from mediafm_ray.config import EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import graph
 from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.deaths import DeathRegister
-from mediafm_ray.pipeline.plan import Plan
 from mediafm_ray.pipeline.rows import Stage, plan_table
 from mediafm_ray.pipeline.stage_list import Pool, Step
+from mediafm_ray.runs.plan import Plan
 from mediafm_ray.storage.dataset import Model
 
 DEADLY = ("deadly",)

@@ -9,8 +9,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from benchmarks import scale
-from mediafm_ray.config import EmbedCatalogConfig, read_config
-from mediafm_ray.pipeline import cluster, graph
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
+from mediafm_ray.pipeline import cluster, graph, ray_compat
 from mediafm_ray.pipeline.cluster import connected
 from mediafm_ray.pipeline.rows import Stage
 from mediafm_ray.pipeline.stage_list import Pool, Step
@@ -56,7 +57,7 @@ class Slow(Quick):
 
 
 def test_a_quick_stage_does_not_run_far_ahead_of_a_slow_one(monkeypatch):
-    monkeypatch.setattr(graph, "TITLES_WAITING", WAITING)
+    monkeypatch.setattr(ray_compat, "TITLES_WAITING", WAITING)
     monkeypatch.setattr(graph, "TITLES_PER_PART", 4)
     config = read_config(EmbedCatalogConfig, [], ["resources.encode_audio.titles_per_call=3"])
     with connected(config.resources):

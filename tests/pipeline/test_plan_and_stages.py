@@ -11,13 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mediafm_ray.config import ConfigError, EmbedCatalogConfig, read_config
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.models.tiny import make_contextualiser
-from mediafm_ray.pipeline import stages
-from mediafm_ray.pipeline.dry_run import describe_cost
-from mediafm_ray.pipeline.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
+from mediafm_ray.pipeline import write_title
 from mediafm_ray.pipeline.rows import FLAGS, SHOTS, TitleRow, plan_table, vectors_cell, vectors_type
-from mediafm_ray.pipeline.stages import DetectShots, Fuse, WriteTitle, metadata_text
+from mediafm_ray.pipeline.stages import DetectShots, Fuse, metadata_text
+from mediafm_ray.pipeline.write_title import WriteTitle
+from mediafm_ray.runs.dry_run import describe_cost
+from mediafm_ray.runs.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, object_name, read_failures, title_facts
@@ -189,7 +191,7 @@ def test_a_job_that_commits_while_another_takes_the_title_for_the_source_before_
     (of_first,) = (tmp_path / "out").rglob("shots/*/a@*.parquet")
     os.utime(of_first, (1, 1))
     video.write_bytes(b"the second film")
-    real = stages.remove_superseded
+    real = write_title.remove_superseded
 
     def late(*arguments):
         video.write_bytes(b"the first")
@@ -197,7 +199,7 @@ def test_a_job_that_commits_while_another_takes_the_title_for_the_source_before_
         prepare_output(make_plan(config), config)
         return real(*arguments)
 
-    monkeypatch.setattr(stages, "remove_superseded", late)
+    monkeypatch.setattr(write_title, "remove_superseded", late)
     assert set(compute(config)[1]) == {"a"}
     assert list((tmp_path / "out").rglob("shots/*/a@*.parquet")) == [of_first]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.pipeline.rows import (
     AUDIO,
     FRAMES,
@@ -18,7 +19,7 @@ from mediafm_ray.pipeline.rows import (
     vectors_cell,
     vectors_type,
 )
-from mediafm_ray.spec import Packed, TitleError
+from mediafm_ray.spec import Packed
 
 
 def titles(*ids):

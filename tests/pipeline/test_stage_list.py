@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mediafm_ray.config import EmbedCatalogConfig, read_config
-from mediafm_ray.pipeline.plan import Plan
+from mediafm_ray.config.jobs import EmbedCatalogConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.pipeline.stage_list import CORES_PER_ACTOR, CORES_PER_DETECTOR, make_pools, recipe_steps
+from mediafm_ray.runs.plan import Plan
 from mediafm_ray.storage.dataset import Model
 
 CONF = Path(__file__).parents[2] / "conf"

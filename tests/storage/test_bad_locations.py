@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from mediafm_ray.storage import errors
+from mediafm_ray.storage.base import PROBE_BYTES
 from mediafm_ray.storage.errors import StorageError, explain, may_pass
-from mediafm_ray.storage.store import PROBE_BYTES, Store
+from mediafm_ray.storage.store import Store
 from tests.servers.fixtures import S3Server, free_ports
 from tests.servers.proxy import Fault, FaultProxy
 

@@ -25,14 +25,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mediafm_ray.derive.reader import read_vectors
+from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.media.source import file_name, open_bytes
-from mediafm_ray.pipeline.derived import read_vectors
 from mediafm_ray.pipeline.rows import plan_table
-from mediafm_ray.pipeline.stored import read_shots
-from mediafm_ray.spec import OutageError, TitleError, local_path, public_line
 from mediafm_ray.storage import catalog
-from mediafm_ray.storage.catalog import COLUMNS, CatalogError, read_catalog
+from mediafm_ray.storage.catalog import CatalogError, read_catalog
+from mediafm_ray.storage.catalog_rows import COLUMNS
 from mediafm_ray.storage.dataset import (
     FAILURES,
     SHOTS,
@@ -49,7 +49,9 @@ from mediafm_ray.storage.dataset import (
 )
 from mediafm_ray.storage.schemas import METADATA_KEY
 from mediafm_ray.storage.store import ALLOWED_SCHEMES, StorageError, Store, join, scheme_of
+from mediafm_ray.storage.stored_shots import read_shots
 from mediafm_ray.storage.verify import check_model, check_title, list_titles
+from mediafm_ray.text import local_path, public_line
 from tests.datasets import CHECKPOINT, MODEL, SOURCE, write_dataset
 from tests.media.test_fuzz import DEFAULT, LONG, MAX_S_PER_MB, edits, json_values, mutated
 

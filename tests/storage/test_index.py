@@ -10,16 +10,9 @@ import pytest
 from mediafm_ray.downstream.retrieval import ExactSearch, recall
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import index as storage_index
-from mediafm_ray.storage.index import (
-    EMBEDDING,
-    IndexFacts,
-    IndexWriter,
-    NoIndex,
-    Setting,
-    ShotFilter,
-    half_vectors,
-    open_index,
-)
+from mediafm_ray.storage import index_writer
+from mediafm_ray.storage.index import EMBEDDING, IndexFacts, NoIndex, Setting, ShotFilter, half_vectors, open_index
+from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.storage.store import StorageConfig, StorageError
 
 CONFIG = StorageConfig()
@@ -163,12 +156,12 @@ def test_removal_takes_the_named_source_only(tmp_path):
 
 
 def test_rows_come_in_groups_and_small_files_are_merged(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage_index, "GROUP_BYTES", 2000)
+    monkeypatch.setattr(index_writer, "GROUP_BYTES", 2000)
     many = {f"title-{number}": 10 for number in range(60)}
     writer = build(tmp_path, many)
     files = len(writer.lance.get_fragments())
     assert 20 < files <= 60
-    monkeypatch.setattr(storage_index, "GROUP_BYTES", 256 << 20)
+    monkeypatch.setattr(index_writer, "GROUP_BYTES", 256 << 20)
     assert writer.merge_files()
     assert len(writer.lance.get_fragments()) < files / 4
     assert writer.index.titles() == {(title_id, "s1"): 10 for title_id in many}
@@ -214,7 +207,7 @@ def test_a_vector_index_finds_what_exact_search_finds_also_after_changes(tmp_pat
 
 
 def test_little_effort_finds_less_and_recall_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage_index, "SHOTS_A_PARTITION", 50)
+    monkeypatch.setattr(index_writer, "SHOTS_A_PARTITION", 50)
     writer = build(tmp_path, {f"title-{number}": 100 for number in range(10)})
     setting = writer.train(EMBEDDING)
     assert setting.partitions == 19  # of 990 shots that have a vector

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.media import source
 from mediafm_ray.media.options import MediaConfig
-from mediafm_ray.spec import OutageError, TitleError, local_path
-from mediafm_ray.storage.catalog import BadRow, CatalogError, read_catalog
+from mediafm_ray.storage.catalog import CatalogError, read_catalog
+from mediafm_ray.storage.catalog_rows import BadRow
 from mediafm_ray.storage.store import StorageError, Store
+from mediafm_ray.text import local_path
 from tests.servers.web import QuietHandler, serving
 
 NOBODY = 65534

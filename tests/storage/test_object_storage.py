@@ -7,10 +7,10 @@ import uuid
 import numpy as np
 import pytest
 
+from mediafm_ray.errors import TitleError
 from mediafm_ray.media import source
 from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.models import weights
-from mediafm_ray.spec import TitleError
 from mediafm_ray.storage import s3
 from mediafm_ray.storage.base import StorageConfig
 from mediafm_ray.storage.catalog import read_catalog

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mediafm_ray.storage.store import PARTIAL_FOLDER, StorageError, Store, absolute, percent_encode
+from mediafm_ray.storage.local import PARTIAL_FOLDER
+from mediafm_ray.storage.store import StorageError, Store, absolute, percent_encode
 
 
 @pytest.fixture(params=["local", "memory"])

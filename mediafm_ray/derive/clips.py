@@ -1,0 +1,124 @@
+"""Clips of committed titles as vectors: read in the context of the whole title, or alone. No ray here.
+
+    embedder = ClipEmbedder("embeddings/", "checkpoint/")
+    embedder.clip_embedding("film", 12.0, 30.5)                  # its shots as the model reads them within the film
+    embedder.clip_embedding("film", 12.0, 30.5, context=False)   # as if the clip were all there is
+
+Shapes
+    N  clips
+    S  shots of a title
+    D  dimension of an embedding
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig
+from mediafm_ray.config.sections import OutputConfig, StoredDatasetConfig
+from mediafm_ray.derive.reader import told
+from mediafm_ray.downstream.clips import clip_overlaps, pool_clip, pool_overlaps
+from mediafm_ray.models.options import ContextualiserConfig
+from mediafm_ray.runs.plan import checkpoint_name
+from mediafm_ray.runs.stored import open_dataset
+from mediafm_ray.storage.dataset import contextual, sibling
+from mediafm_ray.storage.schemas import embedding_values
+from mediafm_ray.storage.store import StorageConfig
+from mediafm_ray.storage.stored_shots import StoredShots, read_shots
+
+
+class ClipEmbedder:
+    """Embeds clips of the titles of one dataset version with one checkpoint.
+
+    In context, a clip is pooled from the contextual embeddings that jobs.contextualise_catalog (or embed_catalog) wrote for its title;
+    where the checkpoint has written none of it, or of an older source, they are computed from the committed shots: on a CPU the same bytes.
+    Nothing is written.
+    """
+
+    def __init__(
+        self,
+        output_uri: str,
+        checkpoint: str | ContextualiserConfig,
+        version: str = "",
+        storage: StorageConfig | None = None,
+    ):
+        """``checkpoint``: its address, or all of a contextualiser's options; ``version``: of the dataset, where the output has several.
+
+        Raises DatasetError, ConfigError or WeightsError for a dataset or a checkpoint that is not there or does not fit.
+        """
+        options = ContextualiserConfig(checkpoint=checkpoint) if isinstance(checkpoint, str) else checkpoint
+        self.options, self.storage = options, storage or StorageConfig()
+        self.dataset = open_dataset(output_uri, version, self.storage)
+        config = ContextualiseCatalogConfig(OutputConfig(output_uri), StoredDatasetConfig(version), contextualiser=options)
+        self.contextual_name = contextual(checkpoint_name(config, self.dataset.model))
+        self.loaded: Any = None
+
+    @property
+    def contextualiser(self) -> Any:
+        """The model (contextualiser.TitleContextualiser), loaded when it is first needed."""
+        if self.loaded is None:
+            from mediafm_ray.models.contextualiser import TitleContextualiser
+
+            self.loaded = TitleContextualiser(self.options)
+        return self.loaded
+
+    def clip_embedding(self, title_id: str, start_s: float, end_s: float, context: bool = True) -> np.ndarray:
+        """(D,) float32 unit vector of the clip ``[start_s, end_s)`` of a title, in seconds.
+
+        ``context``: its shots as the model reads them within the whole title; without, the shots that it touches are read as if they were
+        all there is, with the same synopsis and tags. Either way a shot counts by the seconds of it that lie in the clip.
+        Raises DatasetError for a title that is not committed, ValueError for a clip that is empty or outside the title.
+        """
+        return self._clips_of_title(title_id, [(start_s, end_s)], context)[0]
+
+    def clip_embeddings(self, clips: pa.Table, context: bool = True) -> np.ndarray:
+        """(N, D) float32 unit vectors of a table of clips (``title_id``, ``start_s``, ``end_s``), in its order.
+
+        Each title is read once. Raises as ``clip_embedding`` does, with the title in the message.
+        """
+        vectors_ND = np.zeros((len(clips), self.dataset.model.dims["fused"]), np.float32)
+        title_N = np.array(clips["title_id"].to_pylist(), object)
+        spans_N2 = np.stack([clips["start_s"].to_numpy(), clips["end_s"].to_numpy()], axis=1)
+        for title_id in pc.unique(clips["title_id"]).to_pylist():
+            rows = np.flatnonzero(title_N == title_id)
+            vectors_ND[rows] = self._clips_of_title(title_id, [tuple(spans_N2[row]) for row in rows], context)
+        return vectors_ND
+
+    def _clips_of_title(self, title_id: str, spans: Sequence[tuple[float, float]], context: bool) -> list[np.ndarray]:
+        name = self.dataset.title_object(title_id)
+        try:
+            if context:
+                start_S, end_S, contextual_SD = self._contextual(name)
+                return [pool_clip(start_S, end_S, contextual_SD, start_s, end_s) for start_s, end_s in spans]
+            return self._alone(read_shots(self.dataset.output, name, self.dataset.model), spans)
+        except ValueError as error:
+            raise ValueError(f"title {title_id!r}: {error}") from error
+
+    def _contextual(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Starts, ends and contextual embeddings of the shots in that object: those that are committed, or computed."""
+        stored = sibling(name, self.contextual_name)
+        if self.dataset.output.store.info(stored) is not None:
+            table = self.dataset.read(stored)
+            return table["start_s"].to_numpy(), table["end_s"].to_numpy(), embedding_values(table["contextual_embedding"])
+        shots = read_shots(self.dataset.output, name, self.dataset.model)
+        ((contextual_SD, _),) = self.contextualiser.contextualise_together([told(shots)])
+        return shots.start_S, shots.end_S, contextual_SD
+
+    def _alone(self, shots: StoredShots, spans: Sequence[tuple[float, float]]) -> list[np.ndarray]:
+        """Each clip as a title of its own, made of the shots that it touches."""
+        overlaps, clips = [], []
+        for start_s, end_s in spans:
+            overlaps_S = clip_overlaps(shots.start_S, shots.end_S, start_s, end_s)
+            touched = np.flatnonzero(overlaps_S)
+            part = slice(touched[0], touched[-1] + 1)
+            clip = dataclasses.replace(shots, fused_SD=shots.fused_SD[part], start_S=shots.start_S[part], end_S=shots.end_S[part])
+            overlaps.append(overlaps_S[part])
+            clips.append(told(clip))
+        computed = self.contextualiser.contextualise_together(clips)
+        return [pool_overlaps(overlaps_K, contextual_KD) for overlaps_K, (contextual_KD, _) in zip(overlaps, computed, strict=True)]

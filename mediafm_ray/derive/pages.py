@@ -1,0 +1,213 @@
+"""What the pages show, read from the committed objects of a dataset version, and where the pages are written. No ray here.
+
+<output>/<dataset version>/pages/index.html
+<output>/<dataset version>/pages/titles/<title>.html
+"""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mediafm_ray.downstream.catalog_pages import CatalogContent, CatalogTitle
+from mediafm_ray.downstream.pages import TitleContent, title_page
+from mediafm_ray.runs.report import SUMMARY
+from mediafm_ray.spec import MODALITIES, parse_json
+from mediafm_ray.storage.dataset import (
+    FAILURES,
+    SCENES,
+    SHOTS,
+    DatasetError,
+    EmbeddingDataset,
+    contextual,
+    encode_title,
+    newest_objects,
+    object_key,
+    object_name,
+    parse_failure,
+    title_facts,
+)
+from mediafm_ray.storage.schemas import embedding_values, read_facts
+from mediafm_ray.storage.store import ObjectInfo, Store
+from mediafm_ray.text import public_line, public_uri
+
+PAGES = "pages"
+INDEX = "index.html"
+READING_THREADS = 16  # a GET from object storage waits most of its time
+MOST_PICTURES = 300  # titles with a picture in the list of a catalog: more would make the page large
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)  # what an object raises that is damaged or of something else
+OTHERS_NAMED = 5  # titles that are there, in the message about one that is not
+
+
+def pages_folder(dataset: EmbeddingDataset) -> str:
+    """The URI of the folder of a dataset version's pages."""
+    return f"{dataset.output.store.uri}/{PAGES}"
+
+
+def title_page_name(title_id: str) -> str:
+    """The name of a title's page below the folder of pages."""
+    return f"titles/{encode_title(title_id)}.html"
+
+
+# -------------------------------------------------------------------------------------------------------- one title
+
+
+def title_content(dataset: EmbeddingDataset, title_id: str, index: str = "") -> TitleContent:
+    """What a title's page shows: its shots, and what of its contextual embeddings and scenes was made from these same shots.
+
+    Raises DatasetError, with titles that are there, where the title is not committed.
+    """
+    try:
+        shots = dataset.title(title_id)
+    except DatasetError as error:
+        raise DatasetError(f"{error}; {_others(dataset, title_id)}") from None
+    facts = title_facts(shots)
+    vectors = {"fused": dataset.embeddings(shots)}
+    notes = []
+    in_context, note = _newest_of_title(dataset, contextual(""), title_id, facts["source"], "contextual embeddings")
+    if in_context is not None:
+        vectors["contextual"] = embedding_values(in_context["contextual_embedding"])
+    notes += [note] if note else []
+    scenes, note = _newest_of_title(dataset, f"{SCENES}-", title_id, facts["source"], "scenes")
+    notes += [note] if note else []
+    for modality in MODALITIES:
+        if any(shots[f"has_{modality}"].to_pylist()):
+            vectors[modality] = dataset.embeddings(shots, modality)
+    return TitleContent(shots, facts, vectors, scenes, notes, index)
+
+
+def _newest_of_title(dataset: EmbeddingDataset, prefix: str, title_id: str, source: str, what: str) -> tuple[pa.Table | None, str]:
+    """The rows of a title in the dataset of a kind that was written last, or None and what a person should know of it."""
+    found: list[ObjectInfo] = []
+    for name in dataset.names():
+        if name.startswith(prefix):
+            shard = object_name(name, title_id, source).split("/")[1]
+            objects = dataset.output.list(name, shard)
+            found += [info for (title, _), infos in objects.items() if title == encode_title(title_id) for info in infos]
+    if not found:
+        return None, f"No {what} of this title are stored."
+    fitting = [info for info in found if object_key(info.name)[1] == source]
+    if not fitting:
+        return None, f"The stored {what} of this title are of another version of its source: run the job that makes them again."
+    return dataset.read(max(fitting, key=lambda info: (info.modified, info.name)).name), ""
+
+
+def _others(dataset: EmbeddingDataset, title_id: str) -> str:
+    """What there is instead of a title that is not: the reason of its failure, or the names of others."""
+    failures = [infos[0] for (title, _), infos in dataset.output.list(FAILURES).items() if title == encode_title(title_id)]
+    if failures:
+        record = _failure(dataset, failures[0])
+        return f"it failed in {record.get('stage')}: {record.get('message')}"
+    titles = sorted({urllib.parse.unquote(title) for title, _ in dataset.output.list(SHOTS)})
+    if not titles:
+        return "no title is committed"
+    more = f" and {len(titles) - OTHERS_NAMED} more" if len(titles) > OTHERS_NAMED else ""
+    return f"there are: {', '.join(titles[:OTHERS_NAMED])}{more}"
+
+
+# -------------------------------------------------------------------------------------------------------- a catalog
+
+
+def catalog_content(dataset: EmbeddingDataset, output_uri: str, pages: Store) -> CatalogContent:
+    """What a catalog's page shows: of every title its length, shots, warnings and failure, and a link to its page where ``pages`` has it.
+
+    Of each object little more than the end is read, in threads.
+    """
+    there = {info.name for info in pages.list("titles")}
+    committed = newest_objects(dataset.output.list(SHOTS))
+    failures = newest_objects(dataset.output.list(FAILURES))
+    dataset.output.store.remember(committed)
+    with ThreadPoolExecutor(READING_THREADS) as threads:
+        records = list(threads.map(lambda info: _failure(dataset, info), failures))
+        failed = {object_key(info.name)[0]: record for info, record in zip(failures, records, strict=True)}
+        pictured = len(committed) <= MOST_PICTURES
+        titles = list(threads.map(lambda info: _committed_title(dataset, info, failed, there, pictured), committed))
+    done = {object_key(info.name)[0] for info in committed}
+    titles += [CatalogTitle(record["title_id"], failure=record) for title, record in failed.items() if title not in done]
+    return CatalogContent(
+        name=public_uri(output_uri),
+        dataset_version=dataset.version,
+        titles=titles,
+        run=_run_summary(output_uri, dataset),
+        dims=dataset.model.dims,
+    )
+
+
+def _failure(dataset: EmbeddingDataset, info: ObjectInfo) -> Mapping[str, Any]:
+    try:
+        return parse_failure(dataset.output.store.read(info.name))
+    except (FileNotFoundError, ValueError) as error:  # a damaged record is a line of the list, not the end of it
+        title = urllib.parse.unquote(object_key(info.name)[0])
+        reason = f"{info.name} is no failure record ({error}): jobs.verify_dataset can remove it"
+        return {"title_id": title, "stage": "reading back", "type": type(error).__name__, "message": reason}
+
+
+def _committed_title(
+    dataset: EmbeddingDataset, info: ObjectInfo, failed: Mapping[str, Mapping[str, Any]], there: set[str], pictured: bool
+) -> CatalogTitle:
+    key, source = object_key(info.name)
+    try:
+        facts, shots, picture = _light(dataset, info, pictured)
+    except UNREADABLE as error:  # a damaged object is a line of the list, not the end of it
+        reason = f"{info.name} cannot be read ({public_line(str(error))}): delete it and run the job again that wrote it"
+        return CatalogTitle(urllib.parse.unquote(key), failure={"stage": "reading back", "type": type(error).__name__, "message": reason})
+    media = facts.get("media", {})
+    failure = failed.get(key)
+    page = title_page_name(facts["title_id"])
+    return CatalogTitle(
+        title_id=facts["title_id"],
+        duration_s=media.get("duration_s", 0.0),
+        shots=shots,
+        warnings=media.get("warnings", ()),
+        failure=failure if failure and failure.get("source") != source else None,  # of this source: a retry has succeeded since
+        page=urllib.parse.quote(page) if page in there else "",
+        picture=picture,
+    )
+
+
+def _light(dataset: EmbeddingDataset, info: ObjectInfo, pictured: bool) -> tuple[Mapping[str, Any], int, bytes]:
+    """The facts of a title, how many shots it has, and the picture of the one in the middle; little more than the object's end is read."""
+    store = dataset.output.store
+    with store.filesystem.open(store.path(info.name), "rb") as stream:
+        file = pq.ParquetFile(stream, page_checksum_verification=True)
+        shots = file.metadata.num_rows
+        pictures = file.read(["thumbnail"])["thumbnail"] if pictured and shots else None
+        return read_facts(file.schema_arrow), shots, b"" if pictures is None else pictures[shots // 2].as_py()
+
+
+def _run_summary(output_uri: str, dataset: EmbeddingDataset) -> Mapping[str, Any] | None:
+    try:
+        content = parse_json(Store(output_uri, dataset.output.store.config).read(SUMMARY))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+def write_title_page(dataset: EmbeddingDataset, title_id: str, pages: Store, name: str = "", index: str = "") -> str:
+    """Write the page of a title below ``pages``, under its usual name where none is given; return where it stands. Raises DatasetError."""
+    name = name or title_page_name(title_id)
+    pages.write(name, title_page(title_content(dataset, title_id, index)).encode())
+    return f"{pages.uri}/{name}"
+
+
+def committed_titles(dataset: EmbeddingDataset) -> list[str]:
+    """The ids of the committed titles, in order. A title whose object cannot be read is left out: the catalog's page names it."""
+    objects = newest_objects(dataset.output.list(SHOTS))
+    dataset.output.store.remember(objects)
+    with ThreadPoolExecutor(READING_THREADS) as threads:
+        return sorted(title_id for title_id in threads.map(lambda info: _title_id(dataset, info), objects) if title_id is not None)
+
+
+def _title_id(dataset: EmbeddingDataset, info: ObjectInfo) -> str | None:
+    try:
+        return dataset.output.facts(info.name)["title_id"]
+    except UNREADABLE:
+        return None

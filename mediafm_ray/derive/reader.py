@@ -1,0 +1,107 @@
+"""The committed vectors of a title, fused or contextual, and as the contextualiser takes them.
+
+Shapes
+    S  shots of the title
+    D  dimension of an embedding
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mediafm_ray.config.sections import VectorsConfig
+from mediafm_ray.errors import TitleError
+from mediafm_ray.runs.plan import BUILTIN_DATASET
+from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, contextual, encode_title, object_key, sibling
+from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, vector_fact
+from mediafm_ray.storage.stored_shots import StoredShots, read_shots
+
+
+@dataclass(frozen=True, eq=False)
+class TitleVectors:
+    """The vectors of a title's shots, with what stands beside them."""
+
+    title_id: str
+    source: str
+    start_S: np.ndarray  # float64, seconds
+    end_S: np.ndarray  # float64, seconds
+    vectors_SD: np.ndarray  # float32
+    cls_D: np.ndarray | None = None  # float32, the contextualiser's [CLS] embedding; None where vectors are fused
+
+
+def vectors_dataset(dataset: EmbeddingDataset, config: VectorsConfig) -> str:
+    """The dataset that the wanted vectors stand in: ``shots`` for fused ones, else a ``contextual-<checkpoint>``. Raises DatasetError."""
+    if config.kind == "fused":
+        return SHOTS
+    return contextual_dataset(dataset, "vectors.checkpoint", config.checkpoint, "or set vectors.kind=fused")
+
+
+def contextual_dataset(dataset: EmbeddingDataset, key: str, digits: str, otherwise: str) -> str:
+    """The dataset of a checkpoint's contextual embeddings: by its ``digits``, which the option ``key`` has.
+
+    Without digits it is the only trained one, or that of ``builtin:neighbours`` where nothing trained has written.
+
+    Raises DatasetError, saying what is there and what to do ``otherwise``, where there is none or where several could be meant.
+    """
+    there = dataset.names()
+    found = [name for name in there if name.startswith(contextual(""))]
+    where = dataset.output.store.uri
+    if digits and contextual(digits) in found:
+        return contextual(digits)
+    if digits or not found:
+        missing = contextual(digits) if digits else "contextual embeddings"
+        raise DatasetError(
+            f"{where} has no {missing}; there are: {', '.join(there) or 'none'}; run jobs.contextualise_catalog, {otherwise}"
+        )
+    if len(found) > 1:
+        found = [name for name in found if name != BUILTIN_DATASET]
+    if len(found) > 1:
+        choices = ", ".join(name.removeprefix(contextual("")) for name in found)
+        raise DatasetError(f"{where} has contextual embeddings of {len(found)} checkpoints: set {key} to one of {choices}")
+    return found[0]
+
+
+def read_vectors(dataset: EmbeddingDataset, shots: str, vectors: str) -> TitleVectors:
+    """The vectors that the dataset ``vectors`` has for the object ``shots``. Raises TitleError where one is gone or damaged."""
+    if vectors == SHOTS:
+        stored = read_shots(dataset.output, shots, dataset.model)
+        return TitleVectors(stored.facts["title_id"], stored.facts["source"], stored.start_S, stored.end_S, stored.fused_SD)
+    name = sibling(shots, vectors)
+    try:
+        content = pa.BufferReader(dataset.output.store.read(name))
+        table = pq.read_table(content, use_threads=False, page_checksum_verification=True)
+        facts = read_facts(table.schema)
+        title_id, cls_D = facts["title_id"], vector_fact(facts, "cls_embedding")
+        dim = dataset.model.dims["fused"]
+        written = [table.schema.field(field.name).type == field.type for field in contextual_schema(dim)]
+        if not all(written) or any(table[field.name].null_count for field in contextual_schema(dim)):
+            raise ValueError("its columns are not of the types that were written")
+        if not isinstance(title_id, str) or (encode_title(title_id), facts["source"]) != object_key(name):
+            raise ValueError(f"it holds the title {title_id!r} ({facts['source']})")
+        if cls_D is None or len(cls_D) != dim:
+            raise ValueError(f"its cls_embedding has not {dim} numbers")
+        return TitleVectors(
+            title_id,
+            facts["source"],
+            table["start_s"].to_numpy(),
+            table["end_s"].to_numpy(),
+            embedding_values(table["contextual_embedding"]),
+            cls_D,
+        )
+    except FileNotFoundError as error:
+        raise TitleError(f"it has no contextual embeddings in {vectors}: run jobs.contextualise_catalog with that checkpoint") from error
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # what Arrow raises depends on which byte is wrong
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise TitleError(f"{name} cannot be read ({reason}): delete it and run jobs.contextualise_catalog") from error
+
+
+def told(shots: StoredShots) -> Any:
+    """The shots as the model takes them (contextualiser.TitleShots)."""
+    from mediafm_ray.models.contextualiser import TitleShots, shot_times
+
+    return TitleShots(shots.fused_SD, shots.metadata_M, shot_times(shots.start_S, shots.end_S))

@@ -1,0 +1,61 @@
+"""The scenes of committed titles as a dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from mediafm_ray.derive.reader import TitleVectors, read_vectors
+from mediafm_ray.derive.runner import Derived, PendingTitle
+from mediafm_ray.downstream.options import ScenesConfig
+from mediafm_ray.downstream.scenes import Scenes, find_scenes
+from mediafm_ray.errors import TitleError
+from mediafm_ray.spec import recipe_of
+from mediafm_ray.storage.dataset import SCENES, EmbeddingDataset, derived
+from mediafm_ray.storage.schemas import scenes_schema
+
+ARITHMETIC = 1  # raise it with a change of the code that changes the scenes: it is part of the dataset's name
+
+
+def scenes_recipe(config: ScenesConfig) -> dict[str, Any]:
+    """Everything beside the vectors that decides which scenes are found."""
+    return {"arithmetic": ARITHMETIC, **recipe_of(config)}
+
+
+def scenes_dataset(vectors: str, config: ScenesConfig) -> str:
+    """The name of the dataset of scenes that are made from the dataset ``vectors``: ``scenes-<fused|contextual>-<12 hex digits>``."""
+    return derived(SCENES, vectors, scenes_recipe(config))
+
+
+def scenes_of_title(title: TitleVectors, config: ScenesConfig) -> Scenes:
+    """The scenes of one title. Raises TitleError for vectors that are not finite."""
+    try:
+        return find_scenes(title.vectors_SD, config)
+    except ValueError as error:
+        raise TitleError(str(error)) from error
+
+
+def segment_title(dataset: EmbeddingDataset, vectors: str, pending: PendingTitle, config: ScenesConfig) -> Derived:
+    """The rows of one title. Raises TitleError for a title whose vectors are missing or damaged."""
+    title = read_vectors(dataset, pending.shots, vectors)
+    scenes = scenes_of_title(title, config)
+    columns = {
+        "title_id": [title.title_id] * len(scenes),
+        "scene_index": range(len(scenes)),
+        "first_shot": scenes.first_K,
+        "last_shot": scenes.last_K,
+        "start_s": title.start_S[scenes.first_K],
+        "end_s": title.end_S[scenes.last_K],
+        "score": scenes.score_K,
+    }
+    schema = scenes_schema()
+    table = pa.Table.from_arrays([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    facts = {
+        "title_id": title.title_id,
+        "source": title.source,
+        "dataset_version": dataset.version,
+        "vectors": vectors,
+        "recipe": scenes_recipe(config),
+    }
+    return Derived(table, facts, f"{len(scenes)} scenes of {len(title.start_S)} shots")

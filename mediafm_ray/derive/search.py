@@ -1,0 +1,242 @@
+"""Queries to an index of shots: by a shot, by a clip, by words; and what was found, for people and for programs. No ray here.
+
+Shapes
+    S  shots of a title
+    D  dimension of a vector
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mediafm_ray.config.jobs import SearchShotsConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.config.sections import FilterConfig, SearchedIndexConfig
+from mediafm_ray.derive.clip_tables import suggestion
+from mediafm_ray.downstream.clips import clip_overlaps, pool_overlaps
+from mediafm_ray.models.encoder import build_text_encoder, weights_digest
+from mediafm_ray.models.options import TextEncoderConfig, VideoEncoderConfig
+from mediafm_ray.runs.plan import encoder_recipe
+from mediafm_ray.storage.dataset import DatasetError
+from mediafm_ray.storage.index import EMBEDDING, IndexFacts, NoIndex, ShotFilter, ShotIndex, modality_of, part_column
+from mediafm_ray.storage.schemas import embedding_values
+from mediafm_ray.text import escape_controls_in_json, public_uri
+
+ALL = "all"  # of the modalities together: the fused or contextual vector
+SHOT_PATTERN = re.compile(r"(?P<title>.+):(?P<index>\d+)")
+CLIP_PATTERN = re.compile(r"(?P<title>.+):(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)")
+TEXT_WIDTH = 60  # characters of a shot's text in a table
+MOST_TITLE = 48  # characters of a title; a longer one makes its own line longer
+DECIMALS = 6  # of a cosine
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """What is looked for."""
+
+    asked: Mapping[str, Any]  # as the user said it
+    column: str  # of the index, that is searched
+    vector_D: np.ndarray  # float32
+    own_title: str = ""  # of the shot or clip that is asked for
+    own_shots: frozenset[int] = frozenset()  # ... whose shots are no results
+
+
+def check_index(index: ShotIndex, config: SearchedIndexConfig) -> None:
+    """See that it is the index that was meant. Raises NoIndex, saying what is there instead."""
+    facts = index.facts
+    if config.version not in ("", facts.dataset_version):
+        raise NoIndex(f"{index.uri} is of dataset version {facts.dataset_version}, not {config.version}: it holds {facts.describe()}")
+    if config.vectors not in ("", facts.kind):
+        raise NoIndex(f"{index.uri} has no {config.vectors} vectors: it holds {facts.describe()}")
+
+
+# -------------------------------------------------------------------------------------------------------------- query
+
+
+def make_query(index: ShotIndex, config: SearchShotsConfig) -> Query:
+    """The vector that a configuration asks for. Raises ConfigError, DatasetError, WeightsError for what cannot be asked."""
+    asked = {name: value for name in ("shot", "clip", "query") if (value := getattr(config, name))}
+    if len(asked) != 1:
+        given = f"given are {' and '.join(asked)}" if asked else "none is given"
+        raise ConfigError(f"one of shot=TITLE:INDEX, clip=TITLE:START-END and query=WORDS is required; {given}")
+    if config.query:
+        return _words_query(index, config)
+    column = _column(index, config.by or ALL)
+    return _shot_query(index, config.shot, column) if config.shot else _clip_query(index, config.clip, column)
+
+
+def _column(index: ShotIndex, by: str) -> str:
+    column = EMBEDDING if by == ALL else part_column(by)
+    if column not in index.facts.dims:
+        there = ", ".join([ALL, *(modality_of(name) for name in index.facts.dims if name != EMBEDDING)])
+        raise ConfigError(f"by={by}: the index has no {by} vectors, there are: {there}; build it with index.parts to have others")
+    return column
+
+
+def _shot_query(index: ShotIndex, shot: str, column: str) -> Query:
+    match = SHOT_PATTERN.fullmatch(shot)
+    if match is None:
+        raise ConfigError(f"shot={shot}: expected TITLE:INDEX, such as film:12; shots are counted from 0")
+    shots = _title(index, match["title"], column)
+    number = int(match["index"])
+    row = np.flatnonzero(shots["shot_index"].to_numpy() == number)
+    if not len(row):
+        raise DatasetError(f"{match['title']!r} has no shot {number}: it has {len(shots)}, from 0 to {len(shots) - 1}")
+    vector_D = _vectors(shots, column)[row[0]]
+    if not vector_D.any():
+        raise DatasetError(f"shot {number} of {match['title']!r} has no {modality_of(column)} vector: nothing is like it; try by=all")
+    return Query({"shot": shot, "by": _name(column)}, column, vector_D, match["title"], frozenset([number]))
+
+
+def _clip_query(index: ShotIndex, clip: str, column: str) -> Query:
+    match = CLIP_PATTERN.fullmatch(clip)
+    if match is None:
+        raise ConfigError(f"clip={clip}: expected TITLE:START-END in seconds, such as film:61.5-70")
+    shots = _title(index, match["title"], column)
+    try:
+        overlaps_S = clip_overlaps(shots["start_s"].to_numpy(), shots["end_s"].to_numpy(), float(match["start"]), float(match["end"]))
+        vector_D = pool_overlaps(overlaps_S, _vectors(shots, column))
+    except ValueError as error:
+        raise DatasetError(f"clip={clip}: {error}") from error
+    own = shots["shot_index"].to_numpy()[overlaps_S > 0]
+    return Query({"clip": clip, "by": _name(column)}, column, vector_D, match["title"], frozenset(own.tolist()))
+
+
+def _title(index: ShotIndex, title_id: str, column: str) -> pa.Table:
+    shots = index.title(title_id, [column])
+    if not len(shots):
+        raise DatasetError(_unknown(index, title_id))
+    return shots
+
+
+def _unknown(index: ShotIndex, title_id: str) -> str:
+    return f"the index has no title {title_id!r}{suggestion(title_id, sorted({one for one, _ in index.titles()}))}"
+
+
+def _vectors(shots: pa.Table, column: str) -> np.ndarray:
+    """(S, D) float32 vectors of a title; zero where a shot has none."""
+    present_S = shots[column].is_valid().to_numpy()
+    vectors_SD = np.zeros((len(shots), shots[column].type.list_size), np.float32)
+    if present_S.any():
+        vectors_SD[present_S] = embedding_values(shots.filter(present_S)[column])
+    return vectors_SD
+
+
+def _name(column: str) -> str:
+    return ALL if column == EMBEDDING else modality_of(column)
+
+
+def _words_query(index: ShotIndex, config: SearchShotsConfig) -> Query:
+    by = config.by or "text"
+    if by not in ("text", "video"):
+        raise ConfigError(
+            f"by={by}: words are compared with the text of shots (by=text) or, where CLIP encoded them, with their pictures (by=video)"
+        )
+    column = _column(index, by)
+    if by == "text":
+        _check_encoder(index.facts, "text", config.text)
+        encoder: Any = build_text_encoder(config.text)
+    else:
+        recorded = index.facts.recipe.get("video", {}).get("encoder")
+        if recorded != "clip":
+            raise ConfigError(f"by=video: the index's pictures were encoded by {recorded}, which knows no words, as clip does: use by=text")
+        _check_encoder(index.facts, "video", config.video)
+        from mediafm_ray.models.clip_text import ClipTextEncoder
+
+        encoder = ClipTextEncoder(config.video)
+    if encoder.dim != index.facts.dims[column]:
+        raise ConfigError(f"by={by}: the encoder gives {encoder.dim} dimensions, the index has {index.facts.dims[column]}")
+    encoded = encoder.encode([config.query])
+    if not encoded.present_S[0]:
+        raise ConfigError("query= has no words")
+    return Query({"query": config.query, "by": by}, column, encoded.embeddings_SD[0])
+
+
+def _check_encoder(facts: IndexFacts, modality: str, config: TextEncoderConfig | VideoEncoderConfig) -> None:
+    """See that the configured encoder is that of the index: others put words elsewhere. Raises ConfigError saying what differs."""
+    recorded = facts.recipe.get(modality)
+    if recorded is None:
+        raise ConfigError(f"by={modality}: the index does not say which encoder its {modality} vectors are from; build it anew")
+    if recorded.get("encoder") != config.encoder:
+        raise ConfigError(
+            f"by={modality}: the index's {modality} vectors are those of {modality}.encoder={recorded.get('encoder')}, configured is "
+            f"{config.encoder}: give the profile that the catalog was embedded with, such as --config conf/mediafm.yaml"
+        )
+    configured = encoder_recipe(config, weights_digest(config))
+    differing = [name for name in sorted({*recorded, *configured}) if recorded.get(name) != configured.get(name)]
+    if differing:
+        said = "; ".join(f"{modality}.{name} is {configured.get(name)}, of the index {recorded.get(name)}" for name in differing)
+        raise ConfigError(f"by={modality}: the configured encoder is not that of the index: {said}; give the profile that it was made with")
+
+
+# ------------------------------------------------------------------------------------------------------------- search
+
+
+def find_shots(index: ShotIndex, query: Query, config: SearchShotsConfig) -> pa.Table:
+    """The nearest shots, the own ones left out: the columns of ShotIndex.nearest. Raises DatasetError for a filter's unknown titles."""
+    where = _filter(index, query, config.filter).sql()
+    found = index.nearest(query.column, query.vector_D, config.count + len(query.own_shots), where, exact=config.index.exact)
+    places = zip(found["title_id"].to_pylist(), found["shot_index"].to_pylist(), strict=True)
+    others = [not (title_id == query.own_title and shot in query.own_shots) for title_id, shot in places]
+    return found.filter(pa.array(others, pa.bool_())).slice(0, config.count)
+
+
+def _filter(index: ShotIndex, query: Query, config: FilterConfig) -> ShotFilter:
+    for name, titles in (("titles", config.titles), ("without_titles", config.without_titles)):
+        for title_id in titles:
+            if not len(index.title(title_id, [])):
+                raise DatasetError(f"filter.{name}: {_unknown(index, title_id)}")
+    if config.other_titles and not query.own_title:
+        raise ConfigError("filter.other_titles needs a shot or a clip: words are of no title")
+    without = [*config.without_titles, *([query.own_title] if config.other_titles else [])]
+    return ShotFilter(config.titles, without, config.start_s, config.end_s, config.languages)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def as_json(index: ShotIndex, query: Query, found: pa.Table) -> str:
+    """What was asked, of which index, and what was found, as one JSON object."""
+    results = [
+        {
+            "rank": rank,
+            "cosine": round(row["cosine"], DECIMALS),
+            **{name: row[name] for name in ("title_id", "shot_index", "start_s", "end_s", "language", "text")},
+        }
+        for rank, row in enumerate(found.to_pylist(), start=1)
+    ]
+    facts = index.facts
+    about = {"uri": public_uri(index.uri), "version": index.version, "dataset_version": facts.dataset_version, "vectors": facts.vectors}
+    content = {"query": dict(query.asked), "index": about, "results": results}
+    return escape_controls_in_json(json.dumps(content, ensure_ascii=False, indent=2))
+
+
+def as_table(index: ShotIndex, query: Query, found: pa.Table) -> str:
+    """What was found, for people."""
+    rows = found.to_pylist()
+    asked = ", ".join(f"{name}={value}" for name, value in query.asked.items())
+    heading = f"{asked}, in {index.shots(query.column)} shots ({index.facts.describe()})"
+    if not rows:
+        return f"{heading}\n\n  no shot was found: do the filters leave any?"
+    titles = [printable(row["title_id"]) for row in rows]
+    width = min(MOST_TITLE, max(len("title"), *map(len, titles)))
+    lines = [heading, "", f"  {'cosine':>6}  {'title':<{width}}  {'shot':>5}  {'start':>9}  {'end':>9}  text"]
+    for row, title in zip(rows, titles, strict=True):
+        said = f"{row['language']}: " if row["language"] else ""
+        text = textwrap.shorten(printable(said + row["text"]), TEXT_WIDTH, placeholder=" ...")
+        place = f"{row['shot_index']:>5}  {row['start_s']:>9.2f}  {row['end_s']:>9.2f}"
+        lines.append(f"  {row['cosine']:>6.3f}  {title:<{width}}  {place}  {text}".rstrip())
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Text of a catalog as it may go to a terminal: what is no printable character, such as an escape, is a question mark."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))

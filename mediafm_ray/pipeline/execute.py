@@ -1,0 +1,46 @@
+"""The work of the main jobs on Ray, which is imported only when titles are pending."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps, stored_pool
+from mediafm_ray.runs.limits import NO_LIMITS, Limits
+from mediafm_ray.runs.metrics import Metrics
+from mediafm_ray.runs.plan import Plan
+from mediafm_ray.runs.report import Console, Tally, follow
+
+
+def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally, limits: Limits = NO_LIMITS) -> None:
+    """The recipe, step by step, over the pending titles; ``tally`` counts how they end."""
+    from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
+    from mediafm_ray.pipeline.allowance import SharedAllowance
+    from mediafm_ray.pipeline.budget import SharedBudget
+    from mediafm_ray.pipeline.cluster import check_room, connected, metric_series
+
+    begun = time.monotonic()
+    with connected(config.resources):
+        budget = SharedBudget(limits)
+        allowance = SharedAllowance(config.text) if config.text.encoder == "openai" else None
+        pools = make_pools(recipe_steps(plan, config, budget, allowance), config.resources)
+        check_room(config.resources, pools)
+        titles = graph.run_pools(graph.read_plan(plan), pools, config.resources.max_deaths_per_title)
+        results = budget.follow(graph.blocks(titles, console.say), tally, limits.interrupted)
+        follow(results, tally, begun, console, Metrics(partial(metric_series, dataset=plan.model.dataset_version)))
+
+
+def contextualise(plan: Plan, config: ContextualiseCatalogConfig, console: Console, tally: Tally) -> None:
+    """Read, compute and write the pending titles; ``tally`` counts how they end."""
+    from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
+    from mediafm_ray.pipeline.cluster import check_room, connected, metric_series
+
+    begun = time.monotonic()
+    with connected(config.resources):
+        pool = stored_pool(plan, config)
+        check_room(config.resources, [pool])
+        results = graph.contextualise_stored(plan, pool, config.resources.max_deaths_per_title)
+        follow(
+            graph.blocks(results, console.say), tally, begun, console, Metrics(partial(metric_series, dataset=plan.model.dataset_version))
+        )

@@ -1,0 +1,128 @@
+"""All that is used of Ray beside its public API, for the minor version of Ray that it was tried with.
+
+With another version none of it is used: a run says so in a line and does without.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import Dataset
+
+from mediafm_ray.pipeline.cluster import StarvationClock
+
+TESTED = "2.60"  # pyproject.toml asks for it, too
+IS_TESTED = ray.__version__.startswith(f"{TESTED}.")
+TITLES_WAITING = 100  # for a stage, before the one in front of it takes no more
+LEAST_STEP_S = 0.05  # of Ray Data's loop: it waits twice as long for news by itself
+
+BackpressurePolicy: Any = object
+ExecutionCallback: Any = object
+if IS_TESTED:
+    from ray.data._internal.execution.backpressure_policy import (
+        ENABLED_BACKPRESSURE_POLICIES,
+        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+        BackpressurePolicy,
+    )
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+
+def switched_off() -> str:
+    """Say in a line what this version of Ray is not trusted with; empty with the tested one."""
+    if IS_TESTED:
+        return ""
+    return (
+        f"warning: this is Ray {ray.__version__}, tested is {TESTED}; switched off are the limit of titles that wait between two stages, "
+        "the thrift with the driver's memory and time, and the messages about stages that wait for resources"
+    )
+
+
+def limit_waiting_titles(titles: Dataset) -> None:
+    """Let a stage take no further title while many of its own wait for the next one."""
+    if IS_TESTED:
+        titles.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, NoLongQueues])
+
+
+def result_blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> Iterator[pa.Table]:
+    """Run the graph; the blocks of its last stage as they come, none kept. ``say``: see ``graph.blocks``.
+
+    Not iter_batches, where it can be helped: every five seconds it sends statistics of all blocks so far to an actor; after 4,000 titles
+    that was a fifth of what a profile saw of the driver.
+    """
+    if not IS_TESTED:
+        yield from titles.iter_batches(batch_size=None, batch_format="pyarrow")
+        return
+    callbacks = titles.context.custom_execution_callback_classes
+    if SparesTheDriver not in callbacks:
+        callbacks.append(SparesTheDriver)
+    if say:  # Ray Data makes the object, without arguments
+        callbacks.append(type("SaysStarvation", (StarvationCallback,), {"say": staticmethod(say)}))
+    for bundle in titles.iter_internal_ref_bundles():
+        for entry in bundle.blocks:
+            yield ray.get(entry.ref)
+
+
+class NoLongQueues(BackpressurePolicy):
+    """A stage takes no further title while many of its own wait for the next stage.
+
+    Ray Data bounds the bytes that wait, not the titles: a run would hold what it knows of thousands of small ones in the driver, and lose
+    the work on all of them when it is killed.
+    """
+
+    def can_add_input(self, op: Any) -> bool:
+        """See BackpressurePolicy."""
+        return self._topology[op].output_queue.num_blocks < TITLES_WAITING
+
+
+class SparesTheDriver(ExecutionCallback):
+    """What Ray Data's loop does for nobody here, and how often it goes round.
+
+    It keeps the statistics of every block of every operator until the end, for a report that is not asked for: some 4 kB of the driver's
+    memory a title. And every step of it costs the driver milliseconds, however few titles went on: where titles are short, more of them
+    go on in one step.
+    """
+
+    def __init__(self) -> None:
+        self.last_step = float("-inf")
+
+    def on_execution_step(self, executor: Any) -> None:
+        """See ExecutionCallback."""
+        for operator in executor._topology or ():
+            getattr(operator, "_output_blocks_stats", []).clear()
+        time.sleep(max(0.0, self.last_step + LEAST_STEP_S - time.monotonic()))
+        self.last_step = time.monotonic()
+
+
+class StarvationCallback(ExecutionCallback):
+    """Say which stage has had no actor for a while, for lack of a node with room for one."""
+
+    say: Callable[[str], None]
+
+    def __init__(self) -> None:
+        self.clocks: dict[Any, StarvationClock] = defaultdict(StarvationClock)
+
+    def on_execution_step(self, executor: Any) -> None:
+        """See ExecutionCallback."""
+        for operator in executor._topology or ():
+            pool = getattr(operator, "_actor_pool", None)
+            if pool is None:
+                continue
+            coming = [*pool._pending_actors.values(), *(pool._running_actors if pool.num_restarting_actors() else ())]
+            working = pool.num_running_actors() - pool.num_restarting_actors()
+            if self.clocks[operator].is_due(waits=bool(coming) and not working) and any(map(_has_no_node, coming)):
+                wants = operator._ray_remote_args
+                wanted = {"CPU": wants.get("num_cpus"), "GPU": wants.get("num_gpus"), **(wants.get("resources") or {})}
+                stage = "stage " + re.sub(r"MapBatches\((.+)\)", r"\1", operator.name)
+                self.say(self.clocks[operator].describe(stage, {name: amount for name, amount in wanted.items() if amount}))
+
+
+def _has_no_node(actor: Any) -> bool:
+    """Tell an actor that is not placed yet from one whose constructor runs."""
+    found = ray._private.state.actors(actor._actor_id.hex())
+    return not found.get("Address", {}).get("IPAddress")

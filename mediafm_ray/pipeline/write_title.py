@@ -1,0 +1,167 @@
+"""The last stage: a finished title becomes its objects, a failed one a failure record. No ray here."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from mediafm_ray.pipeline.rows import (
+    SHOTS,
+    Stage,
+    TitleRow,
+    error_value,
+    was_left,
+)
+from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name, record_failure, sibling
+from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
+from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
+from mediafm_ray.storage.store import StorageConfig
+from mediafm_ray.storage.stored_shots import FACTS
+from mediafm_ray.text import public_line, public_uri
+
+
+class WriteTitle(Stage):
+    """Step 7: the finished title becomes one object a dataset, the failed one a failure record; afterwards only its result is left.
+
+    The shots are put last of a title's datasets and superseded objects are removed after that, so that a title is never without a
+    committed object once it had one.
+    """
+
+    name = "write"
+    takes = ("title_id", "source", "video", "superseded", "shots", "media", "has_video", "has_audio", "has_text", "fused_embeddings")
+    adds: ClassVar[Mapping[str, pa.DataType]] = {
+        "shot_count": pa.int64(),
+        "duration_s": pa.float64(),
+        "warnings": pa.list_(pa.string()),
+        "bytes_written": pa.int64(),
+    }
+
+    def __init__(self, output_uri: str, model: Model, checkpoint: str, storage: StorageConfig):
+        self.output = Output(output_uri, model.dataset_version, storage)
+        self.model, self.checkpoint = model, checkpoint
+
+    def process(self, row: TitleRow) -> Mapping[str, Any]:
+        media, shots, title_id, source = json.loads(row["media"]), row["shots"], row.title_id, row["source"]
+        files = {}
+        if self.checkpoint:
+            files[contextual(self.checkpoint)] = self._contextual_file(row, shots)
+        files[SHOTS_DATASET] = self._shots_file(row, shots, media)
+        for dataset, content in files.items():
+            own = self.output.write(dataset, title_id, source, content)
+        return {
+            "shot_count": len(shots),
+            "duration_s": media["duration_s"],
+            "warnings": media["warnings"] + remove_superseded(self.output, own, [*row["superseded"], sibling(own, FAILURES)]),
+            "bytes_written": sum(map(len, files.values())),
+        }
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Commit or record every title; the rows that are left say how each ended."""
+        table = super().__call__(table)
+        if table.num_columns == 0:
+            return table
+        errors = table.column("error").to_pylist()
+        for index, error in enumerate(errors):
+            if error is not None and not was_left(error):
+                row = TitleRow(table.slice(index, 1))
+                try:
+                    self._record_failure(row, error)
+                except Exception as failure:  # the store is gone too: the driver still hears of both
+                    unrecorded = error_value(self.name, failure)["message"]
+                    errors[index] = {**error, "message": f"{error['message']} (and its failure record could not be written: {unrecorded})"}
+        kept = ["title_id", "source", "seconds", "measures", *self.adds]
+        return table.select(kept).append_column("error", pa.array(errors, table.schema.field("error").type))
+
+    def _record_failure(self, row: TitleRow, error: Mapping[str, str]) -> None:
+        title = {"title_id": row.title_id, "source": row["source"], "video": public_uri(row["video"])}
+        record_failure(self.output, object_name(FAILURES, row.title_id, row["source"]), title, error)
+        for older in row["superseded"]:
+            if older.startswith(f"{FAILURES}/"):
+                self.output.store.delete(older)
+
+    def _shots_file(self, row: TitleRow, shots: list[dict[str, Any]], media: Mapping[str, Any]) -> bytes:
+        metadata = row["metadata_embedding"]
+        facts = {
+            **self._facts(row),
+            "media": media,
+            "metadata_embedding": None if metadata is None else _base64(metadata),
+        }
+        columns: dict[str, Any] = {name: [shot[name] for shot in shots] for name in SHOTS.value_type.names}
+        columns |= {
+            "title_id": [row.title_id] * len(shots),
+            "shot_index": range(len(shots)),
+            "has_video": row["has_video"],
+            "has_audio": row["has_audio"],
+            "has_text": row["has_text"],
+            "fused_embedding": embedding_array(row.vectors("fused_embeddings")),
+            "fused_norm": row["fused_norms"],
+        }
+        return encode_parquet(_table(columns, shots_schema(self.model.dims["fused"])), facts)
+
+    def _contextual_file(self, row: TitleRow, shots: list[dict[str, Any]]) -> bytes:
+        times = [shot["start_s"] for shot in shots], [shot["end_s"] for shot in shots]
+        cls_D = np.asarray(row["cls_embedding"], np.float32)
+        return contextual_file(self._facts(row), self.checkpoint, times, row.vectors("contextual_embeddings"), cls_D)
+
+    def _facts(self, row: TitleRow) -> dict[str, Any]:
+        return {
+            "title_id": row.title_id,
+            "source": row["source"],
+            "video": public_uri(row["video"]),
+            "dataset_version": self.model.dataset_version,
+            "dims": dict(self.model.dims),
+            "spans": {name: list(span) for name, span in self.model.spans.items()},
+        }
+
+
+def contextual_file(
+    facts: Mapping[str, Any], checkpoint: str, times: tuple[Iterable[float], Iterable[float]], contextual_SD: np.ndarray, cls_D: np.ndarray
+) -> bytes:
+    """The object of a title in the dataset of a checkpoint. ``facts``: what its object in ``shots`` says of title and model;
+    ``times``: the starts and the ends of its shots, in seconds."""
+    vectors = embedding_array(contextual_SD)
+    columns = {
+        "title_id": [facts["title_id"]] * len(vectors),
+        "shot_index": range(len(vectors)),
+        "start_s": times[0],
+        "end_s": times[1],
+        "contextual_embedding": vectors,
+    }
+    facts = {**{name: facts[name] for name in FACTS}, "checkpoint": checkpoint, "cls_embedding": _base64(cls_D)}
+    return encode_parquet(_table(columns, contextual_schema(vectors.type.list_size)), facts)
+
+
+def remove_superseded(output: Output, own: str, names: Sequence[str]) -> list[str]:
+    """Remove what a committed title supersedes; what cannot be removed is a warning, for the title is done.
+
+    ``own``: the title's object. Where it is gone, or another one is newer, another job takes the title for that source meanwhile.
+    """
+    warnings = []
+    for name in names:
+        try:
+            if name == sibling(own, FAILURES):
+                output.store.delete(name)
+            elif (committed := output.store.info(own)) is not None:
+                output.store.delete_unless_newer(name, committed.modified)
+        except Exception as error:  # fsspec implementations raise many kinds
+            warnings.append(f"{name} is superseded and could not be removed ({public_line(str(error))}); the next run will try again")
+    return warnings
+
+
+def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    """Columns in the order and with the types of a schema."""
+    arrays = [
+        columns[field.name] if isinstance(columns[field.name], pa.Array) else pa.array(list(columns[field.name]), field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _base64(vector: Sequence[float] | np.ndarray) -> str:
+    """A vector as base64 of its float32 little-endian bytes: exact, and small in a file's metadata."""
+    return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()

@@ -1,0 +1,175 @@
+"""The command line that the jobs share: ``--config a.yaml [b.yaml ...] key=value ...``, --help, and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from mediafm_ray.config.loader import ConfigError, describe, read_config
+from mediafm_ray.models.weights import WeightsError
+from mediafm_ray.runs.report import clean_logs, reason_of
+from mediafm_ray.storage.catalog import CatalogError
+from mediafm_ray.storage.dataset import DatasetError
+from mediafm_ray.storage.lease import release_all
+from mediafm_ray.storage.store import StorageError
+from mediafm_ray.text import public_lines
+
+EXIT_OK = 0
+EXIT_FAILED_TITLES = 1
+EXIT_BAD_INPUT = 2  # configuration, catalog, weights or output: nothing was started
+EXIT_ABORTED = 3  # the run ended before its titles did: an actor, the cluster or the program itself failed
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+TERMINATED = "ended by SIGTERM: every committed title stays; run the same command again to do the rest"
+GRACE_S = 3.0  # after a signal, for what is under way to be left; schedulers kill after 10 to 30 s
+DEBUG_VARIABLE = "MEDIAFM_DEBUG"  # environment: where it is set, tracebacks of unexpected errors go to the terminal
+BEGUN = "the job had begun to change something"  # a note on an error
+MAX_REASON = 1000  # characters of an unexpected error in its line
+Job = TypeVar("Job")
+
+
+def run_job(description: str, kind: type[Job], job: Callable[[Job], int], arguments: Sequence[str] | None = None) -> int:
+    """Read the configuration from the command line, run the job, and turn what a person can mend into one message and an exit code."""
+    clean_logs()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return guarded(lambda: job(parse(description, kind, arguments)))
+
+
+def guarded(job: Callable[[], int]) -> int:
+    """Run a job; whatever ends it is one line for a person and an exit code: EXIT_ABORTED where it was ``working``, else EXIT_BAD_INPUT."""
+    try:
+        with ended_by_signals():
+            return job()
+    except (ConfigError, CatalogError, StorageError, WeightsError, DatasetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _exit_code(error)
+    except KeyboardInterrupt:
+        print("interrupted: every committed title stays; run the same command again to do the rest", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except SystemExit as ending:
+        if ending.code != signal.SIGTERM:
+            raise
+        print(TERMINATED, file=sys.stderr)
+        return EXIT_TERMINATED
+    except Exception as error:  # a defect of the program, or an input that it does not foresee
+        code = _exit_code(error)
+        fate = "nothing was started" if code == EXIT_BAD_INPUT else "what was committed stays"
+        print(f"error: unexpected {reason_of(error)[:MAX_REASON]}; {fate}; {_kept_traceback(error)}", file=sys.stderr)
+        return code
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM ends the job as SIGINT does, by an exception (Ray's, SystemExit), so that blocks are left and give back what they hold.
+
+    A block may be left late, such as one whose threads wait for a server that stalls: after GRACE_S the leases are given back all the same,
+    and SIGTERM ends the process. While Ray runs, SIGTERM is its own, or that of ``budget.draining``.
+    Elsewhere than in the main thread, where Python takes no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    come: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put may interrupt anything
+    over = threading.Event()
+
+    def note(number: int, frame: Any) -> None:
+        come.put(number)
+        if number == signal.SIGTERM:
+            sys.exit(number)
+        raise KeyboardInterrupt
+
+    def watch() -> None:
+        number = come.get()
+        if over.wait(GRACE_S if number else None):
+            return
+        release_all()
+        if number == signal.SIGTERM:
+            print(TERMINATED, file=sys.stderr, flush=True)
+            os._exit(EXIT_TERMINATED)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    taken = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores some
+    before = {number: signal.signal(number, note) for number in taken}
+    try:
+        yield
+    finally:
+        release_all()
+        over.set()
+        come.put(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def working() -> Iterator[None]:
+    """The part of a job that changes something: an error that leaves it ends the job with EXIT_ABORTED. A ConfigError does not."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        error.add_note(BEGUN)
+        raise
+
+
+def debugging() -> bool:
+    """Tell whether a person wants tracebacks on the terminal."""
+    return bool(os.environ.get(DEBUG_VARIABLE))
+
+
+def _exit_code(error: BaseException) -> int:
+    return EXIT_ABORTED if BEGUN in getattr(error, "__notes__", ()) else EXIT_BAD_INPUT
+
+
+def _kept_traceback(error: BaseException) -> str:
+    """Put the traceback of an error where a person finds it, and say where."""
+    lines = public_lines("".join(traceback.format_exception(error)))
+    if not debugging():
+        with (
+            contextlib.suppress(OSError),  # no disk to write it to: it goes to the terminal after all
+            tempfile.NamedTemporaryFile("w", prefix="mediafm-", suffix=".log", errors="backslashreplace", delete=False) as stream,
+        ):
+            stream.write(lines)
+            return f"its traceback is in {stream.name} ({DEBUG_VARIABLE}=1 in the environment prints it)"
+    print(lines, file=sys.stderr)
+    return "its traceback stands above"
+
+
+def holder_of_lease(job: str) -> str:
+    """Who this is, for whoever finds the lease held."""
+    return f"{job} (process {os.getpid()} on {socket.gethostname()})"
+
+
+def parse(description: str, kind: type[Any], arguments: Sequence[str] | None) -> Any:
+    """The configuration that a command line asks for. Raises ConfigError."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--help] [--dry-run] [--config FILE [FILE ...]] [key=value ...]",
+        epilog=f"keys, with their defaults:\n{describe(kind)}",
+    )
+    parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="FILE", help="YAML files, later ones over earlier ones")
+    if any(section.name == "run" for section in dataclasses.fields(kind)):
+        parser.add_argument("--dry-run", action="store_true", help="the same as run.dry_run=true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="single values, over the files")
+    found = parser.parse_intermixed_args(arguments)
+    # argparse gives everything up to the next option to --config: what is no YAML file is an override
+    files = [value for value in found.config if value.endswith((".yaml", ".yml")) and "=" not in value]
+    rest = [value for value in found.config if value not in files]
+    wrong = [value for value in rest if "=" not in value]
+    if wrong:
+        raise ConfigError(f"--config {wrong[0]}: expected a .yaml file or key=value")
+    dry = ["run.dry_run=true"] if getattr(found, "dry_run", False) else []
+    return read_config(kind, files, [*rest, *found.overrides, *dry])

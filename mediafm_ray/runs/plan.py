@@ -1,0 +1,322 @@
+"""What a job has to do: the catalog minus the listing of the output. Runs on the driver, without ray and without torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.media.options import media_recipe
+from mediafm_ray.models import weights
+from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_digest
+from mediafm_ray.models.fusion import fusion_recipe, spans
+from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
+from mediafm_ray.pipeline.rows import plan_table
+from mediafm_ray.spec import digest_of, recipe_of
+from mediafm_ray.storage.catalog import SOURCE_DIGITS, Entry, read_catalog
+from mediafm_ray.storage.catalog_rows import BadRow
+from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextual, encode_title, object_name, record_failure
+from mediafm_ray.storage.store import ObjectInfo, StorageError
+from mediafm_ray.text import public_line
+
+ARITHMETIC = 2  # raise it with a change of the code that changes the numbers: it is part of the dataset version
+VERSION_DIGITS = 12  # hex digits of a dataset version
+BUILTIN = {"builtin": BUILTIN_NEIGHBOURS, "revision": 1}  # raise the revision with a change that changes its numbers
+BUILTIN_DATASET = contextual(digest_of(BUILTIN)[:VERSION_DIGITS])  # of builtin:neighbours with its default options
+IN_CATALOG, WITH_SHOTS = "in_catalog", "with_committed_shots"  # the titles that a job starts from
+CHECKPOINT_TYPES = ("mediafm_contextualiser", "mediafm_neighbour_attention")  # model_type in the config.json of a contextualiser
+Listing = Mapping[tuple[str, str], Sequence[ObjectInfo]]  # by encoded title and source
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The titles to do and where they go."""
+
+    model: Model
+    checkpoint: str  # name of the contextualiser's checkpoint; empty when none is configured
+    pending: pa.Table  # rows.PLAN_SCHEMA, or stored.STORED_SCHEMA where only step 6 is to be done
+    titles: int  # in the catalog, or with committed shots
+    done: int  # committed before: nothing to do
+    failed_before: int  # passed over because of a failure record (run.retry_failed=false)
+    left: int  # pending, but beyond run.max_titles
+    only_contextual: int  # pending whose shots are committed: the checkpoint is what is new
+    leftovers: tuple[ObjectInfo, ...]  # objects that an earlier run should have removed after it committed their successor
+    outdone: tuple[str, ...] = ()  # objects to put again before, because one of the leftovers is newer: their source was changed back
+    bad_rows: tuple[BadRow, ...] = ()  # of the catalog, passed over (catalog.on_error=skip)
+    unknown: tuple[tuple[str, str], ...] = ()  # titles passed over because their source cannot be looked at, and why
+    given_up: int = 0  # of failed_before: failed so often that no run will take them until something changes
+    without_context: int = 0  # done, but without embeddings of builtin:neighbours: jobs.contextualise_catalog writes them
+    titles_are: str = IN_CATALOG  # what ``titles`` counts
+
+    @property
+    def bad_titles(self) -> Mapping[str, Sequence[str]]:
+        """The problems of each title whose row is bad."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for row in self.bad_rows:
+            found[row.name].append(str(row))
+        return found
+
+
+def describe_model(config: EmbedCatalogConfig) -> Model:
+    """Everything that decides the numbers of a dataset version, and its digest.
+
+    Raises WeightsError for weights that are missing, ConfigError for encoders that do not exist.
+    """
+    try:
+        dims = {"video": video_dim(config.video), "audio": audio_dim(config.audio), "text": text_dim(config.text)}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    recipe = {
+        "arithmetic": ARITHMETIC,
+        "detector": encoder_recipe(config.detector, weights.digest(config.detector.weights)),
+        "frames": recipe_of(config.frames),
+        "media": media_recipe(config.media),
+        "timed_text": recipe_of(config.timed_text),
+        "video": encoder_recipe(config.video, weights_digest(config.video)),
+        "audio": encoder_recipe(config.audio, weights_digest(config.audio)),
+        "text": encoder_recipe(config.text, weights_digest(config.text)),
+        "fusion": fusion_recipe(config.fusion),
+    }
+    return Model(digest_of(recipe)[:VERSION_DIGITS], recipe, {**dims, "fused": sum(dims.values())}, spans(dims))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is there: the titles of the catalog, and the objects of the dataset version from one (paged) listing."""
+
+    entries: Sequence[Entry]
+    bad_rows: Sequence[BadRow]  # of the catalog, where they are skipped
+    model: Model
+    checkpoint: str  # name of the contextualiser's checkpoint; empty when none is configured
+    output: Output
+    listed: Mapping[str, Listing]  # by dataset
+
+    @property
+    def failures(self) -> Listing:
+        """The failure records."""
+        return self.listed.get(FAILURES, {})
+
+    @cached_property
+    def wanted(self) -> Sequence[Listing]:
+        """The listings that a title must stand in to be done, the shots first.
+
+        Context without training is written with the shots of new titles, but its lack is no reason to read a video again: it is the
+        default, and a catalog may have been embedded without.
+        """
+        trained = self.checkpoint and contextual(self.checkpoint) != BUILTIN_DATASET
+        names = [SHOTS, *([contextual(self.checkpoint)] if trained else [])]
+        return [self.listed.get(name, {}) for name in names]
+
+    @cached_property
+    def objects_of_title(self) -> Mapping[str, Sequence[tuple[str, ObjectInfo]]]:
+        """The objects of every title, in all datasets, with their sources."""
+        found: dict[str, list[tuple[str, ObjectInfo]]] = defaultdict(list)
+        for listing in self.listed.values():
+            for (title, source), infos in listing.items():
+                found[title] += [(source, info) for info in infos]
+        return found
+
+    def is_done(self, entry: Entry) -> bool:
+        """Whether everything is committed that is wanted of a title as it is now."""
+        return all(key_of(entry) in listing for listing in self.wanted)
+
+    def lacks_context(self, entry: Entry) -> bool:
+        """Whether a title that is done has no embeddings of the configured contextualiser."""
+        return bool(self.checkpoint) and key_of(entry) not in self.listed.get(contextual(self.checkpoint), {})
+
+    @cached_property
+    def titles_with_shots(self) -> Set[str]:
+        """The titles whose shots are committed, whatever their source was."""
+        return {title for title, _ in self.listed.get(SHOTS, {})}
+
+    def is_unknown(self, entry: Entry) -> bool:
+        """Tell a title that is passed over because nobody can say now whether its source is another than the committed one.
+
+        Where nothing is committed, and the look-up does not fail for a reason that passes, its turn will show what is wrong.
+        """
+        return bool(entry.unknown) and not self.is_done(entry) and (entry.is_outage or key_of(entry)[0] in self.titles_with_shots)
+
+    def others(self, entry: Entry) -> list[ObjectInfo]:
+        """The objects of a title's other sources, as they are removed: see ``shots_first``."""
+        title, source = key_of(entry)
+        return shots_first(info for other, info in self.objects_of_title.get(title, ()) if other != source)
+
+    def leftovers(self, entry: Entry) -> list[ObjectInfo]:
+        """The objects that a title that is done must not have any more: those of other sources, and records of failures.
+
+        Another job may have committed them later, from a source that the catalog had meanwhile. The listing is older than the catalog
+        (see ``survey``), so that the catalog knows better.
+        """
+        if entry.unknown:
+            return []
+        return [*self.others(entry), *self.failures.get(key_of(entry), ())]
+
+    def outdone(self, entry: Entry) -> list[str]:
+        """The objects of a title that is done which readers pass over, because one of another source is not older."""
+        newest: dict[str, float] = {}  # modification time of another source's object, by dataset
+        for info in [] if entry.unknown else self.others(entry):
+            dataset = info.name.split("/")[0]
+            newest[dataset] = max(newest.get(dataset, -math.inf), info.modified)
+        own = [(info, modified) for dataset, modified in newest.items() for info in self.listed[dataset].get(key_of(entry), ())]
+        return [info.name for info, modified in own if info.modified <= modified]
+
+    def row(self, entry: Entry) -> dict[str, Any]:
+        """A pending title as a row of the plan."""
+        title = entry.title
+        return {
+            "title_id": title.title_id,
+            "source": entry.source,
+            "video": title.video,
+            "timed_text": [{"uri": text.uri, "language": text.language, "kind": text.kind} for text in title.timed_text],
+            "synopsis": title.synopsis,
+            "tags": list(title.tags),
+            "superseded": [info.name for info in self.others(entry)],
+        }
+
+
+def shots_first(infos: Iterable[ObjectInfo]) -> list[ObjectInfo]:
+    """Objects in the order of their removal: a kill in between must not leave shots that count as done without what was made of them."""
+    return sorted(infos, key=lambda info: not info.name.startswith(f"{SHOTS}/"))
+
+
+def key_of(entry: Entry) -> tuple[str, str]:
+    """How a title as it is now is named in a listing."""
+    return encode_title(entry.title.title_id), entry.source
+
+
+def survey(config: EmbedCatalogConfig, model: Model | None = None) -> Survey:
+    """List the output once, and read the catalog. Writes nothing. ``model``: where ``describe_model`` was asked before.
+
+    In this order: what another job commits meanwhile, from a source that is newer than this catalog, is not in the listing.
+    Raises CatalogError with every problem of the catalog, StorageError, and what ``describe_model`` and ``checkpoint_name`` raise.
+    """
+    if not config.output.uri:
+        raise ConfigError("output.uri is required: a folder or bucket prefix that receives the datasets")
+    model = model or describe_model(config)
+    checkpoint = checkpoint_name(config, model)
+    output = Output(config.output.uri, model.dataset_version, config.storage)
+    output.store.check_readable()
+    listed = {dataset: output.list(dataset) for dataset in output.datasets()}
+    skipped: list[BadRow] = []
+    entries = read_catalog(config.catalog.uri, config.storage, skipped if config.catalog.on_error == "skip" else None)
+    return Survey(entries, skipped, model, checkpoint, output, listed)
+
+
+def make_plan(config: EmbedCatalogConfig) -> Plan:
+    """Read the catalog, list the output once, and keep what is not committed. Writes nothing.
+
+    Raises CatalogError with every problem of the catalog, StorageError, WeightsError.
+    """
+    there = survey(config)
+    rows, unknown = [], []
+    leftovers: list[ObjectInfo] = []
+    outdone: list[str] = []
+    done = failed_before = only_contextual = without_context = 0
+    for entry in there.entries:
+        if there.is_done(entry):
+            done += 1
+            without_context += there.lacks_context(entry)
+            leftovers += there.leftovers(entry)
+            outdone += there.outdone(entry)
+        elif there.is_unknown(entry):
+            unknown.append((entry.title.title_id, entry.unknown))
+        elif key_of(entry) in there.failures and not config.run.retry_failed:
+            failed_before += 1
+        else:
+            only_contextual += key_of(entry) in there.wanted[0]
+            rows.append(there.row(entry))
+    taken = rows[: config.run.max_titles] if config.run.max_titles else rows
+    return Plan(
+        model=there.model,
+        checkpoint=there.checkpoint,
+        pending=plan_table(taken),
+        titles=len(there.entries),
+        done=done,
+        failed_before=failed_before,
+        left=len(rows) - len(taken),
+        only_contextual=only_contextual,
+        leftovers=tuple(leftovers),
+        outdone=tuple(outdone),
+        bad_rows=tuple(there.bad_rows),
+        unknown=tuple(unknown),
+        without_context=without_context,
+    )
+
+
+def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
+    """See that the output can be written, put model.json there, and finish removals that an earlier run did not get to.
+
+    Raises StorageError, and ConfigError for an embeddings API without a key.
+    """
+    text = config.text
+    if plan.pending.num_rows and text.encoder == "openai" and not text.base_url and not os.environ.get(text.api_key_variable):
+        raise ConfigError(f"text.encoder=openai needs a key: set the environment variable {text.api_key_variable}")
+    output = Output(config.output.uri, plan.model.dataset_version, config.storage)
+    output.store.check_writable()
+    output.write_model(plan.model)
+    for name in plan.outdone:
+        try:
+            output.store.write(name, output.store.read(name))
+        except FileNotFoundError:
+            raise StorageError(
+                f"{output.store.uri}/{name} was removed while this run was planned: another job is at work; run the same command again"
+            ) from None
+    for leftover in plan.leftovers:  # written again since: a job at work takes the title for another source, and would remove this one's
+        output.store.delete_unless_newer(leftover.name, leftover.modified)
+    for title_id, problems in plan.bad_titles.items():
+        error = {"stage": "catalog", "type": "CatalogError", "message": public_line(f"{config.catalog.uri}: {'; '.join(problems)}")}
+        source = digest_of([config.catalog.uri, title_id])[:SOURCE_DIGITS]
+        record_failure(output, object_name(FAILURES, title_id, source), {"title_id": title_id, "source": source, "video": ""}, error)
+
+
+def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, model: Model) -> str:
+    """12 hex digits that name the dataset of the configured contextualiser; empty when there is none.
+
+    They are the checkpoint's digest, or one of ``builtin:neighbours`` and its revision, or, where options change its numbers, a digest
+    over both. Raises WeightsError for a checkpoint that is missing or cut short, ConfigError for one that was trained on other dimensions
+    or another dataset version.
+    """
+    contextualiser = config.contextualiser
+    address = contextualiser.checkpoint
+    if not address:
+        return ""
+    changes = {name: value for name, value in recipe_of(contextualiser).items() if value != getattr(ContextualiserConfig, name)}
+    if address == BUILTIN_NEIGHBOURS:
+        return digest_of({**BUILTIN, **changes})[:VERSION_DIGITS]
+    shape = weights.read_config(address)
+    if shape.get("model_type", CHECKPOINT_TYPES[0]) not in CHECKPOINT_TYPES:
+        raise weights.WeightsError(f"contextualiser.checkpoint={address}: this is a {shape['model_type']!r} checkpoint, no contextualiser")
+    if shape.get("model_type") == CHECKPOINT_TYPES[1] and "max_logit" not in shape:
+        raise weights.WeightsError(
+            f"contextualiser.checkpoint={address}: it does not say how its corrections are bounded (it was written by an early version): "
+            "train it again"
+        )
+    for key, dim, made_by in (("fused_dim", model.dims["fused"], "the encoders"), ("metadata_dim", model.dims["text"], "the text encoder")):
+        if shape.get(key) != dim:
+            raise ConfigError(
+                f"contextualiser.checkpoint={address}: its {key} is {shape.get(key)}, and {made_by} of this dataset give {dim}: "
+                "use the encoders that it was trained with, or another checkpoint"
+            )
+    trained_on = shape.get("dataset_version", "")
+    if trained_on not in ("", model.dataset_version) and not contextualiser.any_dataset:
+        raise ConfigError(
+            f"contextualiser.checkpoint={address}: it was trained on dataset version {trained_on}, and this is {model.dataset_version}: "
+            "its vectors mean something else; train one on this version, or set contextualiser.any_dataset=true if you know they are alike"
+        )
+    digest = weights.checkpoint_digest(address)
+    return (digest_of({"checkpoint_sha256": digest, **changes}) if changes else digest)[:VERSION_DIGITS]
+
+
+def encoder_recipe(config: Any, weights_sha256: str) -> dict[str, Any]:
+    """A model's part of the recipe: where its weights lie does not matter, what they are does."""
+    fields = recipe_of(config)
+    fields.pop("weights", None)
+    return {**fields, "weights_sha256": weights_sha256}

@@ -1,0 +1,103 @@
+"""Committed datasets: open one, and plan which of its titles a checkpoint still has to contextualise."""
+
+from __future__ import annotations
+
+import urllib.parse
+from typing import Any
+
+import pyarrow as pa
+
+from mediafm_ray.config.jobs import ContextualiseCatalogConfig
+from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.models.options import BUILTIN_NEIGHBOURS
+from mediafm_ray.pipeline.rows import ERROR
+from mediafm_ray.runs.plan import WITH_SHOTS, Plan, checkpoint_name
+from mediafm_ray.storage.dataset import (
+    FAILURES,
+    SHOTS,
+    DatasetError,
+    EmbeddingDataset,
+    Output,
+    contextual,
+    dataset_versions,
+    newest_objects,
+    object_key,
+    sibling,
+)
+from mediafm_ray.storage.store import StorageConfig
+
+STORED_SCHEMA = pa.schema(
+    [
+        ("title_id", pa.string()),  # as the object's name gives it: a long one ends in a digest
+        ("source", pa.string()),
+        ("shots", pa.string()),  # name of the committed object
+        ("bytes", pa.int64()),  # of that object
+        ("superseded", pa.list_(pa.string())),  # objects to remove once this title is committed
+        ("error", ERROR),  # what failed before the stage began: see deaths
+    ]
+)
+
+
+def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
+    """List the committed shots and what the checkpoint has written already; pending is the difference. Writes nothing.
+
+    Raises ConfigError, WeightsError, StorageError, and DatasetError where nothing is committed.
+    """
+    dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
+    if not config.contextualiser.checkpoint:
+        raise ConfigError(f"contextualiser.checkpoint is required: {BUILTIN_NEIGHBOURS}, or the folder that a training wrote")
+    checkpoint = checkpoint_name(config, dataset.model)
+    committed = newest_objects(dataset.output.list(SHOTS))
+    if not committed:
+        raise DatasetError(f"{dataset.output.store.uri} has no committed shots: run python -m jobs.embed_catalog first")
+    written = dataset.output.list(contextual(checkpoint))
+    failures = dataset.output.list(FAILURES)
+    written_of_title: dict[str, list[Any]] = {}
+    for (title, _), infos in written.items():
+        written_of_title.setdefault(title, []).extend(infos)
+    rows, leftovers = [], []
+    done = failed_before = 0
+    for shots in committed:
+        title, source = key = object_key(shots.name)
+        # only what is older: a job that embeds a newer source writes its contextual object before its shots
+        older = [info for info in written_of_title.get(title, ()) if object_key(info.name) != key and info.modified <= shots.modified]
+        if key in written:
+            done += 1
+            leftovers += older
+        elif key in failures and not config.run.retry_failed:
+            failed_before += 1
+        else:
+            failed = [sibling(shots.name, FAILURES)] if key in failures else []
+            row = {"title_id": urllib.parse.unquote(title), "source": source, "shots": shots.name, "bytes": shots.size}
+            rows.append({**row, "superseded": [*(info.name for info in older), *failed]})
+    taken = rows[: config.run.max_titles] if config.run.max_titles else rows
+    return Plan(
+        model=dataset.model,
+        checkpoint=checkpoint,
+        pending=pa.Table.from_pylist(taken, schema=STORED_SCHEMA),
+        titles=len(committed),
+        done=done,
+        failed_before=failed_before,
+        left=len(rows) - len(taken),
+        only_contextual=len(taken),
+        leftovers=tuple(leftovers),
+        titles_are=WITH_SHOTS,
+    )
+
+
+def open_dataset(uri: str, version: str, storage: StorageConfig) -> EmbeddingDataset:
+    """The dataset version of an output; ``version`` may be empty where there is one only. Raises ConfigError, DatasetError."""
+    if not uri:
+        raise ConfigError("output.uri is required: the output of jobs.embed_catalog")
+    versions = [] if version else dataset_versions(uri, storage)
+    if len(versions) > 1:
+        raise ConfigError(f"{uri} has {len(versions)} dataset versions: set dataset.version to one of {', '.join(versions)}")
+    return EmbeddingDataset(uri, version or None, storage)
+
+
+def prepare_stored_output(plan: Plan, config: ContextualiseCatalogConfig) -> None:
+    """See that the output can be written, and finish removals that an earlier run did not get to. Raises StorageError."""
+    output = Output(config.output.uri, plan.model.dataset_version, config.storage)
+    output.store.check_writable()
+    for leftover in plan.leftovers:
+        output.store.delete_unless_newer(leftover.name, leftover.modified)

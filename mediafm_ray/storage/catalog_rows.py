@@ -1,0 +1,190 @@
+"""The rows of a catalog: read from the formats of tables, and checked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mediafm_ray.spec import TimedTextSource, Title, parse_json
+from mediafm_ray.storage.store import ALLOWED_SCHEMES, join, scheme_of
+
+TIMED_TEXT_KINDS = frozenset(["captions", "cc", "sdh", "subtitles", "subtitle", "forced", "descriptions", "ad", "chapters"])
+COLUMNS = ("title_id", "video", "timed_text", "synopsis", "tags", "duration_s")
+CSV_LIST_SEPARATOR = ";"
+MAX_TITLE_ID_BYTES = 1024  # of UTF-8
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row of a table, or a title of a folder, that cannot be used."""
+
+    where: str  # such as "line 3", or the name of a file; empty for the catalog as a whole
+    problem: str
+    title_id: str = ""  # its title's, where it has one that no other row has
+
+    @property
+    def name(self) -> str:
+        """The title's id, or what stands for it where it has none; valid Unicode, which the name of a file need not be."""
+        return (self.title_id or f"({self.where})").encode(errors="backslashreplace").decode()
+
+    def __str__(self) -> str:
+        title = f" ({self.title_id})" if self.title_id and self.title_id not in self.where else ""
+        return f"{self.where}{title}: {self.problem}" if self.where else self.problem
+
+
+def title_of(where: str, row: Mapping[str, Any], base: str, problems: list[BadRow], seen: Mapping[str, str]) -> Title | None:
+    """The title of one row of a table; None, and ``problems``, when there is something wrong with it. ``seen``: the ids of other rows."""
+    wrong: list[str] = []
+    title_id, video = row.get("title_id"), row.get("video")
+    for name, value in (("title_id", title_id), ("video", video)):
+        if name not in row:
+            wrong.append(f"the column {name} is missing")
+        elif value is None or value == "":
+            wrong.append(f"{name} is empty")
+        elif not isinstance(value, str):
+            wrong.append(f"{name} must be a string, is {type(value).__name__} ({value!r})")
+        elif not value.strip():
+            wrong.append(f"{name} is empty (white space)")
+    if isinstance(title_id, str):
+        wrong.extend(problems_of_id(title_id))
+    timed_text, synopsis, tags = row.get("timed_text"), row.get("synopsis"), row.get("tags")
+    wrong.extend(_problems_of_list("timed_text", timed_text))
+    wrong.extend(problems_of_metadata(synopsis, tags))
+    wrong.extend(_problems_of_duration(row.get("duration_s")))
+    uris = [video] if isinstance(video, str) else []
+    uris += [uri for uri in timed_text if isinstance(uri, str)] if isinstance(timed_text, (list, tuple)) else []
+    wrong.extend(f"{uri!r} is no URI: it has characters that none has" for uri in uris if not is_clean(uri))
+    wrong.extend(
+        f"{uri}: the scheme {scheme_of(uri)}:// is not allowed; use a path or one of {', '.join(ALLOWED_SCHEMES)}"
+        for uri in uris
+        if scheme_of(uri) not in ALLOWED_SCHEMES
+    )
+    if wrong:
+        own = isinstance(title_id, str) and title_id.strip() and title_id not in seen and not problems_of_id(title_id)
+        problems.extend(BadRow(where, problem, title_id if own and isinstance(title_id, str) else "") for problem in wrong)
+        return None
+    assert isinstance(title_id, str)
+    assert isinstance(video, str)
+    texts = tuple(TimedTextSource(join(base, text), *_marks_of(text)) for text in timed_text or ())
+    return Title(title_id, join(base, video), texts, synopsis or "", tuple(tags or ()))
+
+
+def _marks_of(uri: str) -> tuple[str, str]:
+    """Language and kind as the name of a timed-text object gives them: ``film.en.captions.srt`` -> ('en', 'captions')."""
+    marks = PurePosixPath(uri).name.split(".")[1:-1]
+    kind = marks.pop().lower() if marks and marks[-1].lower() in TIMED_TEXT_KINDS else ""
+    language = marks[-1] if marks and 2 <= len(marks[-1].split("-")[0]) <= 3 and marks[-1].replace("-", "").isalnum() else ""
+    return language, kind
+
+
+def problems_of_id(title_id: str) -> list[str]:
+    if not is_clean(title_id):
+        return ["title_id has control characters or is not valid Unicode"]
+    size = len(title_id.encode())
+    return [f"title_id has {size} bytes; the limit is {MAX_TITLE_ID_BYTES}"] if size > MAX_TITLE_ID_BYTES else []
+
+
+def is_clean(text: str) -> bool:
+    """Whether text is valid Unicode (JSON may hold half a surrogate pair) without control characters."""
+    return _is_unicode(text) and not any(ord(character) < 32 for character in text)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
+
+
+def _problems_of_list(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)):
+        return [f"{name} must be a list of strings, is {type(value).__name__} ({value!r})"]
+    wrong = [item for item in value if not isinstance(item, str)]
+    if wrong:
+        return [f"{name} must be a list of strings, has {type(wrong[0]).__name__} ({wrong[0]!r})"]
+    return [f"{name} has an empty entry"] if any(not item.strip() for item in value) else []
+
+
+def problems_of_metadata(synopsis: Any, tags: Any) -> list[str]:
+    wrong = _problems_of_list("tags", tags)
+    if synopsis is not None and not isinstance(synopsis, str):
+        wrong.append(f"synopsis must be a string, is {type(synopsis).__name__}")
+    if not wrong and not all(map(_is_unicode, [synopsis or "", *(tags or ())])):
+        wrong.append("synopsis or tags are not valid Unicode")
+    return wrong
+
+
+def _problems_of_duration(value: Any) -> list[str]:
+    """Of a number, or of its text in a CSV; nothing, or 0, is a duration that is not known."""
+    try:
+        seconds = float(value or 0)
+    except (TypeError, ValueError, OverflowError):  # OverflowError: an integer of hundreds of digits
+        seconds = math.nan
+    return [] if 0 <= seconds < math.inf else [f"duration_s must be a number of seconds, is {value!r}"]
+
+
+def parquet_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        names = file.schema_arrow.names
+        missing = [name for name in ("title_id", "video") if name not in names]
+        if missing:
+            problems.extend(BadRow("", f"the column {name} is missing (there are: {', '.join(names)})") for name in missing)
+            return []
+        rows = file.read([name for name in COLUMNS if name in names]).to_pylist()
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the latter of times that Python has no value for
+        problems.append(BadRow("", f"not a readable Parquet file: {error}"))
+        return []
+    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def csv_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problems.append(BadRow("", f"not UTF-8: {error}"))
+        return []
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    try:
+        header = reader.fieldnames or []
+        missing = [name for name in ("title_id", "video") if name not in header]
+        if missing:
+            problems.extend(BadRow("", f"the column {name} is missing (there are: {', '.join(header)})") for name in missing)
+            return []
+        for row in reader:
+            where = f"line {reader.line_num}"
+            if None in row:
+                problems.append(BadRow(where, f"more fields than the header has ({len(header)})"))
+                continue
+            for name in ("timed_text", "tags"):
+                if name in row:
+                    row[name] = [item.strip() for item in (row[name] or "").split(CSV_LIST_SEPARATOR) if item.strip()]
+            rows.append((where, dict(row)))
+    except csv.Error as error:
+        problems.append(BadRow("", f"line {reader.line_num}: {error}"))  # what comes after it was not read
+    return rows
+
+
+def jsonl_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            problems.append(BadRow(f"line {number}", f"not valid JSON: {error}"))
+            continue
+        if isinstance(row, dict):
+            rows.append((f"line {number}", row))
+        else:
+            problems.append(BadRow(f"line {number}", f"must be a JSON object, is {type(row).__name__}"))
+    return rows
