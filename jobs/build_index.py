@@ -1,7 +1,7 @@
 """Build the index that shots are searched in, or bring it up to date. No video is opened, no model is loaded.
 
-    python -m jobs.build_index output.uri=embeddings/ index.uri=index/
-    python -m jobs.build_index output.uri=embeddings/ index.uri=s3://bucket/index vectors.kind=fused index.parts=[text]
+    mediafm index output.uri=embeddings/ index.uri=index/
+    mediafm index output.uri=embeddings/ index.uri=s3://bucket/index vectors.kind=fused index.parts=[text]
 
 The index is a Lance dataset: one row a shot, with its contextual (or fused) vector and those of its modalities, title, times, text and
 language. New and changed titles are added, those that are gone leave; where nothing changed, nothing is done. From index.least_shots
@@ -21,6 +21,7 @@ from mediafm_ray.pipeline.derived import vectors_dataset
 from mediafm_ray.pipeline.indexing import add_titles, finish_build, index_vectors, make_index_plan, open_target, remove_titles
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.stored import open_dataset
+from mediafm_ray.spec import need
 from mediafm_ray.storage.index import LEASE, IndexWriter
 from mediafm_ray.storage.lease import LeaseLost, held
 from mediafm_ray.storage.store import Store
@@ -30,6 +31,7 @@ LEASE_LOST = "the lease of this index was lost: another build may have begun"
 
 def main(config: BuildIndexConfig) -> int:
     """Compare, add, remove, train and measure, publish."""
+    need("search", "building an index")
     console = Console()
     if not config.index.uri:
         raise ConfigError("index.uri is required: a folder or bucket prefix of its own")

