@@ -15,8 +15,9 @@ FORBIDDEN = {  # layer -> libraries that it must run without
     "media": ("ray", "torch", "transformers", "omegaconf", "pyarrow"),
     "models": ("ray", "av", "omegaconf", "pyarrow", "fsspec"),
     "training": ("ray", "av", "omegaconf", "pyarrow", "fsspec", "matplotlib", "tensorboardX"),
-    "storage": ("ray", "torch", "transformers", "av", "omegaconf"),
-    "downstream": ("ray", "torch", "av", "omegaconf"),
+    "storage": ("ray", "torch", "transformers", "av", "omegaconf", "lance"),
+    "downstream": ("ray", "torch", "av", "omegaconf", "scipy", "sklearn"),
+    "cli": ("ray", "torch", "transformers", "av", "omegaconf", "pyarrow", "fsspec", "numpy"),  # --help is quick
 }
 MAY_IMPORT = {  # layer -> layers of this package that it may import
     "spec": (),
@@ -27,6 +28,7 @@ MAY_IMPORT = {  # layer -> layers of this package that it may import
     "training": ("training", "models", "spec"),
     "config": ("config", *MIDDLE, "spec"),
     "pipeline": ("pipeline", "config", *MIDDLE, "spec"),
+    "cli": ("pipeline",),
 }
 IMPORT_ALL = """
 import importlib, importlib.machinery, sys
