@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mediafm_ray.spec import EXTRAS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mediafm_ray"
 MIDDLE = ("media", "models", "storage", "training", "downstream")
@@ -65,6 +67,14 @@ def test_layer_imports_without_the_libraries_of_others(layer):
     modules = modules_of(layer)
     assert modules
     code = IMPORT_ALL.format(forbidden=FORBIDDEN[layer], modules=modules)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_jobs_import_without_the_extras():
+    jobs = [f"jobs.{name}" for name in ("embed_catalog", "backfill_catalog", "build_index", "search_shots", "evaluate_probes")]
+    forbidden = [module for modules in EXTRAS.values() for module in modules]
+    code = IMPORT_ALL.format(forbidden=forbidden, modules=[*jobs, "mediafm_ray.pipeline.stages", "mediafm_ray.pipeline.allowance"])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
