@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 import venv
+import zipfile
 from collections import deque
 from pathlib import Path
 
@@ -167,6 +168,14 @@ def installed(wheel, tmp_path_factory):
         return subprocess.run(command, cwd=elsewhere, env=variables, capture_output=True, text=True, timeout=600)
 
     return run
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {*OWN, f"{PROJECT['name']}-{PROJECT['version']}.dist-info"}
+    code = {str(path.relative_to(ROOT)) for folder in OWN for path in (ROOT / folder).rglob("*.py")}
+    assert {"mediafm_ray/py.typed", *code, *(f"mediafm_ray/conf/{name}.yaml" for name in profiles())} <= set(names)
 
 
 @pytest.mark.slow
