@@ -622,7 +622,8 @@ def profile_path(given: str) -> Path:
         return CONF / f"{given}.yaml"
     if given.endswith((".yaml", ".yml")) and os.path.isfile(given):
         return Path(given)
-    likely = difflib.get_close_matches(Path(given).with_suffix("").name, names, n=1)
+    spellings = (given.removeprefix("conf/").removesuffix(".yaml"), Path(given).stem)
+    likely = [name for spelling in spellings for name in difflib.get_close_matches(spelling, names, n=1)]
     meant = f" (did you mean {likely[0]}?)" if likely else ""
     raise ConfigError(f"--config {given}: there is no such file or profile{meant}; the profiles are: {', '.join(names)}")
 

@@ -109,11 +109,23 @@ def test_profiles_are_found_by_name():
     assert (parsed.catalog.uri, parsed.resources.detect_shots.node_resource) == ("v", "decode")
 
 
-@pytest.mark.parametrize("wrong", ["mediafn", "conf/mediafn.yaml", "elsewhere/mediafm.yaml"])
-def test_an_unknown_profile_lists_those_that_there_are(wrong):
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("mediafn", "mediafm"),
+        ("conf/mediafn.yaml", "mediafm"),
+        ("elsewhere/mediafm.yaml", "mediafm"),
+        ("conf/training/smal.yaml", "training/small"),
+        ("", ""),
+        ("..", ""),
+    ],
+)
+def test_an_unknown_profile_lists_those_that_there_are(wrong, meant):
     with pytest.raises(ConfigError) as refused:
         read(files=[wrong])
-    assert all(word in str(refused.value) for word in (wrong, "did you mean mediafm?", *profiles()))
+    assert all(word in str(refused.value) for word in (wrong, *profiles()))
+    assert ("did you mean" in str(refused.value)) == bool(meant)
+    assert f"did you mean {meant}?" in str(refused.value) or not meant
 
 
 def test_the_command_line_takes_files_and_overrides_in_any_order():
