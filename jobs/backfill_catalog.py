@@ -1,7 +1,7 @@
 """Keep an output up to date with its catalog: what a scheduler runs every night.
 
-    python -m jobs.backfill_catalog --config conf/offline.yaml catalog.uri=videos/ output.uri=embeddings/ backfill.max_wall_minutes=300
-    python -m jobs.backfill_catalog --dry-run ...
+    mediafm backfill --config offline catalog.uri=videos/ output.uri=embeddings/ backfill.max_wall_minutes=300
+    mediafm backfill --dry-run ...
 
 Computes what is new, changed, failed before and due again, and by choice what is committed under another dataset version only; within a
 budget; one run at a time a dataset version. A title that the budget leaves is there for the next run. With --dry-run it says what it

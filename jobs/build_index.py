@@ -1,7 +1,7 @@
 """Build the index that shots are searched in, or bring it up to date. No video is opened, no model is loaded.
 
-    python -m jobs.build_index output.uri=embeddings/ index.uri=index/
-    python -m jobs.build_index output.uri=embeddings/ index.uri=s3://bucket/index vectors.kind=fused index.parts=[text]
+    mediafm index output.uri=embeddings/ index.uri=index/
+    mediafm index output.uri=embeddings/ index.uri=s3://bucket/index vectors.kind=fused index.parts=[text]
 
 The index is a Lance dataset: one row a shot, with its contextual (or fused) vector and those of its modalities, title, times, text and
 language. New and changed titles are added, those that are gone leave; where nothing changed, nothing is done. From index.least_shots
@@ -19,6 +19,7 @@ from mediafm_ray.config.jobs import BuildIndexConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.indexing import add_titles, finish_build, index_vectors, make_index_plan, open_target, remove_titles
 from mediafm_ray.derive.reader import vectors_dataset
+from mediafm_ray.extras import need
 from mediafm_ray.runs.command import holder_of_lease, run_job, working
 from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.stored import open_dataset
@@ -32,6 +33,7 @@ LEASE_LOST = "the lease of this index was lost: another build may have begun"
 
 def main(config: BuildIndexConfig) -> int:
     """Compare, add, remove, train and measure, publish."""
+    need("search", "building an index")
     console = Console()
     if not config.index.uri:
         raise ConfigError("index.uri is required: a folder or bucket prefix of its own")

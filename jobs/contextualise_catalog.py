@@ -1,6 +1,6 @@
 """Contextualise what is embedded: a checkpoint's contextual embeddings from committed shots. No video is opened.
 
-    python -m jobs.contextualise_catalog output.uri=embeddings/ contextualiser.checkpoint=checkpoint/
+    mediafm contextualise output.uri=embeddings/ contextualiser.checkpoint=checkpoint/
 
 Writes contextual-<checkpoint>/ beside the shots, the same bytes as jobs.embed_catalog with that checkpoint. What is committed already is
 skipped; a killed run is finished by running the same command again. Files for jobs.embed_catalog serve as --config here, too.

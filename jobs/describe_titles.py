@@ -1,6 +1,6 @@
 """Describe committed titles, one row each: vectors for recommendation on the day of launch, length, pace, how much is said.
 
-    python -m jobs.describe_titles output.uri=embeddings/ [table.uri=titles.parquet]
+    mediafm titles output.uri=embeddings/ [table.uri=titles.parquet]
 
 Writes titles-<fused|contextual>-<options>/ beside the shots, and names the titles nearest to each by the cosine of their pooled embeddings.
 No video is opened, no model is loaded. What is committed already is skipped; a killed run is finished by running the same command again.

@@ -1,6 +1,6 @@
 """Embed a catalog: every title's shots as fused (and, with a checkpoint, contextual) embeddings.
 
-    python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri=videos/ output.uri=embeddings/
+    mediafm embed --config offline catalog.uri=videos/ output.uri=embeddings/
 
 What is committed already is skipped; a killed run is finished by running the same command again. Its logs stand below runs/ in the output.
 Exit code 0: all is well; 1: more titles failed, or could not be looked at, than run.max_failed_fraction allows; 2: a bad configuration

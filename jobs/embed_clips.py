@@ -1,8 +1,8 @@
 """Vectors for a table of clips, any [start, end) of committed titles.
 
-    python -m jobs.embed_clips output.uri=embeddings/ clips.uri=clips.csv table.uri=vectors.parquet
-    python -m jobs.embed_clips ... clips.kind=contextual_alone contextualiser.checkpoint=checkpoint/
-    python -m jobs.embed_clips ... clips.kind=fused
+    mediafm clips output.uri=embeddings/ clips.uri=clips.csv table.uri=vectors.parquet
+    mediafm clips ... clips.kind=contextual_alone contextualiser.checkpoint=checkpoint/
+    mediafm clips ... clips.kind=fused
 
 A clip's vector is the mean direction of its shots, each weighted by the seconds it has in the clip. The table that is written has
 the rows and columns of the one that is read, and a column embedding. No video is opened; a model is loaded where clips are read by

@@ -1,7 +1,7 @@
 """What the vectors know: linear probes on labels of clips, for each step of the recipe.
 
-    python -m jobs.evaluate_probes output.uri=embeddings/ labels.uri=labels.csv contextualiser.checkpoint=checkpoint/ report.uri=probes.json
-    python -m jobs.evaluate_probes output.uri=embeddings/ labels.uri=labels.csv labels.inputs=[video,audio,text,fused]
+    mediafm probes output.uri=embeddings/ labels.uri=labels.csv contextualiser.checkpoint=checkpoint/ report.uri=probes.json
+    mediafm probes output.uri=embeddings/ labels.uri=labels.csv labels.inputs=[video,audio,text,fused]
 
 The table has title_id, start_s, end_s of each clip, and columns of true and false (a label each), one column of names (a;b for several), or
 one column of scores that rank the clips. For video, audio and text alone, fused, the fused vectors' mean over five shots (neighbours: the
@@ -25,6 +25,7 @@ from mediafm_ray.config.jobs import EvaluateProbesConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.clip_tables import CLIP_COLUMNS, CONTEXTUAL, FUSED, NEIGHBOURS, ClipSource, check_kinds, clip_vectors, read_clips
 from mediafm_ray.downstream.probes import Labels, as_json, chance, describe, describe_labels, evaluate, labels_of, learnable
+from mediafm_ray.extras import need
 from mediafm_ray.runs.command import EXIT_OK, run_job
 from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.stored import open_dataset
@@ -36,6 +37,7 @@ NO_LABELS = (*CLIP_COLUMNS, "clip_id")  # columns of the table that say which cl
 
 def main(config: EvaluateProbesConfig) -> int:
     """Read the labels, pool the clips, probe, report."""
+    need("probes", "probing")
     console = Console()
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
     stored = ("labels.contextual", config.labels.contextual)

@@ -1,7 +1,7 @@
 """Write the page of a catalog: every title with its length, shots and warnings, failures with their reasons, the last run.
 
-    python -m jobs.report_catalog output.uri=embeddings/
-    python -m jobs.report_catalog output.uri=embeddings/ report.title_pages=true
+    mediafm report output.uri=embeddings/
+    mediafm report output.uri=embeddings/ report.title_pages=true
 
 Self-contained HTML; no video is opened, no model is loaded. Title pages are linked where they are there.
 Exit code 0: the pages are there; 1: some titles' pages could not be made; 2: a bad configuration or dataset; 3: not all

@@ -1,7 +1,7 @@
 """Write the page of one title: its shots and scenes on a timeline, what each modality saw, how similar the shots are, nearest shots.
 
-    python -m jobs.report_title output.uri=embeddings/ title_id=NAME
-    python -m jobs.report_title output.uri=s3://bucket/embeddings title_id=NAME report.path=page.html
+    mediafm page output.uri=embeddings/ title_id=NAME
+    mediafm page output.uri=s3://bucket/embeddings title_id=NAME report.path=page.html
 
 One self-contained HTML file; opening it asks no server for anything. No video is opened, no model is loaded.
 Exit code 0: the page is there; 2: a bad configuration, or the title is not committed.

@@ -1,7 +1,7 @@
 """Group the shots of committed titles into scenes. No video is opened, no model is loaded.
 
-    python -m jobs.segment_scenes output.uri=embeddings/
-    python -m jobs.segment_scenes output.uri=embeddings/ vectors.kind=fused
+    mediafm scenes output.uri=embeddings/
+    mediafm scenes output.uri=embeddings/ vectors.kind=fused
 
 Writes scenes-<fused|contextual>-<options>/ beside the shots: first and last shot, times and score of each scene (the head of
 mediafm_ray/downstream/scenes.py explains the method and the score). What is committed already is skipped; a killed run is finished

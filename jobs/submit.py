@@ -1,7 +1,7 @@
 """Submit a job to a Ray cluster, follow its log, and end with the job's own exit code.
 
-    python -m jobs.submit [--address http://127.0.0.1:8265] [--working-dir .] [--runtime-env conf/cluster/runtime_env.yaml] -- \\
-        python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri=s3://... output.uri=s3://...
+    mediafm submit [--address http://127.0.0.1:8265] [--working-dir .] [--runtime-env FILE] -- \\
+        python -m jobs.embed_catalog --config offline catalog.uri=s3://... output.uri=s3://...
 
 `ray job submit` does the same, but ends with 1 whatever the job's exit code was. Where the cluster asks for a token, it is found as Ray
 finds it: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
@@ -29,6 +29,7 @@ import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from mediafm_ray.config.loader import CONF
 from mediafm_ray.runs.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED, guarded, working
 from mediafm_ray.text import public_line
 
@@ -102,7 +103,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS), help="of the cluster's dashboard")
     parser.add_argument("--working-dir", default=".", help="folder that the job takes along")
     parser.add_argument(
-        "--runtime-env", type=Path, default=Path("conf/cluster/runtime_env.yaml"), help="YAML: what not to take along, variables, packages"
+        "--runtime-env",
+        type=Path,
+        default=CONF / "cluster" / "runtime_env.yaml",
+        help="YAML: what not to take along, variables, packages (default: conf/cluster/runtime_env.yaml)",
     )
     parser.add_argument("--submission-id", help="a name for the job; a second job of the same name is refused")
     parser.add_argument("--patience", type=float, default=PATIENCE_S, metavar="SECONDS", help="how long the cluster may be out of reach")
@@ -202,6 +206,11 @@ def exit_code(details: Any) -> int:
     )  # killed by a signal: as a shell says it
 
 
-if __name__ == "__main__":
+def command(arguments: Sequence[str] | None = None) -> int:
+    """Run as a program."""
     logging.disable(logging.WARNING)  # Ray's line for every file that is not taken along
-    sys.exit(guarded(main))
+    return guarded(lambda: main(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(command())

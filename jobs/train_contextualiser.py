@@ -1,6 +1,6 @@
 """Train a contextualiser on the shots of an embedded catalog, by masked shot modelling: neighbour attention, or the recipe's encoder.
 
-    python -m jobs.train_contextualiser --config conf/training/small.yaml dataset.uri=embeddings/ checkpoint.uri=contextualiser/
+    mediafm train --config training/small dataset.uri=embeddings/ checkpoint.uri=contextualiser/
 
 checkpoint.uri is then what contextualiser.checkpoint= of the other jobs takes: the model that did best on held-out titles.
 A killed training goes on when the same command is run again, with the same numbers as if nothing had been; a finished one says so.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 
 from mediafm_ray.config.jobs import TrainContextualiserConfig
+from mediafm_ray.extras import need
 from mediafm_ray.pipeline.training.folder import FINISHED, TrainingFolder
 from mediafm_ray.pipeline.training.train import TrainingPlan, Watch, advise, describe_cosines, plan_training, run_workers
 from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_OK, run_job, working
@@ -20,6 +21,7 @@ from mediafm_ray.runs.report import Console
 
 def main(config: TrainContextualiserConfig) -> int:
     """Plan, train, report."""
+    need("train", "training")
     console = Console()
     plan = plan_training(config)
     say_plan(plan, config, console)

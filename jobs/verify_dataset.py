@@ -1,7 +1,7 @@
 """Check every object of an output: readable, of the right columns, vectors finite and of unit norm, shots that tile their title.
 
-    python -m jobs.verify_dataset output.uri=embeddings/
-    python -m jobs.verify_dataset output.uri=embeddings/ verify.repair=true
+    mediafm verify output.uri=embeddings/
+    mediafm verify output.uri=embeddings/ verify.repair=true
 
 Prints what is broken, and why; with verify.repair=true deletes it, so that the next run computes those titles anew. Run it while no
 job writes there; a repair takes the lease of jobs.backfill_catalog. Exit code 0: all is well; 1: something is, or was, broken; 2: the

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mediafm_ray.config.jobs import EmbedCatalogConfig
-from mediafm_ray.config.loader import ConfigError, describe, read_config
+from mediafm_ray.config.loader import ConfigError, describe, profiles, read_config
 from mediafm_ray.runs.command import parse
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -100,6 +100,33 @@ def test_a_mistake_in_a_file_names_file_and_key(tmp_path):
 @pytest.mark.parametrize("profile", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
 def test_profiles_parse(profile):
     assert isinstance(read("catalog.uri=a", "output.uri=b", files=[profile]), EmbedCatalogConfig)
+
+
+def test_profiles_are_found_by_name():
+    assert read("run.max_titles=2", files=["mediafm"]) == read("run.max_titles=2", files=[CONF / "mediafm.yaml"])
+    files = {str(file.relative_to(CONF).with_suffix("")) for file in CONF.rglob("*.yaml") if "kubernetes" not in file.parts}
+    assert set(profiles()) == files - {"cluster/runtime_env"}
+    parsed = parse("", EmbedCatalogConfig, ["--config", "offline", "cluster/gpu", "catalog.uri=v"])
+    assert (parsed.catalog.uri, parsed.resources.detect_shots.node_resource) == ("v", "decode")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("mediafn", "mediafm"),
+        ("conf/mediafn.yaml", "mediafm"),
+        ("elsewhere/mediafm.yaml", "mediafm"),
+        ("conf/training/smal.yaml", "training/small"),
+        ("", ""),
+        ("..", ""),
+    ],
+)
+def test_an_unknown_profile_lists_those_that_there_are(wrong, meant):
+    with pytest.raises(ConfigError) as refused:
+        read(files=[wrong])
+    assert all(word in str(refused.value) for word in (wrong, *profiles()))
+    assert ("did you mean" in str(refused.value)) == bool(meant)
+    assert f"did you mean {meant}?" in str(refused.value) or not meant
 
 
 def test_the_command_line_takes_files_and_overrides_in_any_order():

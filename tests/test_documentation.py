@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from docs import configuration
+from mediafm_ray.cli import COMMANDS
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.runs.command import parse
 from mediafm_ray.storage.schemas import contextual_schema, scenes_schema, shots_schema, titles_schema
@@ -25,7 +26,10 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#{1,6} (.*)$", re.MULTILINE)
-COMMAND = re.compile(r"python -m ((?:jobs|benchmarks|examples|mediafm_ray|docs)[\w.]*)((?:(?!python -m ).)*)", re.DOTALL)
+PROGRAM = (
+    r"(?:python -m (?=jobs|benchmarks|mediafm_ray|docs)|(?<![\w.\[/-])(?<!--config )mediafm (?=[a-z]))"  # and then a module or a command
+)
+COMMAND = re.compile(rf"{PROGRAM}([\w.]+)((?:(?!{PROGRAM}).)*)", re.DOTALL)
 MODULE = re.compile(r"\b((?:jobs|benchmarks|examples)\.[a-z]\w*)")
 KEY = re.compile(r"^([a-z_]+(?:\.[a-z_<>]+)+)(?:=.*)?$")
 PATH = re.compile(r"^(?:mediafm_ray|jobs|conf|tests|benchmarks|docs|examples|\.ci)/[\w./-]*$")
@@ -60,13 +64,17 @@ def anchors(page):
 
 
 def commands(page):
-    """Every ``python -m MODULE WORDS`` of a page's shell code, terminal output and inline code."""
+    """Module and words of every ``python -m MODULE WORDS`` and ``mediafm COMMAND WORDS`` of a page's shell code, output and inline code."""
     shell = [re.sub(r"\\\n", " ", code) for code in fences(page, "sh")]
     lines = [line for code in shell for line in code.split("\n")]
     lines += [line[2:] for code in fences(page, "text") for line in code.split("\n") if line.startswith("$ ")]
     for line in [*lines, *inline_code(page)]:
         for module, rest in COMMAND.findall(line):
-            yield module, [word for word in shlex.split(rest, comments=True) if word not in ("...", "--")]
+            assert "." in module or module in COMMANDS, f"{page.name}: mediafm {module}"
+            yield (
+                COMMANDS[module][0] if module in COMMANDS else module,
+                [word for word in shlex.split(rest, comments=True) if word not in ("...", "--", "--help")],
+            )
 
 
 def added_by(page):
@@ -109,6 +117,11 @@ def test_commands_exist_and_take_what_they_are_given(page, monkeypatch):
         assert importlib.util.find_spec(module), f"{page.name}: python -m {module}"
         if kind := JOBS.get(module.removeprefix("jobs.")):
             parse("", kind, words)
+
+
+def test_every_command_is_in_the_table():
+    rows = re.findall(r"^\| `mediafm (\w+)` \| `(.*?)` \| (.*) \|$", (ROOT / "docs" / "quickstart.md").read_text(), re.MULTILINE)
+    assert rows == [(name, module, help) for name, (module, help) in COMMANDS.items()]
 
 
 def test_a_command_with_a_mistake_is_found():

@@ -9,23 +9,28 @@ from pathlib import Path
 
 import pytest
 
+from mediafm_ray.extras import EXTRAS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mediafm_ray"
-BASE = ("spec", "errors", "text")
+BASE = ("spec", "errors", "text", "extras")
 MIDDLE = ("media", "models", "storage", "training", "downstream")
 FORBIDDEN = {  # layer -> libraries that it must run without
     **dict.fromkeys(BASE, ("ray", "torch", "transformers", "av", "pyarrow", "omegaconf", "fsspec")),
     "media": ("ray", "torch", "transformers", "omegaconf", "pyarrow"),
     "models": ("ray", "av", "omegaconf", "pyarrow", "fsspec"),
     "training": ("ray", "av", "omegaconf", "pyarrow", "fsspec", "matplotlib", "tensorboardX"),
-    "storage": ("ray", "torch", "transformers", "av", "omegaconf"),
-    "downstream": ("ray", "torch", "av", "omegaconf"),
+    "storage": ("ray", "torch", "transformers", "av", "omegaconf", "lance"),
+    "downstream": ("ray", "torch", "av", "omegaconf", "scipy", "sklearn"),
     "runs": ("ray", "torch", "transformers"),
     "derive": ("ray", "torch", "transformers", "av"),
+    "cli": ("ray", "torch", "transformers", "av", "omegaconf", "pyarrow", "fsspec", "numpy"),  # --help is quick
 }
 MAY_IMPORT = {  # layer -> layers and modules of this package that it may import
     "text": (),
     "errors": ("text",),
+    "extras": ("text",),
+    "cli": ("runs",),
     "spec": (),
     "media": ("media", *BASE),
     "models": ("models", *BASE),
@@ -72,6 +77,14 @@ def test_layer_imports_without_the_libraries_of_others(layer):
     modules = modules_of(layer)
     assert modules
     code = IMPORT_ALL.format(forbidden=FORBIDDEN[layer], modules=modules)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_jobs_import_without_the_extras():
+    jobs = [f"jobs.{name}" for name in ("embed_catalog", "backfill_catalog", "build_index", "search_shots", "evaluate_probes")]
+    forbidden = [module for modules in EXTRAS.values() for module in modules]
+    code = IMPORT_ALL.format(forbidden=forbidden, modules=[*jobs, "mediafm_ray.pipeline.stages", "mediafm_ray.pipeline.allowance"])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

@@ -7,11 +7,14 @@ ConfigError that names it.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files as resources_of
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -23,6 +26,7 @@ from mediafm_ray.models.weights import with_endpoint
 from mediafm_ray.text import PublicError
 
 HELP_WIDTH = 118  # columns
+CONF = Path(str(resources_of("mediafm_ray"))) / "conf"  # the profiles that come with the package
 NULLS = ("null", "~")  # how YAML writes that there is no value
 ADDRESSES = ("weights", "temporal_weights", "checkpoint")  # keys of any section whose values are addresses of weights
 Job = TypeVar("Job")
@@ -36,10 +40,9 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
     """A job's configuration from YAML files and ``key=value`` overrides, later ones over earlier ones. Raises ConfigError."""
     merged = OmegaConf.structured(kind)
     for file in files:
-        if not os.path.isfile(file):
-            raise ConfigError(f"--config {file}: there is no such file")
+        path = profile_path(file)
         try:
-            merged = OmegaConf.merge(merged, _without_sections_of_others(kind, OmegaConf.load(file)))
+            merged = OmegaConf.merge(merged, _without_sections_of_others(kind, OmegaConf.load(path)))
         except (OmegaConfBaseException, OSError, ValueError) as error:
             raise ConfigError(f"--config {file}: {_first_line(error)}") from error
         except Exception as error:  # PyYAML's errors have no common base that OmegaConf exports
@@ -62,6 +65,24 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
         raise ConfigError(_first_line(error)) from error
     except ValueError as error:  # a dataclass's own check
         raise ConfigError(str(error)) from error
+
+
+def profiles() -> list[str]:
+    """Return the names of the profiles that come with the package, such as offline and training/small."""
+    found = [*CONF.glob("*.yaml"), *CONF.glob("training/*.yaml"), CONF / "cluster" / "gpu.yaml"]
+    return sorted(str(path.relative_to(CONF).with_suffix("")) for path in found)
+
+
+def profile_path(given: str) -> Path:
+    """Return the file behind a value of ``--config``: a path to a YAML file, or the name of a profile. Raises ConfigError."""
+    if given in (names := profiles()):
+        return CONF / f"{given}.yaml"
+    if given.endswith((".yaml", ".yml")) and os.path.isfile(given):
+        return Path(given)
+    spellings = (given.removeprefix("conf/").removesuffix(".yaml"), Path(given).stem)
+    likely = [name for spelling in spellings for name in difflib.get_close_matches(spelling, names, n=1)]
+    meant = f" (did you mean {likely[0]}?)" if likely else ""
+    raise ConfigError(f"--config {given}: there is no such file or profile{meant}; the profiles are: {', '.join(names)}")
 
 
 def _parsed(override: str, is_text: bool) -> Any:

@@ -26,9 +26,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import kendalltau
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, Ridge
 from threadpoolctl import threadpool_limits
 
 from mediafm_ray.downstream.options import ProbesConfig
@@ -155,6 +152,8 @@ def held_out_scores(vectors_ND: np.ndarray, labels: Labels, groups_N: np.ndarray
         strength = _choose_strength(rotated_ND, values_N, train[~inner], train[inner], config)
         scores_RNL[repeat, test, column] = _predict(rotated_ND, values_N, train, test, strength)
 
+    from sklearn.exceptions import ConvergenceWarning
+
     tasks = itertools.product(range(config.repeats), range(int(fold_RN[0].max()) + 1), range(labels.values_NL.shape[1]))
     with warnings.catch_warnings():  # weakly regularised, separable labels never converge, and are ranked long before
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -206,6 +205,8 @@ def _predict(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.ndarray, te
     parts against each other the wrong way round: the stratification bias of pooled cross-validation (Parker, Guenter and Bedo 2007, BMC
     Bioinformatics 8:326). The correction is that of King and Zeng 2001, "Logistic regression in rare events data".
     """
+    from sklearn.linear_model import LogisticRegression, Ridge
+
     seen_N = values_N[train]
     if values_N.dtype != np.bool_:
         offset = float(values_N.mean() - seen_N.mean())
@@ -274,6 +275,8 @@ def _metrics(scores_RNL: np.ndarray, labels: Labels, weight_BN: np.ndarray) -> t
 
 def _tau(scores: np.ndarray, values: np.ndarray) -> float:
     """Kendall's tau-b; NaN where one side does not vary."""
+    from scipy.stats import kendalltau
+
     return float(kendalltau(scores, values).statistic)
 
 

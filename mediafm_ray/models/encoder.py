@@ -16,12 +16,22 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mediafm_ray.extras import need
 from mediafm_ray.models import weights
 from mediafm_ray.models.options import AudioEncoderConfig, TextEncoderConfig, VideoEncoderConfig
 from mediafm_ray.spec import digest_of
+from mediafm_ray.text import PublicError
 
 EFFICIENTNET_LITE0_DIM = 1280  # channels of the last convolution
 LOG_MEL_DIM = 192  # three statistics of 64 mel bands
+
+
+class ApiError(PublicError):
+    """The embeddings API did not give what was asked for; the message says why and never holds the key."""
+
+
+class BudgetExceeded(ApiError):
+    """The configured cap on spending is reached: nothing more is sent."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ class _Implementation:
     factory: str
     dim: Callable[[Any], int]
     has_weights: bool = True
+    extra: str = ""  # the optional part of the installation that the module needs
 
 
 def _number_in_config(address: str, *paths: tuple[str, ...]) -> int:
@@ -119,7 +130,7 @@ AUDIO_ENCODERS: Mapping[str, _Implementation] = {
     "log_mel": _Implementation("log_mel", "LogMelEncoder", lambda config: LOG_MEL_DIM, has_weights=False),
 }
 TEXT_ENCODERS: Mapping[str, _Implementation] = {
-    "openai": _Implementation("text_api", "ApiTextEncoder", lambda config: config.dimensions, has_weights=False),
+    "openai": _Implementation("text_api", "ApiTextEncoder", lambda config: config.dimensions, has_weights=False, extra="openai"),
     "sentence_transformer": _Implementation("sentence", "SentenceEncoder", _hidden_size),
 }
 
@@ -183,4 +194,7 @@ def _build(modality: str, implementations: Mapping[str, _Implementation], config
 def _find(modality: str, implementations: Mapping[str, _Implementation], name: str) -> _Implementation:
     if name not in implementations:
         raise ValueError(f"{modality}.encoder: there is no {modality} encoder {name!r}; there are: {', '.join(sorted(implementations))}")
-    return implementations[name]
+    found = implementations[name]
+    if found.extra:
+        need(found.extra, f"{modality}.encoder={name}")
+    return found

@@ -29,9 +29,9 @@ import numpy as np
 import openai
 
 from mediafm_ray.errors import OutageError
-from mediafm_ray.models.encoder import Encoded
+from mediafm_ray.models.encoder import ApiError, BudgetExceeded, Encoded
 from mediafm_ray.models.options import TextEncoderConfig
-from mediafm_ray.text import PublicError, public_line
+from mediafm_ray.text import public_line
 
 INPUTS_PER_REQUEST = 2048  # the API's limits
 TOKENS_PER_REQUEST = 300_000
@@ -49,16 +49,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class ApiError(PublicError):
-    """The embeddings API did not give what was asked for; the message says why and never holds the key."""
-
-
 class ApiUnavailable(ApiError, OutageError):
     """The API failed, or refused whoever asked, whatever the text was."""
-
-
-class BudgetExceeded(ApiError):
-    """The configured cap on spending is reached: nothing more is sent."""
 
 
 class Allowance(Protocol):

@@ -7,7 +7,6 @@ from typing import Any
 import ray
 
 from mediafm_ray.models.options import TextEncoderConfig
-from mediafm_ray.models.text_api import allowance_of
 from mediafm_ray.pipeline.cluster import on_this_node
 
 
@@ -15,6 +14,8 @@ class _Keeper:
     """The actor: what is left of the limits."""
 
     def __init__(self, config: TextEncoderConfig):
+        from mediafm_ray.models.text_api import allowance_of  # of an optional extra
+
         self.allowance = allowance_of(config)
 
     def reserve(self, requests: int, tokens: int) -> float:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from mediafm_ray.errors import CardError
 from mediafm_ray.media.loudness import audio_levels
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.models.encoder import build_audio_encoder, build_text_encoder, build_video_encoder
+from mediafm_ray.models.encoder import BudgetExceeded, build_audio_encoder, build_text_encoder, build_video_encoder
 from mediafm_ray.models.fusion import fuse
 from mediafm_ray.models.options import (
     AudioEncoderConfig,
@@ -27,7 +27,6 @@ from mediafm_ray.models.options import (
     VideoEncoderConfig,
 )
 from mediafm_ray.models.shot_statistics import shot_statistics
-from mediafm_ray.models.text_api import BudgetExceeded
 from mediafm_ray.pipeline.rows import (
     AUDIO,
     FLAGS,

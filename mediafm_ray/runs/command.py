@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from mediafm_ray.config.loader import ConfigError, describe, read_config
+from mediafm_ray.extras import MissingExtra
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.runs.report import clean_logs, reason_of
 from mediafm_ray.storage.catalog import CatalogError
@@ -52,7 +53,7 @@ def guarded(job: Callable[[], int]) -> int:
     try:
         with ended_by_signals():
             return job()
-    except (ConfigError, CatalogError, StorageError, WeightsError, DatasetError) as error:
+    except (ConfigError, CatalogError, StorageError, WeightsError, DatasetError, MissingExtra) as error:
         print(f"error: {error}", file=sys.stderr)
         return _exit_code(error)
     except KeyboardInterrupt:
@@ -160,16 +161,20 @@ def parse(description: str, kind: type[Any], arguments: Sequence[str] | None) ->
         usage="%(prog)s [--help] [--dry-run] [--config FILE [FILE ...]] [key=value ...]",
         epilog=f"keys, with their defaults:\n{describe(kind)}",
     )
-    parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="FILE", help="YAML files, later ones over earlier ones")
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="YAML files or names of profiles, later ones over earlier ones",
+    )
     if any(section.name == "run" for section in dataclasses.fields(kind)):
         parser.add_argument("--dry-run", action="store_true", help="the same as run.dry_run=true")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="single values, over the files")
     found = parser.parse_intermixed_args(arguments)
-    # argparse gives everything up to the next option to --config: what is no YAML file is an override
-    files = [value for value in found.config if value.endswith((".yaml", ".yml")) and "=" not in value]
-    rest = [value for value in found.config if value not in files]
-    wrong = [value for value in rest if "=" not in value]
-    if wrong:
-        raise ConfigError(f"--config {wrong[0]}: expected a .yaml file or key=value")
+    # argparse gives everything up to the next option to --config: what holds an equals sign is an override
+    files = [value for value in found.config if "=" not in value]
+    rest = [value for value in found.config if "=" in value]
     dry = ["run.dry_run=true"] if getattr(found, "dry_run", False) else []
     return read_config(kind, files, [*rest, *found.overrides, *dry])

@@ -22,19 +22,21 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-
-os.environ.setdefault("LANCE_LOG", "error")  # which lance reads when it is imported: else it tells of every dataset that it creates
-import lance
 
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import DatasetError
 from mediafm_ray.storage.s3 import s3_config_options
 from mediafm_ray.storage.schemas import METADATA_KEY, embedding_values, read_facts
 from mediafm_ray.storage.store import StorageConfig, StorageError, Store, scheme_of
+
+if TYPE_CHECKING:
+    import lance
+
+os.environ.setdefault("LANCE_LOG", "error")  # which lance reads when it is imported: else it tells of every dataset that it creates
 
 FORMAT = 1  # of what is written: raise it with a change that an older release cannot read, or that cannot read older indexes
 PUBLISHED = "published"  # the tag of the version that is searched
@@ -268,6 +270,8 @@ def lance_at(uri: str, config: StorageConfig) -> lance.LanceDataset | None:
     store.check_readable()
     if LANCE_FOLDER not in store.folders():
         return None
+    import lance
+
     with explained(uri):
         return lance.dataset(store.uri, storage_options=storage_options(store.uri, config))
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-
-os.environ.setdefault("LANCE_LOG", "error")  # before lance is imported: see index
-import lance
 
 from mediafm_ray.storage.index import (
     BLOCK_SHOTS,
@@ -62,6 +58,8 @@ class IndexWriter:
 
     def create(self, facts: IndexFacts) -> None:
         """Begin an empty index; one that is there stays published until this one is."""
+        import lance
+
         with explained(self.uri):
             options = storage_options(self.uri, self.config)
             mode = "create" if self.lance is None else "overwrite"
@@ -83,6 +81,8 @@ class IndexWriter:
         return added
 
     def _append(self, group: Sequence[pa.Table]) -> None:
+        import lance
+
         with explained(self.uri):
             options = storage_options(self.uri, self.config)
             schema = self.lance.schema.remove_metadata()
