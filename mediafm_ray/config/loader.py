@@ -126,7 +126,9 @@ def _with_endpoint(config: Any) -> Any:
     for section in dataclasses.fields(config):
         value = getattr(config, section.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            names = [entry.name for entry in dataclasses.fields(value) if entry.name in ADDRESSES]
+            names = [
+                entry.name for entry in dataclasses.fields(value) if entry.name in ADDRESSES and isinstance(getattr(value, entry.name), str)
+            ]
             found = {name: with_endpoint(getattr(value, name), endpoint) for name in names}
             changed[section.name] = dataclasses.replace(value, **found)
     return dataclasses.replace(config, **changed)

@@ -297,7 +297,7 @@ class Trainer:
         """
         if not len(self.titles.held_out):
             return {}
-        names = [*FIGURES, *(f"{term}loss_of" for term in TERMS)]
+        names = [*FIGURES, *(f"{term}_loss" for term in TERMS)]
         names += [*(f"{name}_neighbours" for name in FIGURES), *BASELINES] if with_baselines else []
         totals = {name: torch.zeros(2, dtype=torch.float64) for name in names}  # of every worker the same, for a sum over all
 
@@ -325,7 +325,7 @@ class Trainer:
             totals = dict(zip(names, together.cpu(), strict=True))
         found = {name: float(total / count) for name, (total, count) in totals.items() if count}
         if self.is_context:
-            found["loss"] = sum(found.pop(f"{term}loss_of", 0.0) for term in TERMS)
+            found["loss"] = sum(found.pop(f"{term}_loss", 0.0) for term in TERMS)
         return {f"held_out_{name}": significant(value) for name, value in found.items()}
 
     @torch.no_grad()

@@ -167,7 +167,7 @@ def test_a_build_that_ends_at_any_step_leaves_the_last_version_and_is_finished(l
 
 KILL = """
 import os, signal, sys
-from mediafm_ray.storage.index import IndexWriter
+from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.runs.command import run_job
 from mediafm_ray.config.jobs import BuildIndexConfig
 from jobs import build_index

@@ -73,7 +73,7 @@ def test_another_version_of_ray_is_named_and_the_titles_are_done(pools, monkeypa
 def test_the_package_asks_for_the_tested_version():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     major, minor = map(int, ray_compat.TESTED.split("."))
-    assert f"ray[data,default,train]>={ray_compat.TESTED},<{major}.{minor + 1}" in declared
+    assert f"ray[data,default]>={ray_compat.TESTED},<{major}.{minor + 1}" in declared
 
 
 def test_only_one_module_reaches_into_ray():
