@@ -49,14 +49,14 @@ def test_every_odd_row_of_a_table_is_a_problem_with_its_line(tmp_path):
 UNFORESEEN = """
 import sys
 from jobs import {job} as job
-from mediafm_ray import config
+from mediafm_ray.config import jobs as configs
 from mediafm_ray.runs.command import run_job
 
 def fails(*_, **__):
     raise RecursionError("it goes\\nround and round")
 
 job.{step} = fails
-sys.exit(run_job("", config.{kind}, job.main))
+sys.exit(run_job("", configs.{kind}, job.main))
 """
 
 
