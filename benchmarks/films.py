@@ -201,6 +201,11 @@ def measure(
     return found
 
 
+def measure_model(model: Any, films: Sequence[Film], probe_films: Sequence[Film], sources: Sequence[int], seed: int) -> dict[str, Scores]:
+    """Every figure of what a model serves, as ``measure`` gives them."""
+    return measure(films, contextual(model, films), probe_films, contextual(model, probe_films), sources, seed)
+
+
 def probe(train_vectors: Vectors, labels: Sequence[np.ndarray], vectors_ND: np.ndarray) -> np.ndarray:
     """(N,) label that ridge regression on the labels gives each vector; a closed form, so that dozens of probes take seconds."""
     train_MD, label_M = unit(np.concatenate(train_vectors).astype(np.float64)), np.concatenate(labels)
@@ -367,17 +372,13 @@ def print_growth(takes: Takes, seeds: int, sizes: Sequence[int], steps: Sequence
     taken = dict.fromkeys(found, 0.0)
     for seed in range(seeds):
         to_train, films, others, sources = test_films(takes, seed, cut_aways)
-
-        def measured(model: Any, seed: int = seed, films: Any = films, others: Any = others, sources: Any = sources) -> dict[str, Scores]:
-            return measure(films, contextual(model, films), others, contextual(model, others), sources, seed)
-
-        base.append(measured(builtin_model()))
+        base.append(measure_model(builtin_model(), films, others, sources, seed))
         training = make_films(takes, to_train, max(sizes), 3000 + seed, cut_aways, FUSION)
         for size, count in found:
             begun = time.perf_counter()
             model, rows = train(training[:size], ShapeConfig(max_shots=128), replace(CONTEXT, seed=seed, steps=count))
             taken[size, count] += (time.perf_counter() - begun) / seeds
-            found[size, count].append(measured(model))
+            found[size, count].append(measure_model(model, films, others, sources, seed))
             print(f"seed {seed}, {size} films, {count} steps: held out {held_out_line(rows)}", flush=True)
     print("\n| films | steps | seconds | " + " | ".join(GROWTH_FIGURES) + " |\n" + "|---" * (len(GROWTH_FIGURES) + 3) + "|")
     for (size, count), figures in found.items():

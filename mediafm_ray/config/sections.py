@@ -87,7 +87,7 @@ class ResourcesConfig:
         if self.object_store_gb < 0 or self.no_progress_timeout_s < 0:
             raise ValueError("resources.object_store_gb and no_progress_timeout_s cannot be negative")
         for group in self.pools:
-            if "+".join(STAGES).find(group) < 0 or not set(group.split("+")) <= set(STAGES):
+            if group not in "+".join(STAGES) or not set(group.split("+")) <= set(STAGES):
                 raise ValueError(f"resources.pools: {group} is not a part of {'+'.join(STAGES)}")
         pooled = [stage for group in self.pools for stage in group.split("+")]
         if len(set(pooled)) < len(pooled):

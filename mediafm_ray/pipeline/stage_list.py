@@ -33,6 +33,11 @@ class Step:
     model: Any = None  # configuration of the stage's model, its constructor's first argument; None where it has no model
     others: tuple[Any, ...] = ()  # further arguments of the constructor
 
+    @property
+    def detects(self) -> bool:
+        """Whether this is the detector, or what stands in for it."""
+        return self.stage.name == stages.DetectShots.name
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -63,8 +68,8 @@ class Pool:
 
     @property
     def detects(self) -> bool:
-        """Whether the detector is among the steps."""
-        return self.steps[0].stage.name == stages.DetectShots.name
+        """Whether the detector, which is the first of all steps, is among these."""
+        return self.steps[0].detects
 
     @property
     def is_on_cpu(self) -> bool:
@@ -132,7 +137,7 @@ def make_pools(steps: Sequence[Step], resources: ResourcesConfig) -> list[Pool]:
 def _share(one: Step, other: Step, resources: ResourcesConfig) -> bool:
     if resources.pools:
         return any({one.stage.name, other.stage.name} <= set(group.split("+")) for group in resources.pools)
-    if one.stage is stages.DetectShots or one.resources.num_gpus or other.resources.num_gpus:
+    if one.detects or one.resources.num_gpus or other.resources.num_gpus:
         return False
     return one.resources.node_resource == other.resources.node_resource
 

@@ -1,9 +1,11 @@
 """Which stages share actors, and that nobody can tell from the results."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.scale import NoDetection
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline.rows import plan_table
@@ -35,6 +37,13 @@ def test_what_asks_for_a_gpu_or_for_other_nodes_stands_alone():
     assert gpu == [["detect_shots"], ["encode_video"], ["encode_audio"], ["encode_text"], ["fuse", "contextualise"], ["write"]]
     decoder = names("resources.encode_text.node_resource=api")
     assert decoder == [["detect_shots"], ["encode_video", "encode_audio"], ["encode_text"], ["fuse", "contextualise", "write"]]
+
+
+def test_what_stands_in_for_the_detector_has_actors_of_its_own_too():
+    config = read_config(EmbedCatalogConfig, [], ["output.uri=out"])
+    plan = Plan(Model("0" * 12, {}, {"fused": 1}, {}), "", plan_table([]), 0, 0, 0, 0, 0, ())
+    steps = [replace(step, stage=NoDetection, model=None, others=()) if step.detects else step for step in recipe_steps(plan, config)]
+    assert len(make_pools(steps, config.resources)[0].steps) == 1
 
 
 def test_pools_are_what_the_configuration_says():
