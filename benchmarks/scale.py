@@ -163,7 +163,8 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     from mediafm_ray.storage.store import Store
 
     start, console = time.monotonic(), Console()
-    config = read_config(EmbedCatalogConfig, [], [f"catalog.uri={catalog}", f"output.uri={output}", *overrides])
+    given = [f"catalog.uri={catalog}", f"output.uri={output}", "contextualiser.checkpoint="]  # that stage has no stand-in
+    config = read_config(EmbedCatalogConfig, [], [*given, *overrides])
     plan = make_plan(config)
     say_plan(plan, config, console)
     prepare_output(plan, config)
