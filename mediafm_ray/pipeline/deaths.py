@@ -18,8 +18,6 @@ from mediafm_ray.errors import TitleError
 from mediafm_ray.pipeline.cluster import on_this_node
 from mediafm_ray.pipeline.rows import TitleRow, failed
 
-REGISTER = "mediafm_deaths"
-
 
 class TooManyDeaths(RuntimeError):
     """Not even the record of a title's failure could be written without ending the process."""
@@ -60,16 +58,15 @@ class GuardedStage(Protocol):
 
 
 class DeathGuard:
-    """Runs stages, and fails the titles that too many processes ended with; may be sent to any process of the job.
+    """Runs stages, and fails the titles that too many processes ended with.
 
-    All guards of a job share one register.
+    A run has one; its copies in the actors share its register. Ray ends the register with the last copy, so it has no name by which
+    another run could find it while it ends.
     """
 
     def __init__(self, max_deaths: int):
         self.max_deaths = max_deaths
-        actor = ray.remote(num_cpus=0)(DeathRegister)
-        # the name is the job's own: without a namespace that is given, Ray makes one a job
-        self.register: Any = actor.options(name=REGISTER, get_if_exists=True, scheduling_strategy=on_this_node()).remote()
+        self.register: Any = ray.remote(num_cpus=0)(DeathRegister).options(scheduling_strategy=on_this_node()).remote()
 
     def run(self, stage: GuardedStage, work: Callable[[pa.Table], pa.Table], table: pa.Table) -> pa.Table:
         """``work(table)``, which is ``stage`` over titles, in the parts that ``parts`` makes of them."""

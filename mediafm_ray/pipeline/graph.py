@@ -52,10 +52,9 @@ def _as_they_are(title: pa.Table) -> pa.Table:
 
 def run_pools(titles: Dataset, pools: Sequence[Pool], max_deaths_per_title: int) -> Dataset:
     """Take titles through pools of actors, one pool after the other."""
+    guard = DeathGuard(max_deaths_per_title)
     for pool in pools:
-        titles = titles.map_batches(
-            _actor(pool, max_deaths_per_title), batch_size=pool.resources.titles_per_call, **_in_pool(pool.resources)
-        )
+        titles = titles.map_batches(_actor(pool, guard), batch_size=pool.resources.titles_per_call, **_in_pool(pool.resources))
     return titles
 
 
@@ -68,7 +67,7 @@ def contextualise_stored(plan: Plan, pool: Pool, max_deaths_per_title: int) -> D
     blocks = [pa.Table.from_pylist(rows[start:end], plan.pending.schema) for start, end in itertools.pairwise(bounds)]
     dataset = ray.data.from_blocks(blocks)
     dataset.context.target_max_block_size = 1  # byte: every title that is done is heard of at once, not when its call ends
-    return dataset.map_batches(_actor(pool, max_deaths_per_title, StoredActor), batch_size=None, **_in_pool(pool.resources))
+    return dataset.map_batches(_actor(pool, DeathGuard(max_deaths_per_title), StoredActor), batch_size=None, **_in_pool(pool.resources))
 
 
 class PoolActor:
@@ -99,11 +98,11 @@ class StoredActor(PoolActor):
             yield from self.stages[0](part)
 
 
-def _actor(pool: Pool, max_deaths_per_title: int, kind: type[PoolActor] = PoolActor) -> type[PoolActor]:
+def _actor(pool: Pool, guard: DeathGuard, kind: type[PoolActor] = PoolActor) -> type[PoolActor]:
     """The class of a pool's actors. They have a lower priority where they share their cores with the detector, whose threads wait for one
     another, so that one that is disturbed costs the time of all."""
     beside_detector = pool.is_on_cpu and not pool.detects and runs_alone() and kind is PoolActor
-    fields = {"pool": pool, "guard": DeathGuard(max_deaths_per_title), "niceness": NICENESS if beside_detector else 0}
+    fields = {"pool": pool, "guard": guard, "niceness": NICENESS if beside_detector else 0}
     return type(pool.name, (kind,), fields)  # the name that Ray gives the operator
 
 
