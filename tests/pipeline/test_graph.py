@@ -1,6 +1,7 @@
 """How titles travel through the graph: in the order of the plan, each in a block of its own, few of them at a time."""
 
 import json
+import re
 import time
 
 import pyarrow as pa
@@ -93,8 +94,8 @@ def test_a_stage_for_which_another_job_leaves_no_room_is_named_until_it_has_some
         machines.shutdown()
     assert [block["title_id"].to_pylist() for block in blocks] == [["one"]]
     assert len(said) == 2
-    for line in said:  # the other stage has its actor, and half a CPU is left
-        assert line.startswith("stage slow has waited for resources for 0 min: an actor needs 1.5 CPU, and free are 0.75 of 2 CPU")
+    for line in said:  # the other stage has its quarter of a CPU, or is done and gave it back
+        assert re.match(r"stage slow has waited for resources for 0 min: an actor needs 1.5 CPU, and free are (0.75|1) of 2 CPU", line)
 
 
 @pytest.mark.slow
