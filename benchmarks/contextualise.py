@@ -37,7 +37,7 @@ from mediafm_ray.pipeline.stage_list import stored_pool
 from mediafm_ray.pipeline.write_title import contextual_file
 from mediafm_ray.runs.plan import Plan
 from mediafm_ray.runs.stored import make_stored_plan
-from mediafm_ray.storage.dataset import Output, contextual, sibling
+from mediafm_ray.storage.dataset import Output, contextual, matching_object
 from mediafm_ray.storage.stored_shots import read_shots
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def write_all(plan: Plan, output: Path) -> None:
 
     def write(name: str) -> None:
         content = contextual_file(shots.facts, "0" * 12, (shots.start_S, shots.end_S), shots.fused_SD, shots.fused_SD[0])
-        store.store.write(sibling(name, contextual("0" * 12)), content)
+        store.store.write(matching_object(name, contextual("0" * 12)), content)
 
     with ThreadPoolExecutor(WRITING_THREADS) as pool:
         list(pool.map(write, names))

@@ -58,10 +58,10 @@ from mediafm_ray.storage.dataset import (
     DatasetError,
     EmbeddingDataset,
     contextual,
+    matching_object,
     object_name,
     read_failures,
     record_failure,
-    sibling,
 )
 from mediafm_ray.storage.schemas import METADATA_KEY
 from mediafm_ray.storage.store import ObjectInfo, StorageError, Store, join, scheme_of
@@ -160,7 +160,7 @@ class Places:
         self.output = write_dataset(str(self.folder / "out"), {"a": [10, 20, 30]}, failed=["b"])
         self.dataset = EmbeddingDataset(str(self.folder / "out"))
         self.shots = self.dataset.title_object("a")
-        self.objects = {name: self.output.store.read(sibling(self.shots, name)) for name in (SHOTS, contextual(CHECKPOINT))}
+        self.objects = {name: self.output.store.read(matching_object(self.shots, name)) for name in (SHOTS, contextual(CHECKPOINT))}
         self.record = self.output.store.read(object_name(FAILURES, "b", SOURCE))
         sink = io.BytesIO()
         pq.write_table(pa.table({"title_id": ["a", "b"], "video": ["a.mp4", "b.mp4"], "tags": [["x"], None]}), sink)
@@ -200,11 +200,11 @@ class Places:
 
     def read_object(self, name: str, data: bytes) -> str:
         """Read bytes as an object of a title; the outcome in a word."""
-        self.output.store.write(sibling(self.shots, name), data)
+        self.output.store.write(matching_object(self.shots, name), data)
         for objects in list_titles(self.output)[0]:
             check_title(self.output, MODEL, objects)
         said = self._vectors(self.dataset)
-        self.output.store.write(sibling(self.shots, name), self.objects[name])
+        self.output.store.write(matching_object(self.shots, name), self.objects[name])
         return said
 
     def _vectors(self, dataset: EmbeddingDataset) -> str:

@@ -659,10 +659,10 @@ def decoded(path: Path, card_scale: int = 0, threads: int = 1) -> tuple[np.ndarr
 
     from mediafm_ray.media.card import CardDecoder
     from mediafm_ray.media.options import FramesConfig
-    from mediafm_ray.media.picture import Painter
+    from mediafm_ray.media.picture import FrameConverter
 
     size = FramesConfig().size
-    painter = Painter(size, Fraction(1))
+    painter = FrameConverter(size, Fraction(1))
     tiny: list[np.ndarray] = []
     kept: list[np.ndarray] = []
     with av.open(str(path)) as container:

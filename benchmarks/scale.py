@@ -156,7 +156,7 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     from mediafm_ray.pipeline import graph
     from mediafm_ray.pipeline.cluster import connected
     from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps
-    from mediafm_ray.runs.catalog_run import report, say_plan
+    from mediafm_ray.runs.catalog_run import log_plan, report
     from mediafm_ray.runs.plan import make_plan, prepare_output
     from mediafm_ray.runs.report import Console, Tally, follow
     from mediafm_ray.runs.run_log import RunLog
@@ -166,7 +166,7 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     given = [f"catalog.uri={catalog}", f"output.uri={output}", "contextualiser.checkpoint="]  # that stage has no stand-in
     config = read_config(EmbedCatalogConfig, [], [*given, *overrides])
     plan = make_plan(config)
-    say_plan(plan, config, console)
+    log_plan(plan, config, console)
     prepare_output(plan, config)
     tally = Tally(plan.pending.num_rows)
     planned_s, begun = time.process_time(), time.monotonic()
@@ -178,7 +178,7 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
             for step in recipe_steps(plan, config)
         ]
         pools = make_pools(steps, config.resources)
-        results = graph.run_pools(graph.read_plan(plan), pools, config.resources.max_deaths_per_title)
+        results = graph.run_pools(graph.plan_dataset(plan), pools, config.resources.max_deaths_per_title)
         connected_s = time.process_time()
         follow(timed(graph.blocks(results), begun), tally, begun, console)
         say({"driver_s": time.process_time() - connected_s, "wall_s": time.monotonic() - begun, "plan_s": planned_s})

@@ -30,7 +30,7 @@ def main(config: ContextualiseCatalogConfig) -> int:
     """Plan, contextualise what is pending, report."""
     console, start = Console(log_format=config.run.log_format), time.monotonic()
     plan = make_stored_plan(config)
-    say_plan(plan, console)
+    log_plan(plan, console)
     if config.run.dry_run:
         return EXIT_OK
     prepare_stored_output(plan, config)
@@ -40,7 +40,7 @@ def main(config: ContextualiseCatalogConfig) -> int:
         return report(plan, tally, time.monotonic() - start, config, console, log)
 
 
-def say_plan(plan: Plan, console: Console) -> None:
+def log_plan(plan: Plan, console: Console) -> None:
     """What the run is about to do."""
     console.say(
         f"dataset version {plan.model.dataset_version}, checkpoint {plan.checkpoint}: {plan.titles} titles with committed shots, "

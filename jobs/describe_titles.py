@@ -21,7 +21,7 @@ from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.tables import write_table
 
-MOST_SHOWN = 40  # titles of the table on the terminal
+MAX_SHOWN = 40  # titles of the table on the terminal
 
 
 def main(config: DescribeTitlesConfig) -> int:
@@ -42,11 +42,11 @@ def main(config: DescribeTitlesConfig) -> int:
 def show_titles(plan: DerivedPlan, config: DescribeTitlesConfig, console: Console) -> None:
     """The titles with those nearest to each, on the terminal and as a table."""
     titles = read_titles(plan.dataset, plan.target)
-    described = with_nearest(titles, config.table.nearest, None if config.table.uri else MOST_SHOWN)
+    described = with_nearest(titles, config.table.nearest, None if config.table.uri else MAX_SHOWN)
     console.say()
-    console.say(describe_titles(described.slice(0, MOST_SHOWN)))
-    if len(titles) > MOST_SHOWN:
-        console.say(f"  ... and {len(titles) - MOST_SHOWN} more")
+    console.say(describe_titles(described.slice(0, MAX_SHOWN)))
+    if len(titles) > MAX_SHOWN:
+        console.say(f"  ... and {len(titles) - MAX_SHOWN} more")
     if config.table.uri:
         write_table(described, config.table.uri, config.storage, without=("pooled_embedding", "cls_embedding"))
         console.say(f"\n  table    {config.table.uri}")

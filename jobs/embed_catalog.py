@@ -14,7 +14,7 @@ import time
 
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.pipeline.execute import embed
-from mediafm_ray.runs.catalog_run import report, run, say_plan
+from mediafm_ray.runs.catalog_run import log_plan, report, run
 from mediafm_ray.runs.command import EXIT_OK, run_job, working
 from mediafm_ray.runs.dry_run import describe_cost
 from mediafm_ray.runs.plan import make_plan, prepare_output
@@ -27,7 +27,7 @@ def main(config: EmbedCatalogConfig) -> int:
     """Plan, embed what is pending, report."""
     console, start = Console(log_format=config.run.log_format), time.monotonic()
     plan = make_plan(config)
-    say_plan(plan, config, console)
+    log_plan(plan, config, console)
     if config.run.dry_run:
         console.say(describe_cost(plan, config))
         return EXIT_OK

@@ -24,7 +24,7 @@ def main(config: TrainContextualiserConfig) -> int:
     need("train", "training")
     console = Console()
     plan = plan_training(config)
-    say_plan(plan, config, console)
+    log_plan(plan, config, console)
     if plan.finished is None:
         with working():
             aborted = run_workers(plan, config, Watch(config.training, console))
@@ -34,7 +34,7 @@ def main(config: TrainContextualiserConfig) -> int:
     return report(config, console)
 
 
-def say_plan(plan: TrainingPlan, config: TrainContextualiserConfig, console: Console) -> None:
+def log_plan(plan: TrainingPlan, config: TrainContextualiserConfig, console: Console) -> None:
     """What the run is about to do."""
     titles = plan.titles
     console.say(

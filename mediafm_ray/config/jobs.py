@@ -42,7 +42,7 @@ from mediafm_ray.spec import MODALITIES, resource
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 
-MOST_RESULTS = 1000  # of one search
+MAX_RESULTS = 1000  # of one search
 
 
 @dataclass(frozen=True)
@@ -222,5 +222,5 @@ class SearchShotsConfig:
             raise ValueError(f"by must be one of all, {', '.join(MODALITIES)}; is {self.by!r}")
         if self.format not in ("table", "json"):
             raise ValueError(f"format must be table or json, is {self.format!r}")
-        if not 1 <= self.count <= MOST_RESULTS:
-            raise ValueError(f"count must be from 1 to {MOST_RESULTS}, is {self.count}")
+        if not 1 <= self.count <= MAX_RESULTS:
+            raise ValueError(f"count must be from 1 to {MAX_RESULTS}, is {self.count}")

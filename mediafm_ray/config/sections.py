@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from mediafm_ray.spec import MODALITIES, resource
 
-LEAST_TO_TRAIN = 256  # vectors: what a byte of a product quantiser can be
+MIN_VECTORS_TO_TRAIN = 256  # vectors: what a byte of a product quantiser can be
 
 
 @dataclass(frozen=True)
@@ -320,8 +320,8 @@ class IndexConfig:
         unknown = [part for part in self.parts if part not in MODALITIES]
         if unknown or len(set(self.parts)) != len(self.parts):
             raise ValueError(f"index.parts are some of {', '.join(MODALITIES)}, each once; not {', '.join(self.parts)}")
-        if self.least_shots < LEAST_TO_TRAIN or self.queries < 1:
-            raise ValueError(f"index.least_shots must be at least {LEAST_TO_TRAIN}, and index.queries at least 1")
+        if self.least_shots < MIN_VECTORS_TO_TRAIN or self.queries < 1:
+            raise ValueError(f"index.least_shots must be at least {MIN_VECTORS_TO_TRAIN}, and index.queries at least 1")
         if not 0 < self.recall <= 1:
             raise ValueError(f"index.recall must be above 0 and up to 1, is {self.recall}")
         if self.keep_hours < 0 or self.lease_minutes <= 0:

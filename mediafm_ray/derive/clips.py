@@ -22,12 +22,12 @@ import pyarrow.compute as pc
 
 from mediafm_ray.config.jobs import ContextualiseCatalogConfig
 from mediafm_ray.config.sections import OutputConfig, StoredDatasetConfig
-from mediafm_ray.derive.reader import told
+from mediafm_ray.derive.reader import to_model_input
 from mediafm_ray.downstream.clips import clip_overlaps, pool_clip, pool_overlaps
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.runs.plan import checkpoint_name
 from mediafm_ray.runs.stored import open_dataset
-from mediafm_ray.storage.dataset import contextual, sibling
+from mediafm_ray.storage.dataset import contextual, matching_object
 from mediafm_ray.storage.schemas import embedding_values
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.storage.stored_shots import StoredShots, read_shots
@@ -102,12 +102,12 @@ class ClipEmbedder:
 
     def _contextual(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Starts, ends and contextual embeddings of the shots in that object: those that are committed, or computed."""
-        stored = sibling(name, self.contextual_name)
+        stored = matching_object(name, self.contextual_name)
         if self.dataset.output.store.info(stored) is not None:
             table = self.dataset.read(stored)
             return table["start_s"].to_numpy(), table["end_s"].to_numpy(), embedding_values(table["contextual_embedding"])
         shots = read_shots(self.dataset.output, name, self.dataset.model)
-        ((contextual_SD, _),) = self.contextualiser.contextualise_together([told(shots)])
+        ((contextual_SD, _),) = self.contextualiser.contextualise_together([to_model_input(shots)])
         return shots.start_S, shots.end_S, contextual_SD
 
     def _alone(self, shots: StoredShots, spans: Sequence[tuple[float, float]]) -> list[np.ndarray]:
@@ -119,6 +119,6 @@ class ClipEmbedder:
             part = slice(touched[0], touched[-1] + 1)
             clip = dataclasses.replace(shots, fused_SD=shots.fused_SD[part], start_S=shots.start_S[part], end_S=shots.end_S[part])
             overlaps.append(overlaps_S[part])
-            clips.append(told(clip))
+            clips.append(to_model_input(clip))
         computed = self.contextualiser.contextualise_together(clips)
         return [pool_overlaps(overlaps_K, contextual_KD) for overlaps_K, (contextual_KD, _) in zip(overlaps, computed, strict=True)]

@@ -37,7 +37,7 @@ from mediafm_ray.storage.index import (
     ROW_COLUMNS,
     IndexFacts,
     NoIndex,
-    Setting,
+    SearchParams,
     ShotIndex,
     half_vectors,
     modality_of,
@@ -211,7 +211,7 @@ def index_vectors(writer: IndexWriter, config: IndexConfig, console: Console, ch
     large = [column for column in shots if shots[column] >= config.least_shots]
     settings = {column: setting for column, setting in index.settings.items() if column in large}
     if changed and writer.indexed():
-        writer.absorb()
+        writer.index_new_rows()
     for column in [column for column in writer.indexed() if column in shots and column not in large]:
         writer.drop(column)
     due = [column for column in large if column not in settings or shots[column] > GROWTH * settings[column].trained_shots]
@@ -231,14 +231,14 @@ def index_vectors(writer: IndexWriter, config: IndexConfig, console: Console, ch
             console.say(f"{column}: {shots[column]} vectors, searched exactly")
 
 
-def _train(writer: IndexWriter, column: str, shots: int, console: Console) -> Setting:
+def _train(writer: IndexWriter, column: str, shots: int, console: Console) -> SearchParams:
     begun = time.monotonic()
     setting = writer.train(column)
     console.say(f"{column}: vector index trained on {shots} vectors, {setting.partitions} partitions, in {time.monotonic() - begun:.0f} s")
     return setting
 
 
-def _tune(writer: IndexWriter, column: str, setting: Setting, config: IndexConfig, console: Console) -> Setting:
+def _tune(writer: IndexWriter, column: str, setting: SearchParams, config: IndexConfig, console: Console) -> SearchParams:
     """The least effort that reaches the wanted recall@10 against exact search, on shots drawn at random; the greatest where none does."""
     index = _latest(writer)
     queries_QD = index.sample(column, config.queries, SEED)
@@ -268,7 +268,7 @@ def exact_search(index: ShotIndex, column: str, queries_QD: np.ndarray, count: i
     return search
 
 
-def measured_recall(index: ShotIndex, column: str, queries_QD: np.ndarray, true_cosine_QK: np.ndarray, setting: Setting) -> float:
+def measured_recall(index: ShotIndex, column: str, queries_QD: np.ndarray, true_cosine_QK: np.ndarray, setting: SearchParams) -> float:
     """recall@10 of a vector index for shots that are in it themselves, and do not count as found.
 
     ``true_cosine_QK``: of exact search, the shot itself first.
@@ -298,7 +298,7 @@ def finish_build(writer: IndexWriter, added: Added, removed: int, config: BuildI
     shots = index.shots()
     if shots and not writer.published():
         writer.publish()
-        writer.forget(config.index.keep_hours)
+        writer.prune_versions(config.index.keep_hours)
     console.say()
     console.say(f"  {len(added.title_ids)} titles added with {added.shots} shots, {removed} removed, {len(added.failures)} failed")
     console.say(f"  index    {writer.uri}, version {index.version}: {shots} shots, {writer.size() / MB:.1f} MB with older versions")

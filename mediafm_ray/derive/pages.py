@@ -39,7 +39,7 @@ from mediafm_ray.text import public_line, public_uri
 PAGES = "pages"
 INDEX = "index.html"
 READING_THREADS = 16  # a GET from object storage waits most of its time
-MOST_PICTURES = 300  # titles with a picture in the list of a catalog: more would make the page large
+MAX_PICTURES = 300  # titles with a picture in the list of a catalog: more would make the page large
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)  # what an object raises that is damaged or of something else
 OTHERS_NAMED = 5  # titles that are there, in the message about one that is not
 
@@ -121,11 +121,11 @@ def catalog_content(dataset: EmbeddingDataset, output_uri: str, pages: Store) ->
     there = {info.name for info in pages.list("titles")}
     committed = newest_objects(dataset.output.list(SHOTS))
     failures = newest_objects(dataset.output.list(FAILURES))
-    dataset.output.store.remember(committed)
+    dataset.output.store.prime_listing_cache(committed)
     with ThreadPoolExecutor(READING_THREADS) as threads:
         records = list(threads.map(lambda info: _failure(dataset, info), failures))
         failed = {object_key(info.name)[0]: record for info, record in zip(failures, records, strict=True)}
-        pictured = len(committed) <= MOST_PICTURES
+        pictured = len(committed) <= MAX_PICTURES
         titles = list(threads.map(lambda info: _committed_title(dataset, info, failed, there, pictured), committed))
     done = {object_key(info.name)[0] for info in committed}
     titles += [CatalogTitle(record["title_id"], failure=record) for title, record in failed.items() if title not in done]
@@ -201,7 +201,7 @@ def write_title_page(dataset: EmbeddingDataset, title_id: str, pages: Store, nam
 def committed_titles(dataset: EmbeddingDataset) -> list[str]:
     """The ids of the committed titles, in order. A title whose object cannot be read is left out: the catalog's page names it."""
     objects = newest_objects(dataset.output.list(SHOTS))
-    dataset.output.store.remember(objects)
+    dataset.output.store.prime_listing_cache(objects)
     with ThreadPoolExecutor(READING_THREADS) as threads:
         return sorted(title_id for title_id in threads.map(lambda info: _title_id(dataset, info), objects) if title_id is not None)
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from mediafm_ray.config.sections import VectorsConfig
 from mediafm_ray.errors import TitleError
 from mediafm_ray.runs.plan import BUILTIN_DATASET
-from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, contextual, encode_title, object_key, sibling
+from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, contextual, encode_title, matching_object, object_key
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, vector_fact
 from mediafm_ray.storage.stored_shots import StoredShots, read_shots
 
@@ -71,7 +71,7 @@ def read_vectors(dataset: EmbeddingDataset, shots: str, vectors: str) -> TitleVe
     if vectors == SHOTS:
         stored = read_shots(dataset.output, shots, dataset.model)
         return TitleVectors(stored.facts["title_id"], stored.facts["source"], stored.start_S, stored.end_S, stored.fused_SD)
-    name = sibling(shots, vectors)
+    name = matching_object(shots, vectors)
     try:
         content = pa.BufferReader(dataset.output.store.read(name))
         table = pq.read_table(content, use_threads=False, page_checksum_verification=True)
@@ -100,7 +100,7 @@ def read_vectors(dataset: EmbeddingDataset, shots: str, vectors: str) -> TitleVe
         raise TitleError(f"{name} cannot be read ({reason}): delete it and run jobs.contextualise_catalog") from error
 
 
-def told(shots: StoredShots) -> Any:
+def to_model_input(shots: StoredShots) -> Any:
     """The shots as the model takes them (contextualiser.TitleShots)."""
     from mediafm_ray.models.contextualiser import TitleShots, shot_times
 

@@ -26,13 +26,13 @@ from mediafm_ray.config.sections import DerivedRunConfig
 from mediafm_ray.errors import TitleError
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.report import MAX_FAILURES_SHOWN, Console
-from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, newest_objects, object_key, sibling
+from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, matching_object, newest_objects, object_key
 from mediafm_ray.storage.schemas import encode_parquet
 from mediafm_ray.text import public_line
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 5.0  # seconds between lines of progress
-FEW_TITLES = 50  # so many have a line each
+MAX_TITLES_LISTED = 50  # so many have a line each
 IN_FLIGHT_PER_THREAD = 2  # titles that are read or waiting: memory does not grow with the catalog
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -136,7 +136,7 @@ def derive_titles(plan: DerivedPlan, make: Callable[[PendingTitle], Derived], co
     def attempt(pending: PendingTitle) -> tuple[PendingTitle, Derived | None, str]:
         try:
             made = make(pending)
-            store.write(sibling(pending.shots, plan.target), encode_parquet(made.table, made.facts))
+            store.write(matching_object(pending.shots, plan.target), encode_parquet(made.table, made.facts))
             for name in pending.superseded:
                 store.delete(name)
             return pending, made, ""
@@ -161,10 +161,10 @@ def _follow(ended: Iterator[tuple[PendingTitle, Derived | None, str]], planned: 
         else:
             tally.ok += 1
             tally.rows += made.table.num_rows
-            if tally.planned <= FEW_TITLES:
+            if tally.planned <= MAX_TITLES_LISTED:
                 console.say(public_line(f"[{tally.finished:>{len(str(tally.planned))}}/{tally.planned}] {pending.title}: {made.line}"))
         now = time.monotonic()
-        if tally.planned > FEW_TITLES and (now - said > PROGRESS_S or tally.finished == tally.planned):
+        if tally.planned > MAX_TITLES_LISTED and (now - said > PROGRESS_S or tally.finished == tally.planned):
             said = now
             pace = tally.finished / max(now - begun, 1e-9)
             console.say(f"[{tally.finished}/{tally.planned}] {pace:.1f} titles a second, {len(tally.failures)} failed")

@@ -15,12 +15,12 @@ from mediafm_ray.spec import recipe_of
 from mediafm_ray.storage.dataset import SCENES, EmbeddingDataset, derived
 from mediafm_ray.storage.schemas import scenes_schema
 
-ARITHMETIC = 1  # raise it with a change of the code that changes the scenes: it is part of the dataset's name
+NUMERICS_VERSION = 1  # raise it with a change of the code that changes the scenes: it is part of the dataset's name
 
 
 def scenes_recipe(config: ScenesConfig) -> dict[str, Any]:
     """Everything beside the vectors that decides which scenes are found."""
-    return {"arithmetic": ARITHMETIC, **recipe_of(config)}
+    return {"arithmetic": NUMERICS_VERSION, **recipe_of(config)}
 
 
 def scenes_dataset(vectors: str, config: ScenesConfig) -> str:

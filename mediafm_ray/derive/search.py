@@ -34,7 +34,7 @@ ALL = "all"  # of the modalities together: the fused or contextual vector
 SHOT_PATTERN = re.compile(r"(?P<title>.+):(?P<index>\d+)")
 CLIP_PATTERN = re.compile(r"(?P<title>.+):(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)")
 TEXT_WIDTH = 60  # characters of a shot's text in a table
-MOST_TITLE = 48  # characters of a title; a longer one makes its own line longer
+MAX_TITLE_WIDTH = 48  # characters of a title; a longer one makes its own line longer
 DECIMALS = 6  # of a cosine
 
 
@@ -227,7 +227,7 @@ def as_table(index: ShotIndex, query: Query, found: pa.Table) -> str:
     if not rows:
         return f"{heading}\n\n  no shot was found: do the filters leave any?"
     titles = [printable(row["title_id"]) for row in rows]
-    width = min(MOST_TITLE, max(len("title"), *map(len, titles)))
+    width = min(MAX_TITLE_WIDTH, max(len("title"), *map(len, titles)))
     lines = [heading, "", f"  {'cosine':>6}  {'title':<{width}}  {'shot':>5}  {'start':>9}  {'end':>9}  text"]
     for row, title in zip(rows, titles, strict=True):
         said = f"{row['language']}: " if row["language"] else ""

@@ -25,13 +25,13 @@ from mediafm_ray.storage.dataset import TITLES, EmbeddingDataset, derived
 from mediafm_ray.storage.schemas import embedding_array, embedding_type, embedding_values, titles_schema
 from mediafm_ray.text import public_line
 
-ARITHMETIC = 1  # raise it with a change of the code that changes the rows: it is part of the dataset's name
+NUMERICS_VERSION = 1  # raise it with a change of the code that changes the rows: it is part of the dataset's name
 TEXT_COLUMNS = ("text", "has_audio", "has_text")  # of shots
 
 
 def titles_recipe(config: ScenesConfig) -> dict[str, Any]:
     """Everything beside the vectors that decides what a row says: scenes are counted."""
-    return {"arithmetic": ARITHMETIC, "scenes": scenes_recipe(config)}
+    return {"arithmetic": NUMERICS_VERSION, "scenes": scenes_recipe(config)}
 
 
 def titles_dataset(vectors: str, config: ScenesConfig) -> str:

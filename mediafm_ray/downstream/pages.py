@@ -41,7 +41,7 @@ SMALLEST_THUMBNAIL = 48  # pixels of width
 THUMBNAIL_QUALITY = 60  # JPEG quality of pictures that are made smaller
 COSINE_SCALE = 10_000  # cosines are int16 in steps of 0.0001
 BINS_PER_OCTAVE = 2  # of the histogram of shot lengths
-MOST_WARNINGS = 200  # of a title, on its page
+MAX_WARNINGS = 200  # of a title, on its page
 SHOWN_ID = 300  # characters of a title id in a list; its page has the whole
 HIDDEN = re.compile(  # controls, zero-width characters and marks of direction (but not the joiners that scripts need), tags
     "[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
@@ -87,8 +87,8 @@ def title_page(content: TitleContent) -> str:
         title=visible(str(content.facts.get("title_id", ""))),
         index=content.index,
         figures=_title_figures(lengths_s, media, len(scenes)),
-        warnings=[visible(warning) for warning in media.get("warnings", [])][:MOST_WARNINGS],
-        hidden_warnings=max(len(media.get("warnings", [])) - MOST_WARNINGS, 0),
+        warnings=[visible(warning) for warning in media.get("warnings", [])][:MAX_WARNINGS],
+        hidden_warnings=max(len(media.get("warnings", [])) - MAX_WARNINGS, 0),
         notes=[
             visible(note)
             for note in [

@@ -33,7 +33,7 @@ from mediafm_ray.downstream.options import ProbesConfig
 MICRO, MACRO, TAU = "micro_average_precision", "macro_average_precision", "kendall_tau"
 CONFIDENCE = 0.95  # of the intervals
 INNER_SHARE = 0.25  # of the training titles, held out to choose the strength of the regularisation
-MOST_ITERATIONS = 200  # of the logistic regression
+MAX_ITERATIONS = 200  # of the logistic regression
 BLOCK_VALUES = 4_000_000  # of a bootstrap's weights held at once
 
 
@@ -213,7 +213,7 @@ def _predict(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.ndarray, te
         return Ridge(alpha=1 / strength).fit(rotated_ND[train], seen_N).predict(rotated_ND[test]) + offset
     if len(np.unique(seen_N)) < 2:  # these titles do not say what tells the label apart
         return np.full(len(test), _log_odds(values_N))
-    probe = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS).fit(rotated_ND[train], seen_N)
+    probe = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(rotated_ND[train], seen_N)
     return probe.decision_function(rotated_ND[test]) + _log_odds(values_N) - _log_odds(seen_N)
 
 

@@ -45,7 +45,7 @@ import numpy as np
 from mediafm_ray.downstream.options import ScenesConfig
 
 LAGS = (1, 2)  # shots between the two of a difference that the noise is estimated from
-MOST_DIFFERENCES = 512  # of each lag, evenly spread, whose products give the effective dimension
+MAX_DIFFERENCES = 512  # of each lag, evenly spread, whose products give the effective dimension
 BLOCK_ROWS = 512  # rows of the Gram matrix held at once: a title of any length fits in memory
 MIN_DIFFERENCES = 4  # within scenes, of each lag: of fewer no correlation can be told
 MAX_CORRELATION = 0.8  # of neighbours: what a mean over five shots has; more would be no noise
@@ -132,7 +132,7 @@ def correlation_factor(vectors_SD: np.ndarray, first_K: np.ndarray) -> float:
 
 def _squared_covariance(differences_ND: np.ndarray, lag: int) -> list[float]:
     """An unbiased estimate of trace(C^2): the mean squared product of differences that share no shot; empty where all share one."""
-    places = np.unique(np.linspace(0, len(differences_ND) - 1, min(len(differences_ND), MOST_DIFFERENCES)).round().astype(np.int64))
+    places = np.unique(np.linspace(0, len(differences_ND) - 1, min(len(differences_ND), MAX_DIFFERENCES)).round().astype(np.int64))
     products = differences_ND[places] @ differences_ND[places].T
     apart = np.abs(places[:, None] - places[None])
     independent = (apart != 0) & (apart != lag)

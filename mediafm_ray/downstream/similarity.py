@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 ROWS_AT_ONCE = 1024  # shots whose cosines to all others are in memory together
-LEAST_NORM = 1e-12  # a shorter vector has no direction: the modality is absent
+MIN_NORM = 1e-12  # a shorter vector has no direction: the modality is absent
 UNDEFINED = 0  # the code of a cell without a pair of shots that have vectors
 LEVELS = 255  # codes of the others: 1 to 255
 CLIPPED_PERCENT = 1.0  # of the cells at either end of the scale: one black frame must not flatten all other differences
@@ -41,7 +41,7 @@ class SimilarityMap:
 def unit_vectors(vectors_SD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(S, D) float32 vectors scaled to norm 1, and (S,) bool: which have a direction at all. The others are zero."""
     norm_S = np.linalg.norm(vectors_SD, axis=1)
-    present_S = norm_S > LEAST_NORM
+    present_S = norm_S > MIN_NORM
     return np.divide(vectors_SD, norm_S[:, None], out=np.zeros_like(vectors_SD, np.float32), where=present_S[:, None]), present_S
 
 
@@ -93,6 +93,6 @@ def similarity_map(vectors_SD: np.ndarray, most_cells: int) -> SimilarityMap:
     defined_NN = (count_N[:, None] > 0) & (count_N[None] > 0)
     apart = cosine_NN[defined_NN & ~np.eye(cells, dtype=bool)]
     low, high = (float(bound) for bound in np.percentile(apart, [CLIPPED_PERCENT, 100 - CLIPPED_PERCENT])) if len(apart) else (0.0, 1.0)
-    share_NN = np.clip((cosine_NN - low) / max(high - low, LEAST_NORM), 0, 1)
+    share_NN = np.clip((cosine_NN - low) / max(high - low, MIN_NORM), 0, 1)
     code_NN = np.where(defined_NN, 1 + np.rint(share_NN * (LEVELS - 1)), UNDEFINED).astype(np.uint8)
     return SimilarityMap(code_NN, first_N, low, high)

@@ -18,7 +18,7 @@ from mediafm_ray.downstream.clips import pool_overlaps
 from mediafm_ray.downstream.similarity import nearest_rows
 
 BLOCK_VALUES = 4_000_000  # cosines held at once
-NOT_SPOKEN = re.compile(r"\[[^\]]*\]|\([^)]*\)|[♪♫][^♪♫]*[♪♫]?|[♪♫]")  # how captions write sounds, manner and song
+UNSUPPORTED = re.compile(r"\[[^\]]*\]|\([^)]*\)|[♪♫][^♪♫]*[♪♫]?|[♪♫]")  # how captions write sounds, manner and song
 
 
 def pool_title(start_S: np.ndarray, end_S: np.ndarray, vectors_SD: np.ndarray) -> np.ndarray:
@@ -37,7 +37,7 @@ def share_of(seconds_S: np.ndarray, present_S: np.ndarray) -> float:
 
 def is_speech(text: str) -> bool:
     """Whether timed text has words that are spoken: letters or digits outside of [sounds], (manner) and songs between notes."""
-    return any(character.isalnum() for character in NOT_SPOKEN.sub(" ", text))
+    return any(character.isalnum() for character in UNSUPPORTED.sub(" ", text))
 
 
 def nearest_titles(vectors_TD: np.ndarray, count: int, queries: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -35,7 +35,7 @@ WORKING_FORMAT = "yuv420p"  # the cheapest: what nearly all video is stored in
 
 
 @dataclass(frozen=True)
-class Turn:
+class Orientation:
     """How a stored picture is turned to be shown: quarter turns counter-clockwise, then mirrored left to right."""
 
     quarters: int = 0
@@ -46,7 +46,7 @@ class Turn:
         return turned[:, ::-1] if self.mirrored else turned
 
 
-def turn_of(frame: av.VideoFrame) -> Turn:
+def turn_of(frame: av.VideoFrame) -> Orientation:
     """The turn that the frame's display matrix asks for, to the nearest quarter.
 
     The matrix (ISO/IEC 14496-12, 8.5.2.3; 16.16 fixed point) maps stored (x, y) to shown (a x + c y, b x + d y), y down.
@@ -54,22 +54,22 @@ def turn_of(frame: av.VideoFrame) -> Turn:
     try:
         matrix = cast(Any, frame.side_data).get(SideData.DISPLAYMATRIX)  # typed as a mapping of strings, is one of types
     except ValueError:  # PyAV does not know one of the frame's other kinds of side data and gives none of them
-        return Turn(round(frame.rotation / 90) % 4)
+        return Orientation(round(frame.rotation / 90) % 4)
     if matrix is None:
-        return Turn()
+        return Orientation()
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix)[:36])
     if a * d - b * c == 0:  # not a turn at all: ignored as players do
-        return Turn()
+        return Orientation()
     mirrored = a * d - b * c < 0
     if mirrored:  # take the mirror out (x -> -x after the turn); what is left is a pure rotation
         a, c = -a, -c
     # a rotation counter-clockwise by t on a y-down screen maps (1, 0) to (cos t, -sin t)
     quarters = round(np.degrees(np.arctan2(-b, a)) / 90) % 4
-    return Turn(int(quarters), mirrored)
+    return Orientation(int(quarters), mirrored)
 
 
 @dataclass(frozen=True)
-class Small:
+class WorkingFrame:
     """A working picture that waits for its choice: as stored (not turned), planar YUV 4:2:0, 8 bits."""
 
     planes: np.ndarray  # (width * height * 3 / 2,) uint8: Y, U, V
@@ -78,10 +78,10 @@ class Small:
     colorspace: int
     color_range: int
     transfer: int
-    turn: Turn
+    turn: Orientation
 
 
-class Painter:
+class FrameConverter:
     """Turns the frames of one title into pixels. Copes with frames that change size or format in mid-stream.
 
     Working pictures lie in reused memory: hand them back with ``discard``. (Fresh memory for each, between the decoder's
@@ -95,7 +95,7 @@ class Painter:
         self.to_detector = VideoReformatter()
         self.to_rgb = VideoReformatter()
         self.free: list[np.ndarray] = []
-        self.turn = Turn()
+        self.turn = Orientation()
         self.rotation: int | None = None  # of the frame that ``turn`` was read from
         self.kept: tuple[int, int] | None = None  # width and height of kept frames; by default what ``kept_size`` gives for each
 
@@ -103,7 +103,7 @@ class Painter:
         """Frames from now on come scaled and without side data: they are turned as ``like``, and kept at the size given."""
         self.turn, self.rotation, self.kept = turn_of(like), 0, kept
 
-    def pictures(self, frame: av.VideoFrame) -> tuple[np.ndarray, Small]:
+    def pictures(self, frame: av.VideoFrame) -> tuple[np.ndarray, WorkingFrame]:
         """The detector's picture, (27, 48, 3) uint8 RGB, and the working picture of a frame."""
         if frame.rotation != self.rotation:  # looking at a frame's side data keeps it alive for long: only where something changed
             self.rotation, self.turn = frame.rotation, turn_of(frame)
@@ -118,19 +118,19 @@ class Painter:
         detector_HWC = turn.apply(tone.to_ordinary_range(tiny.to_ndarray(), int(frame.color_trc)))
         return detector_HWC, self._put_aside(working, int(frame.color_trc), turn)
 
-    def rgb_HWC(self, small: Small) -> np.ndarray:
+    def rgb_HWC(self, small: WorkingFrame) -> np.ndarray:
         """(H, W, 3) uint8 RGB of a working picture, as a player shows it."""
         frame = av.VideoFrame.from_ndarray(small.planes.reshape(small.height * 3 // 2, small.width), format=WORKING_FORMAT)
         frame.colorspace, frame.color_range = small.colorspace, small.color_range
         picture = self.to_rgb.reformat(frame, format="rgb24", interpolation=Interpolation.BICUBIC, threads=1)
         return small.turn.apply(tone.to_ordinary_range(picture.to_ndarray(), small.transfer))
 
-    def discard(self, small: Small) -> None:
+    def discard(self, small: WorkingFrame) -> None:
         """The picture is not needed any more; its memory is used for the next one of the same size."""
         if not self.free or self.free[-1].size == small.planes.size:
             self.free.append(small.planes)
 
-    def _put_aside(self, working: av.VideoFrame, transfer: int, turn: Turn) -> Small:
+    def _put_aside(self, working: av.VideoFrame, transfer: int, turn: Orientation) -> WorkingFrame:
         size = working.width * working.height * 3 // 2
         if self.free and self.free[-1].size != size:
             self.free.clear()
@@ -140,7 +140,7 @@ class Painter:
             rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
             planes[start : start + rows.size].reshape(rows.shape)[:] = rows
             start += rows.size
-        return Small(planes, working.width, working.height, int(working.colorspace), int(working.color_range), transfer, turn)
+        return WorkingFrame(planes, working.width, working.height, int(working.colorspace), int(working.color_range), transfer, turn)
 
 
 def kept_size(width: int, height: int, pixel_aspect: Fraction, size: int) -> tuple[int, int]:

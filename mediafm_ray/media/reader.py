@@ -152,7 +152,7 @@ class _Pass:
         self.damage.reach_ticks = round(TROUBLE_REACH_S / self.tick)
         self.damage.decoder_reach_ticks = (TROUBLE_REACH_PICTURES + (media.threads or os.cpu_count() or 1) - 1) * self.period
         self.pixel_aspect = Fraction(self.video.sample_aspect_ratio or 1) or Fraction(1)
-        self.painter = picture.Painter(frames.size, self.pixel_aspect)
+        self.painter = picture.FrameConverter(frames.size, self.pixel_aspect)
         self.candidates = sampling.CandidateBuffer(discard=self.painter.discard)
         self.card: card.CardDecoder | None = None
         self.for_card: list[Any] | None = None  # the first packets, while a card may still take the title

@@ -41,8 +41,8 @@ SPECIAL_TOKENS = 2  # [CLS] at position 0, [GLOBAL] at position 1
 SHORTEST_TIME_S = 1 / 32  # seconds: times differ by their ratio above it and hardly below it; it is about a frame
 TIME_WAVES_OCTAVES = (64.0, 32.0, 16.0, 8.0, 4.0, 2.0)  # of the sinusoids over log2 of a time; frame to day: 22 octaves
 TIME_FEATURES = 2 * 2 * len(TIME_WAVES_OCTAVES)  # sine and cosine of two times
-MOST_TOKENS = 2**15  # that a GPU computes at once: more fill it hardly better, and it would wait longer for the first
-MOST_RELATED_TOKENS = 2**13  # the same where every pair of shots has features: 16 windows of 512 take 2 GB
+MAX_TOKENS = 2**15  # that a GPU computes at once: more fill it hardly better, and it would wait longer for the first
+MAX_RELATED_TOKENS = 2**13  # the same where every pair of shots has features: 16 windows of 512 take 2 GB
 
 
 class ContextualiserModelConfig(PreTrainedConfig):
@@ -256,7 +256,7 @@ class TitleContextualiser:
         self.metadata_dim = int(model.config.metadata_dim)
         self.window = int(model.config.max_shots)
         longest = self.window + SPECIAL_TOKENS
-        most = MOST_TOKENS if isinstance(model, Contextualiser) else MOST_RELATED_TOKENS
+        most = MAX_TOKENS if isinstance(model, Contextualiser) else MAX_RELATED_TOKENS
         self.micro_batches = MicroBatches(self.device, config.micro_batch, most=most, first=MicroBatches.FIRST * longest)
 
     def contextualise(

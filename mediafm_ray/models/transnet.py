@@ -159,7 +159,7 @@ def _colour_histograms(frames_BTHWC: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------- windows: any length of video, bit by bit
 
 
-MOST_WAITING_FRAMES = 600  # of a title: a caller keeps the frames of shots that have not settled, however many threads there are
+MAX_WAITING_FRAMES = 600  # of a title: a caller keeps the frames of shots that have not settled, however many threads there are
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class ShotDetector:
         self._workers = Workers(config.threads if self._alone else 1)
         self._micro_batches = MicroBatches(device, config.batch)
         self.wanted_windows = self._workers.threads if self._alone else config.batch  # what keeps the device busy
-        self.most_waiting = max(1, MOST_WAITING_FRAMES // self.windowing.step)  # windows of one title
+        self.most_waiting = max(1, MAX_WAITING_FRAMES // self.windowing.step)  # windows of one title
 
     def stream(self) -> DetectorStream:
         """A detector at work on one title (spec.ShotStream)."""

@@ -26,7 +26,7 @@ GB = 10**9
 IDLE_WORKER_MS = 60_000  # a task's process takes 2 s of a core to start, and Ray ends it after one idle second
 STARVED_S = 60.0  # without an actor that works, until it is said which resources a stage waits for
 MAX_SILENCE_S = 3600.0  # between two such lines; the pauses double until then
-LEAST_CPUS = 2  # logical CPUs of a Ray of our own: on one core the stages still have to take turns
+MIN_CPUS = 2  # logical CPUs of a Ray of our own: on one core the stages still have to take turns
 CONFIG_FAULT = re.compile(rf"^{ConfigError.__module__}\.{ConfigError.__name__}: (.+)$", re.MULTILINE)  # at the end of a traceback
 
 
@@ -45,7 +45,7 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(IDLE_WORKER_MS))
         ray.init(
             address="local",
-            num_cpus=max(LEAST_CPUS, os.cpu_count() or 1),
+            num_cpus=max(MIN_CPUS, os.cpu_count() or 1),
             object_store_memory=int(resources.object_store_gb * GB) or None,
             include_dashboard=False,
             logging_level=logging.ERROR,

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.derive.reader import told
+from mediafm_ray.derive.reader import to_model_input
 from mediafm_ray.errors import TitleError
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.pipeline.rows import ERROR, MEASURES, SECONDS, error_value
@@ -31,8 +31,8 @@ from mediafm_ray.storage.dataset import (
     Model,
     Output,
     contextual,
+    matching_object,
     record_failure,
-    sibling,
 )
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.storage.stored_shots import StoredShots, read_shots
@@ -159,7 +159,7 @@ class ContextualiseStored:
             title.seconds.append({"stage": "contextualise", "seconds": (time.perf_counter() - start) / len(well)})
 
     def _compute(self, titles: Sequence[_Title]) -> None:
-        computed = self.contextualiser.contextualise_together([told(title.shots) for title in titles if title.shots is not None])
+        computed = self.contextualiser.contextualise_together([to_model_input(title.shots) for title in titles if title.shots is not None])
         for title, (contextual_SD, cls_D) in zip(titles, computed, strict=True):
             title.contextual_SD, title.cls_D = contextual_SD, cls_D
 
@@ -170,7 +170,7 @@ class ContextualiseStored:
             assert title.contextual_SD is not None
             assert title.cls_D is not None
             content = contextual_file(shots.facts, self.checkpoint, (shots.start_S, shots.end_S), title.contextual_SD, title.cls_D)
-            own = sibling(title.row["shots"], contextual(self.checkpoint))
+            own = matching_object(title.row["shots"], contextual(self.checkpoint))
             self.output.store.write(own, content)
             title.bytes_written = len(content)
             title.warnings = remove_superseded(self.output, own, title.row["superseded"])
@@ -191,7 +191,7 @@ class ContextualiseStored:
             "checkpoint": self.checkpoint,
         }
         try:
-            record_failure(self.output, sibling(title.row["shots"], FAILURES), record, title.error)
+            record_failure(self.output, matching_object(title.row["shots"], FAILURES), record, title.error)
         except Exception as failure:  # the store is gone too: the driver still hears of both
             unrecorded = error_value("write", failure)["message"]
             title.error["message"] += f" (and its failure record could not be written: {unrecorded})"

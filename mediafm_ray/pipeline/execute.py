@@ -26,7 +26,7 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, tally: Tally
         allowance = SharedAllowance(config.text) if config.text.encoder == "openai" else None
         pools = make_pools(recipe_steps(plan, config, budget, allowance), config.resources)
         check_room(config.resources, pools)
-        titles = graph.run_pools(graph.read_plan(plan), pools, config.resources.max_deaths_per_title)
+        titles = graph.run_pools(graph.plan_dataset(plan), pools, config.resources.max_deaths_per_title)
         results = budget.follow(graph.blocks(titles, console.say), tally, limits.interrupted)
         follow(results, tally, begun, console, Metrics(partial(metric_series, dataset=plan.model.dataset_version)))
 

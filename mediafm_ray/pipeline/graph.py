@@ -28,7 +28,7 @@ TITLES_PER_PART = 100  # of the plan that travel together to where they are divi
 SHARE_OF_NODE_RESOURCE = 0.001  # what an actor takes of stage.node_resource: no number of actors on a node uses it up
 
 
-def read_plan(plan: Plan) -> Dataset:
+def plan_dataset(plan: Plan) -> Dataset:
     """The pending titles as a dataset: one title, one row, one block, in the order of the plan.
 
     They are made blocks shortly before they are begun. All at once took 3 ms and some 20 kB of the driver's memory a title before the

@@ -19,8 +19,8 @@ from mediafm_ray.pipeline.cluster import StarvationClock
 
 TESTED = "2.60"  # pyproject.toml asks for it, too
 IS_TESTED = ray.__version__.startswith(f"{TESTED}.")
-TITLES_WAITING = 100  # for a stage, before the one in front of it takes no more
-LEAST_STEP_S = 0.05  # of Ray Data's loop: it waits twice as long for news by itself
+MAX_QUEUED_TITLES = 100  # for a stage, before the one in front of it takes no more
+MIN_LOOP_INTERVAL_S = 0.05  # of Ray Data's loop: it waits twice as long for news by itself
 
 BackpressurePolicy: Any = object
 ExecutionCallback: Any = object
@@ -46,7 +46,7 @@ def switched_off() -> str:
 def limit_waiting_titles(titles: Dataset) -> None:
     """Let a stage take no further title while many of its own wait for the next one."""
     if IS_TESTED:
-        titles.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, NoLongQueues])
+        titles.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, MaxQueuedTitlesPolicy])
 
 
 def result_blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> Iterator[pa.Table]:
@@ -59,8 +59,8 @@ def result_blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> 
         yield from titles.iter_batches(batch_size=None, batch_format="pyarrow")
         return
     callbacks = titles.context.custom_execution_callback_classes
-    if SparesTheDriver not in callbacks:
-        callbacks.append(SparesTheDriver)
+    if DriverLoadCallback not in callbacks:
+        callbacks.append(DriverLoadCallback)
     if say:  # Ray Data makes the object, without arguments
         callbacks.append(type("SaysStarvation", (StarvationCallback,), {"say": staticmethod(say)}))
     for bundle in titles.iter_internal_ref_bundles():
@@ -68,7 +68,7 @@ def result_blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> 
             yield ray.get(entry.ref)
 
 
-class NoLongQueues(BackpressurePolicy):
+class MaxQueuedTitlesPolicy(BackpressurePolicy):
     """A stage takes no further title while many of its own wait for the next stage.
 
     Ray Data bounds the bytes that wait, not the titles: a run would hold what it knows of thousands of small ones in the driver, and lose
@@ -77,10 +77,10 @@ class NoLongQueues(BackpressurePolicy):
 
     def can_add_input(self, op: Any) -> bool:
         """See BackpressurePolicy."""
-        return self._topology[op].output_queue.num_blocks < TITLES_WAITING
+        return self._topology[op].output_queue.num_blocks < MAX_QUEUED_TITLES
 
 
-class SparesTheDriver(ExecutionCallback):
+class DriverLoadCallback(ExecutionCallback):
     """What Ray Data's loop does for nobody here, and how often it goes round.
 
     It keeps the statistics of every block of every operator until the end, for a report that is not asked for: some 4 kB of the driver's
@@ -95,7 +95,7 @@ class SparesTheDriver(ExecutionCallback):
         """See ExecutionCallback."""
         for operator in executor._topology or ():
             getattr(operator, "_output_blocks_stats", []).clear()
-        time.sleep(max(0.0, self.last_step + LEAST_STEP_S - time.monotonic()))
+        time.sleep(max(0.0, self.last_step + MIN_LOOP_INTERVAL_S - time.monotonic()))
         self.last_step = time.monotonic()
 
 

@@ -162,7 +162,7 @@ class Stage(ABC):
     name: ClassVar[str]
     takes: ClassVar[tuple[str, ...]]  # columns that must be there
     drops: ClassVar[tuple[str, ...]] = ()  # columns of ``takes`` that nobody needs afterwards
-    gains_from_several: ClassVar[bool] = False  # whether ``process_together`` does several titles at less cost than each alone
+    supports_batching: ClassVar[bool] = False  # whether ``process_together`` does several titles at less cost than each alone
 
     @property
     @abstractmethod
@@ -182,7 +182,7 @@ class Stage(ABC):
             raise TypeError(f"stage {self.name}: the columns {', '.join(missing)} are missing; there are: {', '.join(table.column_names)}")
         rows = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)]
         well = [row for row in rows if row["error"] is None]
-        together = self._together(well) if self.gains_from_several and len(well) > 1 else {}
+        together = self._together(well) if self.supports_batching and len(well) > 1 else {}
         parts = [self._one(row, together.get(id(row))) for row in rows]
         return pa.concat_tables(parts) if parts else self._with(table, {}, None, 0.0)
 

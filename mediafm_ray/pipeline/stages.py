@@ -143,7 +143,7 @@ class EncodeShots(Stage):
     """What encoding frames and encoding audio have in common: the shots of all titles at hand go through the encoder in one call."""
 
     modality: ClassVar[str]
-    gains_from_several = True
+    supports_batching = True
     encoder: Any  # models.encoder: dim, encode
 
     @property
@@ -272,7 +272,7 @@ class Contextualise(Stage):
 
     name = "contextualise"
     takes = ("shots", "fused_embeddings", "metadata_embedding")
-    gains_from_several = True
+    supports_batching = True
 
     def __init__(self, config: ContextualiserConfig, contextual_dim: int):
         from mediafm_ray.models.contextualiser import TitleContextualiser

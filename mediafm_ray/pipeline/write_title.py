@@ -17,7 +17,7 @@ from mediafm_ray.pipeline.rows import (
     error_value,
     was_left,
 )
-from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, object_name, record_failure, sibling
+from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, matching_object, object_name, record_failure
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import StorageConfig
@@ -56,7 +56,7 @@ class WriteTitle(Stage):
         return {
             "shot_count": len(shots),
             "duration_s": media["duration_s"],
-            "warnings": media["warnings"] + remove_superseded(self.output, own, [*row["superseded"], sibling(own, FAILURES)]),
+            "warnings": media["warnings"] + remove_superseded(self.output, own, [*row["superseded"], matching_object(own, FAILURES)]),
             "bytes_written": sum(map(len, files.values())),
         }
 
@@ -144,7 +144,7 @@ def remove_superseded(output: Output, own: str, names: Sequence[str]) -> list[st
     warnings = []
     for name in names:
         try:
-            if name == sibling(own, FAILURES):
+            if name == matching_object(own, FAILURES):
                 output.store.delete(name)
             elif (committed := output.store.info(own)) is not None:
                 output.store.delete_unless_newer(name, committed.modified)

@@ -34,7 +34,7 @@ def run(plan: Plan, tally: Tally, console: Console, work: Callable[[], None]) ->
         tally.aborted = reason_of(error)
 
 
-def say_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
+def log_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
     """What the run is about to do."""
     console.say(
         f"dataset version {plan.model.dataset_version}: {plan.titles} titles in the catalog, {plan.done} committed before, "

@@ -27,7 +27,7 @@ from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextu
 from mediafm_ray.storage.store import ObjectInfo, StorageError
 from mediafm_ray.text import public_line
 
-ARITHMETIC = 2  # raise it with a change of the code that changes the numbers: it is part of the dataset version
+NUMERICS_VERSION = 2  # raise it with a change of the code that changes the numbers: it is part of the dataset version
 VERSION_DIGITS = 12  # hex digits of a dataset version
 BUILTIN = {"builtin": BUILTIN_NEIGHBOURS, "revision": 1}  # raise the revision with a change that changes its numbers
 BUILTIN_DATASET = contextual(digest_of(BUILTIN)[:VERSION_DIGITS])  # of builtin:neighbours with its default options
@@ -75,7 +75,7 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     recipe = {
-        "arithmetic": ARITHMETIC,
+        "arithmetic": NUMERICS_VERSION,
         "detector": encoder_recipe(config.detector, weights.digest(config.detector.weights)),
         "frames": recipe_of(config.frames),
         "media": media_recipe(config.media),

@@ -20,9 +20,9 @@ from mediafm_ray.storage.dataset import (
     Output,
     contextual,
     dataset_versions,
+    matching_object,
     newest_objects,
     object_key,
-    sibling,
 )
 from mediafm_ray.storage.store import StorageConfig
 
@@ -67,7 +67,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
         elif key in failures and not config.run.retry_failed:
             failed_before += 1
         else:
-            failed = [sibling(shots.name, FAILURES)] if key in failures else []
+            failed = [matching_object(shots.name, FAILURES)] if key in failures else []
             row = {"title_id": urllib.parse.unquote(title), "source": source, "shots": shots.name, "bytes": shots.size}
             rows.append({**row, "superseded": [*(info.name for info in older), *failed]})
     taken = rows[: config.run.max_titles] if config.run.max_titles else rows

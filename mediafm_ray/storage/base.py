@@ -10,7 +10,7 @@ from mediafm_ray.spec import resource
 
 PROBE_BYTES = 1 << 20  # what must fit on a disk before a job begins
 ADDRESSING_STYLES = ("auto", "path", "virtual")
-LEAST_PART_MB = 5  # S3's own limit for every part but the last
+MIN_PART_MB = 5  # S3's own limit for every part but the last
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class StorageConfig:
             raise ValueError("storage.retries must be at least 1, and storage timeouts positive")
         if self.addressing not in ADDRESSING_STYLES:
             raise ValueError(f"storage.addressing is one of {', '.join(ADDRESSING_STYLES)}, not {self.addressing}")
-        if self.part_mb < LEAST_PART_MB:
-            raise ValueError(f"storage.part_mb must be at least {LEAST_PART_MB}, is {self.part_mb}")
+        if self.part_mb < MIN_PART_MB:
+            raise ValueError(f"storage.part_mb must be at least {MIN_PART_MB}, is {self.part_mb}")
         if self.endpoint_url and not self.endpoint_url.startswith(("http://", "https://")):
             raise ValueError(f"storage.endpoint_url must begin with http:// or https://, is {self.endpoint_url.rpartition('@')[2]}")
 
@@ -53,7 +53,7 @@ class Unknown:
     """An object that could not be looked at: neither there nor gone."""
 
     reason: str  # for a person
-    may_pass: bool
+    is_transient: bool
 
 
 def object_path(root: str, name: str) -> str:

@@ -34,8 +34,8 @@ from mediafm_ray.storage.catalog_rows import (
     problems_of_metadata,
     title_of,
 )
-from mediafm_ray.storage.errors import StorageError, may_pass
-from mediafm_ray.storage.s3 import S3Objects, hasty
+from mediafm_ray.storage.errors import StorageError, is_transient
+from mediafm_ray.storage.s3 import S3Objects, with_short_timeouts
 from mediafm_ray.storage.store import LOOK_UP_THREADS, Store, absolute, join, scheme_of
 from mediafm_ray.text import PublicError
 
@@ -138,8 +138,8 @@ def _entry(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None], pos
     video = objects.get(title.video)
     size, modified = (video.size, video.modified) if isinstance(video, ObjectInfo) else (0, 0.0)
     unknown = [found for uri in _uris(title) if isinstance(found := objects.get(uri), Unknown)]
-    reason, may_pass = (unknown[0].reason, any(one.may_pass for one in unknown)) if unknown else ("", False)
-    return Entry(title, source_digest(title, objects), position, size, modified, duration_s, reason, may_pass)
+    reason, is_transient = (unknown[0].reason, any(one.is_transient for one in unknown)) if unknown else ("", False)
+    return Entry(title, source_digest(title, objects), position, size, modified, duration_s, reason, is_transient)
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
@@ -301,11 +301,11 @@ def _info(uri: str, config: StorageConfig, server: _Server) -> ObjectInfo | Unkn
     """Look one object up. Raises StorageError where its server has failed again and again and never answered."""
     folder, _, name = uri.rpartition("/") if scheme_of(uri) != "file" else absolute(uri).rpartition("/")
     try:
-        found = Store(folder or "/", hasty(config)).info(name)
+        found = Store(folder or "/", with_short_timeouts(config)).info(name)
         server.answered = True
         return found
     except StorageError as error:
-        passing = may_pass(error.__cause__ or error)
+        passing = is_transient(error.__cause__ or error)
         server.failed += passing
         server.answered |= not passing
         if server.failed >= MAX_FAILED_LOOK_UPS and not server.answered:

@@ -89,7 +89,7 @@ def object_key(name: str) -> tuple[str, str]:
     return match["title"], match["source"]
 
 
-def sibling(name: str, dataset: str) -> str:
+def matching_object(name: str, dataset: str) -> str:
     """The name of the same title and source's object in another dataset."""
     ending = "json" if dataset == FAILURES else "parquet"
     return f"{dataset}/{name.split('/', 1)[1].rsplit('.', 1)[0]}.{ending}"
@@ -242,7 +242,7 @@ class EmbeddingDataset:
         if not newest:
             raise DatasetError(f"{self.output.store.uri} has no committed object of {name}; there are: {', '.join(self.names()) or 'none'}")
         store = self.output.store
-        store.remember(newest)
+        store.prime_listing_cache(newest)
         return pads.dataset(
             [store.path(info.name) for info in newest],
             schema=self._schema(name),

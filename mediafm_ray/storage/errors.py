@@ -35,9 +35,9 @@ LASTING_STATUS = (501, 505, 507)  # of the 5xx: not implemented, another HTTP, f
 WRONG_KEY = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity", "AuthFailure")
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired")
 DENIED = ("AccessDenied", "AllAccessDisabled", "AccountProblem", "NotSignedUp", "Forbidden", "403")
-ELSEWHERE = ("PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301")
+WRONG_REGION = ("PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301")
 FULL = ("QuotaExceeded", "XMinioStorageFull", "InsufficientCapacity", "507")
-NOT_SPOKEN = ("NotImplemented", "MethodNotAllowed", "501", "405")
+UNSUPPORTED = ("NotImplemented", "MethodNotAllowed", "501", "405")
 NO_CREDENTIALS = (
     *(boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.ProfileNotFound, boto.SSOError, boto.TokenRetrievalError),
     *(boto.UnknownCredentialError, boto.ConfigParseError, boto.LoginError, boto.MetadataRetrievalError),
@@ -61,7 +61,7 @@ def retrying(operation: Callable[[], Result], attempts: int, patience_s: float =
         try:
             return operation()
         except Exception as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
             pause_s = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)))
             if time.monotonic() + pause_s > begun + patience_s:
@@ -71,7 +71,7 @@ def retrying(operation: Callable[[], Result], attempts: int, patience_s: float =
     return operation()
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later: the server or the network failed, not what was asked for."""
     answer = _answer(error)
     if answer is not None:
@@ -145,11 +145,11 @@ def _of_answer(answer: Any, uri: str, endpoint: str, identity: str) -> str:
             f"permission denied to the credentials{identity} ({said}): they need s3:ListBucket on the bucket, s3:GetObject to read, "
             "and s3:PutObject and s3:DeleteObject to write"
         )
-    if code in ELSEWHERE:
+    if code in WRONG_REGION:
         return f"the bucket is in another region ({said}): set AWS_DEFAULT_REGION to it"
     if code in FULL or status == 507:
         return f"the store is full ({said}): free some space, raise the quota, or choose another location"
-    if code in NOT_SPOKEN:
+    if code in UNSUPPORTED:
         return f"the server does not offer what is needed ({said}): is storage.endpoint_url that of an S3 service?"
     if status == 429 or status >= 500 or code in PASSING_CODES:
         return f"the server is overloaded or failing ({status}, {said}), and was after every attempt: run the same command again later"

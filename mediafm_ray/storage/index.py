@@ -44,13 +44,13 @@ SETTINGS_KEY = "mediafm_ray.search"  # in the schema's metadata: how each column
 LEASE = "leases/build"  # below the index: who is building
 LANCE_FOLDER = "_versions"  # of every Lance dataset
 EMBEDDING = "embedding"  # the column of fused or contextual vectors
-FEW_SHOTS = 20_000  # so many are searched one by one: that is as quick, and exact
+MAX_EXACT_SHOTS = 20_000  # so many are searched one by one: that is as quick, and exact
 BLOCK_SHOTS = 4096  # that are read at once where all are
 KEYS_AT_ONCE = 1 << 16  # rows of which titles and sources are read at once
 DRAWN_FOR_ONE = 8  # shots that are drawn for one query: not all have a vector of each modality
 SPARE_RESULTS = 8  # beyond those asked for: Lance orders them by cosines of half precision
-LEAST_NORM = 1e-12
-MOST_NAMED = 8  # objects that a message names
+MIN_NORM = 1e-12
+MAX_NAMED = 8  # objects that a message names
 ROW_COLUMNS = ("title_id", "shot_index", "start_s", "end_s", "language", "text", "has_video", "has_audio", "has_text")  # of a result
 LANCE_ERRORS = (OSError, ValueError, RuntimeError, NotImplementedError, pa.ArrowException)  # what its Rust side raises
 RUST_PLACE = re.compile(r",? ?\S+\.rs:\d+(?::\d+)?")  # where in its source, which helps nobody here
@@ -117,7 +117,7 @@ def half_vectors(unit_SD: np.ndarray, present_S: np.ndarray) -> pa.FixedSizeList
 
 
 @dataclass(frozen=True)
-class Setting:
+class SearchParams:
     """How a column's vector index is searched, and how well that does, as it was measured when the index was built."""
 
     trained_shots: int
@@ -174,7 +174,7 @@ class ShotIndex:
             raise NoIndex(f"{uri} is no index of shots that can be read: {what}; choose another index.uri")
         self.facts = IndexFacts(**found)
         settings = json.loads((dataset.schema.metadata or {}).get(SETTINGS_KEY.encode(), b"{}"))
-        self.settings = {column: Setting(**values) for column, values in settings.items()}
+        self.settings = {column: SearchParams(**values) for column, values in settings.items()}
 
     @property
     def version(self) -> int:
@@ -204,7 +204,7 @@ class ShotIndex:
             return scanner.to_table().combine_chunks().sort_by("shot_index")
 
     def nearest(
-        self, column: str, query_D: np.ndarray, count: int, where: str = "", setting: Setting | None = None, exact: bool = False
+        self, column: str, query_D: np.ndarray, count: int, where: str = "", setting: SearchParams | None = None, exact: bool = False
     ) -> pa.Table:
         """The shots whose vectors are nearest by cosine, at most ``count``, nearest first: ROW_COLUMNS, ``cosine`` and Lance's ``_rowid``.
 
@@ -213,7 +213,7 @@ class ShotIndex:
         """
         setting = None if exact else setting or self.settings.get(column)
         with explained(self.uri):
-            if setting and where and self.dataset.count_rows(filter=where) <= FEW_SHOTS:
+            if setting and where and self.dataset.count_rows(filter=where) <= MAX_EXACT_SHOTS:
                 setting = None
             spare = count + SPARE_RESULTS
             asked = {"column": column, "q": np.asarray(query_D, np.float32), "k": spare, "metric": "cosine", "use_index": bool(setting)}
@@ -246,7 +246,7 @@ class ShotIndex:
 def _cosines(vectors_SD: np.ndarray, query_D: np.ndarray) -> pa.Array:
     """Cosines of stored vectors with a query, at double precision: Lance's own have the few digits of half precision."""
     exact_SD, exact_D = vectors_SD.astype(np.float64), np.asarray(query_D, np.float64)
-    return pa.array(exact_SD @ exact_D / np.maximum(np.linalg.norm(exact_SD, axis=1) * np.linalg.norm(exact_D), LEAST_NORM))
+    return pa.array(exact_SD @ exact_D / np.maximum(np.linalg.norm(exact_SD, axis=1) * np.linalg.norm(exact_D), MIN_NORM))
 
 
 def open_index(uri: str, config: StorageConfig) -> ShotIndex:
@@ -281,7 +281,7 @@ def contents_of(uri: str, config: StorageConfig) -> str:
     store = Store(uri, config)
     names = [*store.folders(), *sorted(store.children())]
     names = [name for name in names if name != LEASE.split("/")[0]]
-    return ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
 
 
 # -------------------------------------------------------------------------------------------------------------- lance

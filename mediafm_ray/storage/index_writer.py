@@ -16,7 +16,7 @@ from mediafm_ray.storage.index import (
     SETTINGS_KEY,
     IndexFacts,
     NoIndex,
-    Setting,
+    SearchParams,
     ShotIndex,
     contents_of,
     explained,
@@ -108,7 +108,7 @@ class IndexWriter:
             self.lance.optimize.compact_files(target_rows_per_fragment=rows, batch_size=BLOCK_SHOTS)
             return self.lance.version != before
 
-    def train(self, column: str) -> Setting:
+    def train(self, column: str) -> SearchParams:
         """Train and fill the vector index of a column, in the place of the one that is there."""
         index = self._index()
         shots = index.shots(column)
@@ -126,7 +126,7 @@ class IndexWriter:
                 num_sub_vectors=dim // byte_dims,
                 **TRAINING,
             )
-        return Setting(trained_shots=shots, partitions=partitions)
+        return SearchParams(trained_shots=shots, partitions=partitions)
 
     def index_titles(self) -> None:
         """An index of the ids of titles, so that one title's shots are found without reading those of all."""
@@ -143,12 +143,12 @@ class IndexWriter:
         with explained(self.uri):
             self.lance.drop_index(column)
 
-    def absorb(self) -> None:
+    def index_new_rows(self) -> None:
         """Put the rows that were added into the indexes that are there, as they were trained."""
         with explained(self.uri):
             self.lance.optimize.optimize_indices()
 
-    def record(self, settings: Mapping[str, Setting]) -> None:
+    def record(self, settings: Mapping[str, SearchParams]) -> None:
         """Say how each column is searched."""
         values = {column: dataclasses.asdict(setting) for column, setting in settings.items()}
         with explained(self.uri):
@@ -160,7 +160,7 @@ class IndexWriter:
             tag = self.lance.tags.update if PUBLISHED in self.lance.tags.list() else self.lance.tags.create
             tag(PUBLISHED, self.lance.version)
 
-    def forget(self, older_than_hours: float) -> None:
+    def prune_versions(self, older_than_hours: float) -> None:
         """Delete versions before the published one, and files that only they need, once they are so old."""
         with explained(self.uri):
             self.lance.cleanup_old_versions(datetime.timedelta(hours=older_than_hours), error_if_tagged_old_versions=False)

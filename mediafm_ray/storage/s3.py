@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 MB = 1 << 20
 PAGE_KEYS = 1000  # objects that one listing request tells of: S3's own limit
 THREADS = 16  # requests under way while many objects are looked up
-LEAST_KEYS_OF_A_THREAD = 100
-FEW_KEYS = 2  # so many objects are asked for one by one
+MIN_KEYS_PER_THREAD = 100
+MAX_SINGLE_LOOKUPS = 2  # so many objects are asked for one by one
 # Of the first contact: who mistyped an address hears of it within 30 s, and a server that fails now and then is asked often enough.
 CHECK_CONNECT_S, CHECK_READ_S, CHECK_PATIENCE_S = 5.0, 7.0, 10.0
 ABANDONED_AFTER_S = 24 * 3600  # an upload that was begun so long ago is nobody's any more
@@ -57,7 +57,7 @@ def s3_config_options(config: StorageConfig) -> dict[str, Any]:
     }
 
 
-def hasty(config: StorageConfig) -> StorageConfig:
+def with_short_timeouts(config: StorageConfig) -> StorageConfig:
     """A configuration for the first contact: an address that is wrong fails soon."""
     timeouts = {
         "connect_timeout_s": min(config.connect_timeout_s, CHECK_CONNECT_S),
@@ -115,9 +115,9 @@ class S3Objects:
         StorageError where none may be.
         """
         wanted = sorted(set(names))
-        if len(wanted) <= FEW_KEYS:
+        if len(wanted) <= MAX_SINGLE_LOOKUPS:
             return self._find_singly(wanted)
-        size = max(LEAST_KEYS_OF_A_THREAD, -(-len(wanted) // THREADS))
+        size = max(MIN_KEYS_PER_THREAD, -(-len(wanted) // THREADS))
         parts = [wanted[start : start + size] for start in range(0, len(wanted), size)]
         try:
             with ThreadPoolExecutor(THREADS) as pool:
@@ -169,7 +169,7 @@ class S3Objects:
                     raise
                 log.warning("%s", error)
                 denials.append(error)
-                return Unknown(str(error), may_pass=False)
+                return Unknown(str(error), is_transient=False)
 
         with ThreadPoolExecutor(THREADS) as pool:
             found = {name: info for name, info in zip(names, pool.map(look, names), strict=True) if info}
@@ -268,7 +268,7 @@ class S3Objects:
 
     def check_readable(self, name: str = "") -> bool:
         """Whether there is such an object, or anything below the URI. Raises StorageError within seconds when nothing can be asked."""
-        quick = S3Objects(self.uri, hasty(self.config))
+        quick = S3Objects(self.uri, with_short_timeouts(self.config))
         if not name:
             return bool(quick._ask("list_objects_v2", Prefix=self.prefix, MaxKeys=1).get("Contents"))
         try:
@@ -293,7 +293,7 @@ class S3Objects:
 
     def check_writable(self, name: str) -> None:
         """Put and remove an object. Raises StorageError within seconds when that is not possible."""
-        quick = S3Objects(self.uri, hasty(self.config))
+        quick = S3Objects(self.uri, with_short_timeouts(self.config))
         quick.write(name, b"probe")
         quick.delete(name)
 

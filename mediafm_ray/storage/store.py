@@ -168,7 +168,7 @@ class Store:
         self.delete(name)
         return True
 
-    def remember(self, listed: Iterable[ObjectInfo]) -> None:
+    def prime_listing_cache(self, listed: Iterable[ObjectInfo]) -> None:
         """Tell ``self.filesystem`` what a listing said, so that a reader of these objects does not ask for each of them again."""
         if scheme_of(self.uri) != "s3":
             return

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
-MOST_POOL_STEPS = 16  # steps whose windows are sorted by size together: more waste less on padding, and mix less
+MAX_POOL_STEPS = 16  # steps whose windows are sorted by size together: more waste less on padding, and mix less
 ORDER, POOL, WINDOW, HELD_OUT, DROPOUT, CUT_AWAYS = range(6)  # streams of random numbers
 
 
@@ -55,7 +55,7 @@ class TitleOrder:
             raise ValueError("there is no title to train on")
         self.seed, self.sizes_N, self.windows = seed, np.asarray(sizes_N), windows
         # a part of an epoch at most: else the same titles would meet again and again, or a step be of one title
-        self.pool_steps = max(1, min(MOST_POOL_STEPS, len(sizes_N) // (4 * windows)))
+        self.pool_steps = max(1, min(MAX_POOL_STEPS, len(sizes_N) // (4 * windows)))
         self._epoch = lru_cache(maxsize=4)(self._order_of_epoch)
         self._pool = lru_cache(maxsize=2)(self._steps_of_pool)
 

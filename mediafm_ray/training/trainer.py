@@ -66,7 +66,7 @@ class StateError(Exception):
 
 
 @dataclass
-class Standing:
+class TrainerState:
     """Where a training stands: all that is not a tensor."""
 
     step: int = 0  # steps done
@@ -142,7 +142,7 @@ class Trainer:
         self.shared_network = DistributedDataParallel(self.network) if self.workers > 1 else self.network
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
         self.autocast = {"device_type": self.device.type, "dtype": torch.bfloat16, "enabled": half}
-        self.config, self.titles, self.standing = config, titles, Standing()
+        self.config, self.titles, self.standing = config, titles, TrainerState()
         self.source = WindowSource(
             titles, config.seed, config.windows_per_step, int(model.config.max_shots), config.mask_fraction, say_unusable
         )
@@ -389,7 +389,7 @@ class Trainer:
         """Go on from a state. Raises StateError where it is not whole or not of this model."""
         try:
             tensors = load_tensors(state)
-            standing = Standing(**json.loads(state_header(state)["__metadata__"][STATE_KEY]))
+            standing = TrainerState(**json.loads(state_header(state)["__metadata__"][STATE_KEY]))
             self.model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
             self.optimisers.load_state_dict({name[10:]: tensor for name, tensor in tensors.items() if name.startswith("optimiser.")})
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

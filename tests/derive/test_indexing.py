@@ -125,7 +125,7 @@ class Killed(BaseException):
     """As a signal ends the process: nothing catches it."""
 
 
-STEPS = ("_append", "remove", "absorb", "train", "index_titles", "merge_files", "record", "publish", "forget")
+STEPS = ("_append", "remove", "index_new_rows", "train", "index_titles", "merge_files", "record", "publish", "prune_versions")
 
 
 @pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
@@ -153,7 +153,7 @@ def test_a_build_that_ends_at_any_step_leaves_the_last_version_and_is_finished(l
             patch.setattr(IndexWriter, step, ended)
             with pytest.raises(Killed):
                 build(large_output, index, *options)
-        done = step == "forget" or (step == "publish" and when == "after")
+        done = step == "prune_versions" or (step == "publish" and when == "after")
         assert (contents(index) == before) == (not done), step
         assert search(index, "shot=title-3:7") == 0
         assert build(large_output, index, *options) == 0

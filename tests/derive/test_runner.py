@@ -24,7 +24,7 @@ from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
 from mediafm_ray.runs.command import run_job
 from mediafm_ray.runs.stored import make_stored_plan
-from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, Output, contextual, sibling
+from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, Output, contextual, matching_object
 from mediafm_ray.storage.schemas import (
     METADATA_KEY,
     embedding_array,
@@ -174,10 +174,10 @@ def test_what_is_not_there_is_said_with_what_is(folder, tmp_path, capsys):
 def test_a_damaged_title_is_that_titles_failure(folder, tmp_path, capsys):
     checkpoint = contextualise(folder, tmp_path / "checkpoint")
     dataset = EmbeddingDataset(str(folder))
-    path = dataset.output.store.path(sibling(dataset.title_object("drama"), contextual(checkpoint)))
+    path = dataset.output.store.path(matching_object(dataset.title_object("drama"), contextual(checkpoint)))
     with open(path, "r+b") as stream:
         stream.truncate(500)
-    dataset.output.store.delete(sibling(dataset.title_object("short"), contextual(checkpoint)))
+    dataset.output.store.delete(matching_object(dataset.title_object("short"), contextual(checkpoint)))
     assert segment(folder) == 1
     printed = capsys.readouterr().out
     assert "2 titles done with 6 scenes, 2 failed" in printed or "2 failed" in printed
@@ -225,7 +225,7 @@ def test_damaged_contextual_embeddings_are_no_vectors(folder, tmp_path, damage):
     dataset = EmbeddingDataset(str(folder))
     shots = dataset.title_object("drama")
     assert read_vectors(dataset, shots, checkpoint).title_id == "drama"
-    name = sibling(shots, checkpoint)
+    name = matching_object(shots, checkpoint)
     dataset.output.store.write(name, damage(dataset.output.store.read(name)))
     with pytest.raises(TitleError, match=r"cannot be read .* delete it and run jobs\.contextualise_catalog"):
         read_vectors(dataset, shots, checkpoint)

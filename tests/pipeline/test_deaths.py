@@ -65,7 +65,7 @@ def test_deadly_titles_fail_and_the_others_are_done(titles_per_call):
     config = read_config(EmbedCatalogConfig, [], overrides)
     with connected(config.resources):
         pool = Pool((Step(Deadly, config.resources.encode_video),))
-        titles = graph.run_pools(graph.read_plan(plan_of(TITLES)), [pool], config.resources.max_deaths_per_title)
+        titles = graph.run_pools(graph.plan_dataset(plan_of(TITLES)), [pool], config.resources.max_deaths_per_title)
         titles.context.custom_execution_callback_classes.append(Kept)
         blocks = list(graph.blocks(titles))
     assert sum(Kept.numbers) == 2 * len(blocks)  # of two operators, each held for one step: memory does not grow with titles

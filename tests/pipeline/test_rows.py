@@ -135,7 +135,7 @@ def test_titles_that_go_together_fare_as_if_each_went_alone():
     calls = []
 
     class Together(Vectors):
-        gains_from_several = True
+        supports_batching = True
 
         def process_together(self, rows):
             calls.append([row.title_id for row in rows])

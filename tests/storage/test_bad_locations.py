@@ -12,7 +12,7 @@ import pytest
 
 from mediafm_ray.storage import errors
 from mediafm_ray.storage.base import PROBE_BYTES
-from mediafm_ray.storage.errors import StorageError, explain, may_pass
+from mediafm_ray.storage.errors import StorageError, explain, is_transient
 from mediafm_ray.storage.store import Store
 from tests.servers.fixtures import S3Server, free_ports
 from tests.servers.proxy import Fault, FaultProxy
@@ -193,6 +193,6 @@ def test_every_known_refusal_is_explained_in_one_line():
         assert words in line
         assert "\n" not in line
         assert line.startswith("s3://bucket/key: ")
-        assert may_pass(error) == (code == "SlowDown")
+        assert is_transient(error) == (code == "SlowDown")
         assert ("12:00:00 there" in line) == (code == "RequestTimeTooSkewed")
     assert all("\n" not in words for words in errors.LOCAL.values())

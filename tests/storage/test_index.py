@@ -11,7 +11,7 @@ from mediafm_ray.downstream.retrieval import ExactSearch, recall
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import index as storage_index
 from mediafm_ray.storage import index_writer
-from mediafm_ray.storage.index import EMBEDDING, IndexFacts, NoIndex, Setting, ShotFilter, half_vectors, open_index
+from mediafm_ray.storage.index import EMBEDDING, IndexFacts, NoIndex, SearchParams, ShotFilter, half_vectors, open_index
 from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.storage.store import StorageConfig, StorageError
 
@@ -141,7 +141,7 @@ def test_only_what_is_published_is_seen_and_older_versions_stay_readable(tmp_pat
     assert writer.published()
     assert set(open_index(str(tmp_path), CONFIG).titles()) == {("b", "s1")}
     assert set(reader.titles()) == {("a", "s1")}  # who opened it before still reads what there was
-    writer.forget(older_than_hours=0)
+    writer.prune_versions(older_than_hours=0)
     assert set(open_index(str(tmp_path), CONFIG).titles()) == {("b", "s1")}
     assert len(lance.dataset(str(tmp_path)).versions()) == 1
 
@@ -178,7 +178,7 @@ def test_a_vector_index_finds_what_exact_search_finds_also_after_changes(tmp_pat
     assert set(writer.indexed()) == {EMBEDDING, "text_embedding", "title_id"}
     assert settings["text_embedding"].trained_shots == all_rows(titles)["text_embedding"].is_valid().to_pylist().count(True)
     everything = {
-        column: Setting(setting.trained_shots, setting.partitions, setting.partitions, 100) for column, setting in settings.items()
+        column: SearchParams(setting.trained_shots, setting.partitions, setting.partitions, 100) for column, setting in settings.items()
     }
     writer.record(everything)
     writer.publish()
@@ -188,7 +188,7 @@ def test_a_vector_index_finds_what_exact_search_finds_also_after_changes(tmp_pat
         if step == "changed":
             writer.add([rows_of("title-4", 80, source="s2", seed=1), rows_of("new", 30)])
             writer.remove([("title-4", "s1")])
-            writer.absorb()
+            writer.index_new_rows()
             writer.publish()
         index = open_index(str(tmp_path), CONFIG)
         assert index.settings == everything
@@ -218,7 +218,7 @@ def test_little_effort_finds_less_and_recall_says_so(tmp_path, monkeypatch):
         truth.add(rows, vectors)
     reached = []
     for nprobes, refine in ((1, 1), (4, 4), (19, 60)):
-        tried = Setting(setting.trained_shots, setting.partitions, nprobes, refine)
+        tried = SearchParams(setting.trained_shots, setting.partitions, nprobes, refine)
         tables = [index.nearest(EMBEDDING, query, 10, setting=tried) for query in queries]
         reached.append(
             recall(np.stack([table["_rowid"] for table in tables]), np.stack([table["cosine"] for table in tables]), truth.cosine_QK)

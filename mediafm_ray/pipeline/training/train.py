@@ -167,7 +167,7 @@ def train_worker(given: Mapping[str, Any]) -> None:
         state, _ = folder.newest_state()
         if state is not None:
             trainer.resume(folder.store.read(state.name))
-        recorder = StoreRecorder(folder, trainer, task.board) if first else Onlooker()
+        recorder = StoreRecorder(folder, trainer, task.board) if first else BarrierRecorder()
         trainer.train(recorder)
         if isinstance(recorder, StoreRecorder):
             recorder.finish()
@@ -176,7 +176,7 @@ def train_worker(given: Mapping[str, Any]) -> None:
         raise
 
 
-class Onlooker:
+class BarrierRecorder:
     """The recorder of the workers that do not record; they meet the first one at ray.train.report."""
 
     def row(self, row: Mapping[str, float]) -> None:
@@ -192,7 +192,7 @@ class Onlooker:
         pass
 
 
-class StoreRecorder(Onlooker):
+class StoreRecorder(BarrierRecorder):
     """The recorder of the first worker: metrics, the best model and the states go to the folder, rows to whoever listens."""
 
     def __init__(self, folder: TrainingFolder, trainer: Trainer, board: Any):
@@ -277,7 +277,7 @@ class EventFiles:
 # ----------------------------------------------------------------------------------------------------------- driver
 
 
-class Board:
+class MessageQueue:
     """What the workers have to say, for the driver; an actor."""
 
     def __init__(self) -> None:
@@ -301,7 +301,7 @@ def run_workers(plan: TrainingPlan, config: TrainContextualiserConfig, watch: Wa
 
     with connected(ResourcesConfig(ray_address=config.resources.ray_address)), tempfile.TemporaryDirectory() as scratch:
         check_room_for_workers(config)
-        actor: Any = ray.remote(num_cpus=0)(Board)
+        actor: Any = ray.remote(num_cpus=0)(MessageQueue)
         board = actor.remote()
         task = WorkerTask(plan.folder_uri, plan.dataset_uri, config.model, config.training, config.storage, config.resources.workers, board)
         fit = threading.Thread(target=_fit, args=(task, config, scratch, board), daemon=True)
