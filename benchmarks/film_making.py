@@ -121,9 +121,9 @@ def embed_takes(folders: Sequence[str], same: Sequence[Sequence[str]] = ()) -> T
     from mediafm_ray.errors import TitleError
     from mediafm_ray.media.isolation import IsolatedReader
     from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
+    from mediafm_ray.models.detector import ShotDetector
     from mediafm_ray.models.encoder import build_audio_encoder, build_text_encoder, build_video_encoder
     from mediafm_ray.models.options import AudioEncoderConfig, DetectorConfig, TextEncoderConfig, VideoEncoderConfig
-    from mediafm_ray.models.transnet import ShotDetector
     from mediafm_ray.spec import Title
 
     detector = ShotDetector(DetectorConfig())

@@ -66,10 +66,11 @@ from benchmarks.encoders import (
 from benchmarks.training import FUSED_DIM, METADATA_DIM, plain_step, random_batch, random_title
 from mediafm_ray.models.clip import ClipEncoder
 from mediafm_ray.models.contextualiser import TitleContextualiser, TitleShots
+from mediafm_ray.models.detector import STEP, WINDOW, ShotDetector
 from mediafm_ray.models.loading import MicroBatches
 from mediafm_ray.models.options import AudioEncoderConfig, ContextualiserConfig, DetectorConfig, VideoEncoderConfig
 from mediafm_ray.models.tiny import VISION, make_contextualiser
-from mediafm_ray.models.transnet import BLOCKS, DILATIONS, NEIGHBOURS, ShotDetector
+from mediafm_ray.models.transnet import BLOCKS, DILATIONS, NEIGHBOURS
 from mediafm_ray.models.wav2vec2 import Wav2Vec2Encoder
 from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH, SAMPLE_RATE
 from mediafm_ray.training.batches import Batch, TitleVectors
@@ -562,8 +563,10 @@ def measure_detection(bench: Bench) -> None:
     for exact in (False, True):
         for batch in (DetectorConfig.batch, 4 * DetectorConfig.batch):
             detector = ShotDetector(DetectorConfig(weights=str(path), exact=exact, device=bench.device, batch=batch))
-            _measure_detector(bench, f"detection, {'exact' if exact else 'fast'}, {batch} windows at once", detector)
-        frames_THWC = moving_pictures(bench.sizes.detector_windows * detector.windowing.step)
+            _measure_detector(
+                bench, f"detection, exact, {batch} windows at once" if exact else f"detection, {batch} chunks at once", detector
+            )
+        frames_THWC = moving_pictures(bench.sizes.detector_windows * WINDOW)
         speed = bench.speed(functools.partial(detector.detect, frames_THWC), len(frames_THWC))
         bench.row(
             f"detection, {'exact' if exact else 'fast'}, frames to shots", "frames/s", speed, note="with the rules, on one CPU thread"
@@ -572,14 +575,16 @@ def measure_detection(bench: Bench) -> None:
 
 def _measure_detector(bench: Bench, name: str, detector: ShotDetector) -> None:
     on_cpu = ShotDetector(dataclasses.replace(detector.config, exact=True, device="cpu"))
-    on_cpu.windowing = detector.windowing  # float32, over the same windows
-    frames_THWC = moving_pictures(bench.sizes.detector_frames)
+    window = torch.from_numpy(moving_pictures(WINDOW)[None])
+    flops = count_flops(functools.partial(on_cpu.network, window)) / (STEP if detector.config.exact else WINDOW)  # of a frame
+    if not detector.config.exact:  # float32 over the same frames
+        network, on_cpu = on_cpu.network, ShotDetector(dataclasses.replace(detector.config, device="cpu"))
+        on_cpu.network = network
+    frames_THWC, many_THWC = (moving_pictures(count) for count in (bench.sizes.detector_frames, bench.sizes.detector_windows * WINDOW))
     expected_2T = np.stack(on_cpu.predict_frames(frames_THWC))
     agreement = 1 - float(np.abs(np.stack(detector.predict_frames(frames_THWC)) - expected_2T).max())
-    cut = [moving_pictures(detector.windowing.window)] * bench.sizes.detector_windows
-    flops = count_flops(functools.partial(detector._network, torch.from_numpy(cut[0][None])))
-    speed = bench.speed(functools.partial(detector.predict_windows, cut), len(cut) * detector.windowing.step)
-    bench.row(name, "frames/s", speed, speed / detector.windowing.step * flops / bench.rate, cosine=agreement)
+    speed = bench.speed(functools.partial(detector.predict_frames, many_THWC), len(many_THWC))
+    bench.row(name, "frames/s", speed, speed * flops / bench.rate, cosine=agreement)
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

@@ -82,7 +82,7 @@ class DetectShots(Stage):
     ):
         """``budget``: who decides whether the run takes another title; without it, all are taken."""
         from mediafm_ray.media.isolation import IsolatedReader
-        from mediafm_ray.models.transnet import ShotDetector
+        from mediafm_ray.models.detector import ShotDetector
 
         self.detector = ShotDetector(detector)
         self.media, self.storage, self.budget = media, storage, budget

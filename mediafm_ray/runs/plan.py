@@ -18,7 +18,7 @@ from mediafm_ray.media.options import media_recipe
 from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_digest
 from mediafm_ray.models.fusion import fusion_recipe, spans
-from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
+from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig, DetectorConfig
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.spec import digest_of, recipe_of
 from mediafm_ray.storage.catalog import SOURCE_DIGITS, Entry, read_catalog
@@ -76,7 +76,7 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
         raise ConfigError(str(error)) from error
     recipe = {
         "arithmetic": NUMERICS_VERSION,
-        "detector": encoder_recipe(config.detector, weights.digest(config.detector.weights)),
+        "detector": detector_recipe(config.detector),
         "frames": recipe_of(config.frames),
         "media": media_recipe(config.media),
         "timed_text": recipe_of(config.timed_text),
@@ -313,6 +313,12 @@ def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, mod
         )
     digest = weights.checkpoint_digest(address)
     return (digest_of({"checkpoint_sha256": digest, **changes}) if changes else digest)[:VERSION_DIGITS]
+
+
+def detector_recipe(config: DetectorConfig) -> dict[str, Any]:
+    """The detector's part of the recipe."""
+    recipe = encoder_recipe(config, weights.digest(config.weights))
+    return recipe if config.exact else {**recipe, "title": "one sequence"}  # before, a title was computed in windows of 250 frames
 
 
 def encoder_recipe(config: Any, weights_sha256: str) -> dict[str, Any]:

