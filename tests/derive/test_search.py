@@ -158,7 +158,7 @@ def test_what_cannot_be_searched_is_said(output, tmp_path, capsys):
         (["query=hello", "by=audio"], "words are compared with the text of shots"),
         (["shot=film:1", "index.version=ffffffffffff"], "is of dataset version 0123456789ab, not ffffffffffff"),
         (["shot=film:1", "index.uri="], "index.uri is required"),
-        (["shot=film:1", f"index.uri={tmp_path}/nowhere"], "has no index of shots; there is nothing: run python -m jobs.build_index"),
+        (["shot=film:1", f"index.uri={tmp_path}/nowhere"], "has no index of shots; there is nothing: run mediafm index"),
         (["shot=film:1", f"index.uri={output}"], "has no index of shots; there is: 0123456789ab"),
         (["shot=film:1", "count=0"], "count must be from 1 to"),
         (["shot=film:1", "format=xml"], "format must be table or json"),

@@ -265,7 +265,7 @@ def test_an_object_under_another_name_or_in_another_shard(uri, capsys):
     ("content", "reason"),
     [
         (b"", "JSONDecodeError"),
-        (b"[]", "no JSON object"),
+        (b"[]", "not a JSON object"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"title_id": "lost", "attempts": 1}', "source"),
         ({"attempts": "2"}, "attempts"),
@@ -290,7 +290,7 @@ def test_failure_records(uri, capsys, content, reason):
         (lambda model: None, "not there"),
         (lambda model: {**model, "dims": None}, "dims"),
         (lambda model: {**model, "spans": {"video": 1}}, "spans"),
-        (lambda model: [], "no JSON object"),
+        (lambda model: [], "not a JSON object"),
         (lambda model: {**model, "recipe": {"other": 1}}, "digest"),
         (lambda model: {**model, "dims": {**model["dims"], "fused": 13}}, "do not agree"),
         (lambda model: {**model, "dataset_version": "ffffffffffff"}, "ffffffffffff"),
