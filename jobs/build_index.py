@@ -50,7 +50,7 @@ def main(config: BuildIndexConfig) -> int:
             writer.create(plan.facts)
         added = add_titles(dataset, plan, writer, config, console)
         removed = remove_titles(plan, added, writer)
-        index_vectors(writer, config.index, console, changed=bool(added.shots or removed or not writer.published()))
+        index_vectors(writer, config.index, console, changed=bool(added.rows or removed or not writer.published()))
         if not lease.is_valid():
             raise LeaseLost(f"{LEASE_LOST}; nothing is published: run the same command again")
         return finish_build(writer, added, removed, config, console)

@@ -42,7 +42,7 @@ def main(config: DescribeTitlesConfig) -> int:
 def show_titles(plan: DerivedPlan, config: DescribeTitlesConfig, console: Console) -> None:
     """The titles with those nearest to each, on the terminal and as a table."""
     titles = read_titles(plan.dataset, plan.target)
-    described = with_nearest(titles, config.table.nearest, None if config.table.uri else MAX_SHOWN)
+    described = with_nearest(titles, config.table.nearest, len(titles) if config.table.uri else MAX_SHOWN)
     console.say()
     console.say(describe_titles(described.slice(0, MAX_SHOWN)))
     if len(titles) > MAX_SHOWN:

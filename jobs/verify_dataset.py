@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mediafm_ray.config.jobs import VerifyDatasetConfig
-from mediafm_ray.derive.runner import in_order
+from mediafm_ray.derive.runner import ordered_map
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.runs.report import Console
 from mediafm_ray.storage.dataset import DatasetError, Output, dataset_versions, lease_folder
@@ -59,7 +59,7 @@ def verify(version: str, config: VerifyDatasetConfig, console: Console) -> int:
         settle(strangers, output, lease, count, console)
         objects = sum(map(len, titles))
         begun = said = time.monotonic()
-        for checked in in_order(functools.partial(check_title, output, model), titles, config.verify.threads):
+        for checked in ordered_map(functools.partial(check_title, output, model), titles, config.verify.threads):
             count["objects"] += checked.objects
             count["bytes"] += checked.size
             count["refused"] += sum(finding.refused for finding in checked.findings)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import re
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,11 @@ def encode_title(title_id: str) -> str:
         return encoded
     beginning = re.sub(r"%[0-9A-F]?$", "", encoded[: MAX_NAME_BYTES - 33])
     return f"{beginning}~{hashlib.sha256(title_id.encode()).hexdigest()[:32]}"
+
+
+def decode_title(encoded: str) -> str:
+    """Return the title id for messages: the inverse of ``encode_title``, but that a long id stays cut."""
+    return urllib.parse.unquote(encoded)
 
 
 def object_key(name: str) -> tuple[str, str]:

@@ -231,7 +231,7 @@ def test_what_probes_cannot_do_is_said_before_anything_starts(folders, tmp_path,
         ([f"output.uri={bare}", "labels.inputs=[fused,contextual]"], "no contextual embeddings; there are: shots"),
         (
             ["labels.inputs=[smell]"],
-            "no kind of clip vectors smell: there are video, audio, text, fused, neighbours, contextual_alone, contextual",
+            "unknown kind of clip vectors: smell; there are video, audio, text, fused, neighbours, contextual_alone, contextual",
         ),
         (["labels.inputs=[]"], "none given"),
         (["labels.inputs=[fused]", "labels.columns=[genre]"], "has no genre; there are: title_id, start_s, end_s, label, score"),

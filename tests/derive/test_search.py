@@ -130,7 +130,7 @@ def test_contextual_vectors_are_searched_with_the_parts_of_the_fused(output, tmp
     assert search(index, "shot=film:4", "index.vectors=fused") == 2
     assert f"has no fused vectors: it holds contextual-{plan.checkpoint} of dataset version" in capsys.readouterr().err
     assert build(output, index) == 2
-    assert "is an index of other things: it holds contextual-" in capsys.readouterr().err
+    assert "is another index: it holds contextual-" in capsys.readouterr().err
 
 
 def test_what_cannot_be_searched_is_said(output, tmp_path, capsys):
@@ -154,7 +154,7 @@ def test_what_cannot_be_searched_is_said(output, tmp_path, capsys):
             "filter.titles: the index has no title 'series/s01e1'; close to it: series/s01e01",
         ),
         (["shot=film:1", "filter.start_s=9", "filter.end_s=3"], "filter.end_s (3) must come after filter.start_s (9)"),
-        (["query=hello", "filter.other_titles=true"], "the index does not say which encoder its text vectors are from"),
+        (["query=hello", "filter.other_titles=true"], "the index does not record the encoder of its text vectors"),
         (["query=hello", "by=audio"], "words are compared with the text of shots"),
         (["shot=film:1", "index.version=ffffffffffff"], "is of dataset version 0123456789ab, not ffffffffffff"),
         (["shot=film:1", "index.uri="], "index.uri is required"),

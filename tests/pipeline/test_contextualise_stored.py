@@ -251,8 +251,8 @@ DAMAGE = {
         lambda path: rewrite(path, lambda table: table, metadata_embedding="A"),
         "facts are damaged",
     ),
-    "vectors are text": (lambda path: rewrite(path, as_text("fused_embedding")), "not of the types"),
-    "times are text": (lambda path: rewrite(path, as_text("start_s")), "not of the types"),
+    "vectors are text": (lambda path: rewrite(path, as_text("fused_embedding")), "have other types"),
+    "times are text": (lambda path: rewrite(path, as_text("start_s")), "have other types"),
     "no facts": (lambda path: pq.write_table(pq.read_table(path).replace_schema_metadata(None), path), "facts of its title"),
 }
 
