@@ -191,7 +191,7 @@ def test_a_process_that_is_killed_holds_the_next_build_up_for_as_long_as_its_lea
     assert contents(index) == before
     capsys.readouterr()
     assert build(output, index) == 2
-    assert "jobs.build_index (process" in capsys.readouterr().err
+    assert "mediafm index (process" in capsys.readouterr().err
     deadline = time.monotonic() + 30
     while build(output, index) != 0:
         assert time.monotonic() < deadline

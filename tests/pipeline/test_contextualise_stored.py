@@ -321,7 +321,7 @@ def test_an_output_without_shots_is_refused(checkpoint, tmp_path):
         make_stored_plan(configured(tmp_path, checkpoint))
     name = commit_title(str(tmp_path / "out"), MODEL, "only", unit_rows(2, 0))
     (tmp_path / "out" / MODEL.dataset_version / name).unlink()
-    with pytest.raises(DatasetError, match=r"no committed shots: run python -m jobs\.embed_catalog"):
+    with pytest.raises(DatasetError, match=r"no committed shots: run mediafm embed"):
         make_stored_plan(configured(tmp_path / "out", checkpoint))
     (tmp_path / "out" / MODEL.dataset_version / "model.json").write_text('{"dims"')
     with pytest.raises(DatasetError, match=r"model\.json cannot be read"):

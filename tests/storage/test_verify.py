@@ -373,7 +373,7 @@ def test_a_store_that_is_down_ends_the_check(tmp_path, monkeypatch):
         return read(store, name)
 
     monkeypatch.setattr(Store, "read", down)
-    with pytest.raises(StorageError, match="look at the store first"):
+    with pytest.raises(StorageError, match="check the store first"):
         verify(tmp_path / "out")
 
 
