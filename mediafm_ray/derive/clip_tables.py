@@ -8,7 +8,6 @@ Shapes
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import pyarrow as pa
 
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.clips import ClipEmbedder
-from mediafm_ray.derive.reader import contextual_dataset, read_vectors
+from mediafm_ray.derive.reader import contextual_dataset, read_vectors, suggest_titles
 from mediafm_ray.derive.runner import ordered_map
 from mediafm_ray.downstream.clips import clip_overlaps, mean_of_neighbours, pool_overlaps
 from mediafm_ray.errors import TitleError
@@ -30,7 +29,6 @@ from mediafm_ray.storage.tables import TableError, read_table
 CLIP_COLUMNS = {"title_id": pa.string(), "start_s": pa.float64(), "end_s": pa.float64()}
 FUSED, NEIGHBOURS, CONTEXTUAL, CONTEXTUAL_ALONE = "fused", "neighbours", "contextual", "contextual_alone"
 KINDS = (*MODALITIES, FUSED, NEIGHBOURS, CONTEXTUAL_ALONE, CONTEXTUAL)  # kinds of clip vectors, in the order of the recipe's steps
-TITLES_SUGGESTED = 3
 
 
 @dataclass(frozen=True)
@@ -132,9 +130,3 @@ def _pooled(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str])
     if problems:
         raise TableError(uri, [line for _, line in sorted(problems)])
     return found
-
-
-def suggest_titles(title_id: str, titles: Sequence[str]) -> str:
-    """Return the end of a message about an unknown title: titles with similar ids or, without any, the number of titles."""
-    close = difflib.get_close_matches(title_id, titles, TITLES_SUGGESTED)
-    return f"; close to it: {', '.join(close)}" if close else f" ({len(titles)} are)"

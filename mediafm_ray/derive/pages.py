@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mediafm_ray.derive.reader import suggest_titles
 from mediafm_ray.downstream.catalog_pages import CatalogContent, CatalogTitle
 from mediafm_ray.downstream.pages import TitleContent, title_page
 from mediafm_ray.runs.report import SUMMARY
@@ -42,7 +43,6 @@ INDEX = "index.html"
 READING_THREADS = 16  # A GET from object storage mostly waits.
 MAX_PICTURES = 300  # The list of a larger catalog has no pictures, which would make the page too large.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)  # errors of an object that is damaged or not of this program
-OTHERS_NAMED = 5  # existing titles named in a message about an unknown one
 
 
 def pages_folder(dataset: EmbeddingDataset) -> str:
@@ -61,12 +61,12 @@ def title_page_name(title_id: str) -> str:
 def title_content(dataset: EmbeddingDataset, title_id: str, index: str = "") -> TitleContent:
     """Read the content of a title's page: its shots, and the contextual embeddings and scenes that were made from these shots.
 
-    Raises DatasetError, with the names of existing titles, where the title is not committed.
+    Raises DatasetError, with the reason or with similar titles, where the title is not committed.
     """
     try:
         shots = dataset.title(title_id)
     except DatasetError as error:
-        raise DatasetError(f"{error}; {_others(dataset, title_id)}") from None
+        raise DatasetError(f"{error}{_explain_missing(dataset, title_id)}") from None
     facts = title_facts(shots)
     vectors = {"fused": dataset.embeddings(shots)}
     notes = []
@@ -98,17 +98,13 @@ def _newest_of_title(dataset: EmbeddingDataset, prefix: str, title_id: str, sour
     return dataset.read(max(fitting, key=lambda info: (info.modified, info.name)).name), ""
 
 
-def _others(dataset: EmbeddingDataset, title_id: str) -> str:
-    """Return the reason of a title's failure or, without one, the names of other titles, for a message."""
+def _explain_missing(dataset: EmbeddingDataset, title_id: str) -> str:
+    """Return the end of a message about a missing title: the reason of its failure or, without one, similar titles."""
     failures = [infos[0] for (title, _), infos in dataset.output.list(FAILURES).items() if title == encode_title(title_id)]
     if failures:
         record = _failure(dataset, failures[0])
-        return f"it failed in {record.get('stage')}: {record.get('message')}"
-    titles = sorted({decode_title(title) for title, _ in dataset.output.list(SHOTS)})
-    if not titles:
-        return "no title is committed"
-    more = f" and {len(titles) - OTHERS_NAMED} more" if len(titles) > OTHERS_NAMED else ""
-    return f"there are: {', '.join(titles[:OTHERS_NAMED])}{more}"
+        return f"; it failed in {record.get('stage')}: {record.get('message')}"
+    return suggest_titles(title_id, sorted({decode_title(title) for title, _ in dataset.output.list(SHOTS)}))
 
 
 # -------------------------------------------------------------------------------------------------------- a catalog

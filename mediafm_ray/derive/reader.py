@@ -7,6 +7,8 @@ Shapes
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ from mediafm_ray.runs.plan import BUILTIN_DATASET
 from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, contextual, encode_title, matching_object, object_key
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, vector_fact
 from mediafm_ray.storage.stored_shots import StoredShots, read_shots
+
+TITLES_SUGGESTED = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +100,12 @@ def read_vectors(dataset: EmbeddingDataset, shots: str, vectors: str) -> StoredV
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # Arrow's error depends on the damaged byte.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise TitleError(f"{name} cannot be read ({reason}): delete it and run mediafm contextualise") from error
+
+
+def suggest_titles(title_id: str, titles: Sequence[str]) -> str:
+    """Return the end of a message about an unknown title: similar ids or, without any, the number of titles."""
+    close = difflib.get_close_matches(title_id, titles, TITLES_SUGGESTED)
+    return f"; similar: {', '.join(close)}" if close else f"; there are {len(titles)} others"
 
 
 def to_model_input(shots: StoredShots) -> Any:

@@ -22,6 +22,7 @@ import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from mediafm_ray.config.sections import DerivedRunConfig
+from mediafm_ray.derive.reader import StoredVectors
 from mediafm_ray.errors import TitleError
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.report import MAX_FAILURES_SHOWN, Console
@@ -105,6 +106,18 @@ class Derived:
     table: pa.Table
     facts: Mapping[str, Any]  # content of the file's metadata
     line: str  # result for the log
+
+
+def table_of(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    """Make a table of a schema from Arrow arrays and sequences."""
+    arrays = [value if isinstance(value := columns[field.name], pa.Array) else pa.array(value, field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def facts_of_title(dataset: EmbeddingDataset, title: StoredVectors, vectors: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts of a derived object: its title and source, and the vectors and options that it was made from."""
+    own = {"title_id": title.title_id, "source": title.source, "dataset_version": dataset.version}
+    return {**own, "vectors": vectors, "recipe": dict(recipe)}
 
 
 @dataclass

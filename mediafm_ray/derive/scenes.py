@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyarrow as pa
-
 from mediafm_ray.derive.reader import StoredVectors, read_vectors
-from mediafm_ray.derive.runner import Derived, PendingTitle
+from mediafm_ray.derive.runner import Derived, PendingTitle, facts_of_title, table_of
 from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.scenes import Scenes, find_scenes
 from mediafm_ray.errors import TitleError
@@ -49,13 +47,5 @@ def segment_title(dataset: EmbeddingDataset, vectors: str, pending: PendingTitle
         "end_s": title.end_S[scenes.last_K],
         "score": scenes.score_K,
     }
-    schema = scenes_schema()
-    table = pa.Table.from_arrays([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
-    facts = {
-        "title_id": title.title_id,
-        "source": title.source,
-        "dataset_version": dataset.version,
-        "vectors": vectors,
-        "recipe": scenes_recipe(config),
-    }
-    return Derived(table, facts, f"{len(scenes)} scenes of {len(title.start_S)} shots")
+    facts = facts_of_title(dataset, title, vectors, scenes_recipe(config))
+    return Derived(table_of(columns, scenes_schema()), facts, f"{len(scenes)} scenes of {len(title.start_S)} shots")

@@ -20,7 +20,7 @@ import pyarrow as pa
 from mediafm_ray.config.jobs import SearchShotsConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.config.sections import FilterConfig, SearchedIndexConfig
-from mediafm_ray.derive.clip_tables import suggest_titles
+from mediafm_ray.derive.reader import suggest_titles
 from mediafm_ray.downstream.clips import clip_overlaps, pool_overlaps
 from mediafm_ray.models.encoder import build_text_encoder, weights_digest
 from mediafm_ray.models.options import TextEncoderConfig, VideoEncoderConfig

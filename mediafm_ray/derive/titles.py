@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.reader import read_vectors
-from mediafm_ray.derive.runner import Derived, PendingTitle
+from mediafm_ray.derive.runner import Derived, PendingTitle, facts_of_title, table_of
 from mediafm_ray.derive.scenes import scenes_of_title, scenes_recipe
 from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, pool_title, share_of
@@ -65,16 +65,8 @@ def describe_title(dataset: EmbeddingDataset, vectors: str, pending: PendingTitl
         "pooled_embedding": embedding_array(pooled_D[None]),
         "cls_embedding": pa.nulls(1, embedding_type(len(pooled_D))) if title.cls_D is None else embedding_array(title.cls_D[None]),
     }
-    schema = titles_schema(len(pooled_D))
-    arrays = [value if isinstance(value := columns[field.name], pa.Array) else pa.array(value, field.type) for field in schema]
-    facts = {
-        "title_id": title.title_id,
-        "source": title.source,
-        "dataset_version": dataset.version,
-        "vectors": vectors,
-        "recipe": titles_recipe(config),
-    }
-    return Derived(pa.Table.from_arrays(arrays, schema=schema), facts, f"{minutes * 60:.1f} s, {len(seconds_S)} shots, {scenes} scenes")
+    table, facts = table_of(columns, titles_schema(len(pooled_D))), facts_of_title(dataset, title, vectors, titles_recipe(config))
+    return Derived(table, facts, f"{minutes * 60:.1f} s, {len(seconds_S)} shots, {scenes} scenes")
 
 
 # ------------------------------------------------------------------------------------------------------- nearest titles

@@ -244,7 +244,7 @@ def test_what_is_there_instead_of_an_index_is_said(tmp_path):
         _ = IndexWriter(str(tmp_path / "other"), CONFIG).index
     newer = FACTS.schema().with_metadata({"mediafm_ray": json.dumps({**json.loads(FACTS.to_json()), "format": 2})})
     lance.write_dataset(newer.empty_table(), str(tmp_path / "newer"))
-    with pytest.raises(NoIndex, match="format 2; this release reads 1"):
+    with pytest.raises(NoIndex, match="its format is 2, this release reads 1"):
         _ = IndexWriter(str(tmp_path / "newer"), CONFIG).index
     IndexWriter(str(tmp_path / "begun"), CONFIG).create(FACTS)
     with pytest.raises(NoIndex, match=r"first build of the index is not finished: run mediafm index again"):

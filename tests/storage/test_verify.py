@@ -128,7 +128,7 @@ TABLES = {  # of the shots: (table, facts) -> (table, facts), and what the reaso
     "infinity": (lambda table, facts: (vectors(table, put(np.inf, row=2)), facts), "shot 2 is not finite"),
     "no unit norm": (lambda table, facts: (vectors(table, scaled(1.01)), facts), "shot 0 has norm 1.01"),
     "a zero vector": (lambda table, facts: (vectors(table, put(0.0)), facts), "shot 1 has norm 0"),
-    "a norm below zero": (column("fused_norm", [1.0, -1.0, 1.0]), "no norm"),
+    "a norm below zero": (column("fused_norm", [1.0, -1.0, 1.0]), "not norms"),
     "an absent modality": (column("has_video", [True, False, True]), "has no video"),
     "facts of another title": (fact(title_id="two"), "'two'"),
     "facts of another source": (fact(source="ffffffffffffffff"), "ffffffffffffffff"),
@@ -258,7 +258,7 @@ def test_an_object_under_another_name_or_in_another_shard(uri, capsys):
     broken = found(uri, capsys)
     assert "'one'" in broken[SHOTS_OF_ONE.replace("one@", "two@")]
     assert "'a/b'" in broken[str(moved.relative_to(version))]
-    assert "not there" in broken[CONTEXTUAL_OF_ONE]
+    assert "missing" in broken[CONTEXTUAL_OF_ONE]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_failure_records(uri, capsys, content, reason):
     ("change", "reason"),
     [
         (lambda model: b"{", "cannot be read"),
-        (lambda model: None, "not there"),
+        (lambda model: None, "is missing"),
         (lambda model: {**model, "dims": None}, "dims"),
         (lambda model: {**model, "spans": {"video": 1}}, "spans"),
         (lambda model: [], "not a JSON object"),
