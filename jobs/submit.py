@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(public_line(f"interrupted: the job continues; to see its state: {look}; to stop it: ray job stop {job}"), file=sys.stderr)
         return EXIT_INTERRUPTED if isinstance(ending, KeyboardInterrupt) else EXIT_TERMINATED
     except Unreachable as error:
-        why = f"error: the cluster at {options.address} does not answer any more ({error}); the job may go on; to see its state: {look}"
+        why = f"error: the cluster at {options.address} does not answer any more ({error}); the job may continue; to see its state: {look}"
         print(public_line(why), file=sys.stderr)
         return EXIT_UNKNOWN
     reason = (details.message or "").partition("\n")[0]  # The rest repeats the end of the log.

@@ -47,7 +47,7 @@ SHOT_COLUMNS = tuple(name for name in ROW_COLUMNS if name != "title_id")  # colu
 RESULTS = 10  # Recall is measured for so many results.
 ITSELF = 1 - 1e-5  # A result with at least this cosine is the query's own shot.
 TITLE_ID = "title_id"
-SEED = 0  # for drawing queries
+SEED = 0  # seed of the drawn queries
 EFFORTS = ((4, 4), (8, 8), (16, 16), (32, 32), (64, 64), (128, 128))  # partitions to search, exact candidates for each result
 GROWTH = 2  # A vector index is trained again when there are so many times the shots that it was trained on.
 

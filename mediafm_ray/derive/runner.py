@@ -173,7 +173,7 @@ def each_title(
             return title, work(pending[title]), ""
         except TitleError as error:
             return title, None, str(error)
-        except Exception as error:  # The other titles go on.
+        except Exception as error:  # One title's error does not end the run.
             log.exception("title %s failed", title)
             return title, None, f"{type(error).__name__}: {error}"
 

@@ -35,7 +35,7 @@ SHOT_PATTERN = re.compile(r"(?P<title>.+):(?P<index>\d+)")
 CLIP_PATTERN = re.compile(r"(?P<title>.+):(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)")
 TEXT_WIDTH = 60  # characters of a shot's text in a table
 MAX_TITLE_WIDTH = 48  # characters of the column; a longer title makes its own line longer
-DECIMALS = 6  # in cosines of the JSON output
+DECIMALS = 6  # digits of a cosine in the JSON output
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,7 +52,7 @@ class ObjectInfo:
 class Unknown:
     """An object that could not be looked up: it may or may not exist."""
 
-    reason: str  # for the user
+    reason: str  # message for the user
     is_transient: bool
 
 

@@ -81,7 +81,7 @@ class Entry:
     modified: float = 0.0  # modification time of the video, seconds since the epoch; 0 = unknown
     duration_s: float | None = None  # seconds of video, if the catalog says so
     unknown: str = ""  # why one of its objects could not be looked up; ``source`` is then meaningless
-    is_outage: bool = False  # whether the reason for that is transient
+    is_outage: bool = False  # True if that reason is transient
 
 
 def read_catalog(uri: str, config: StorageConfig | None = None, skipped: list[BadRow] | None = None) -> list[Entry]:

@@ -113,7 +113,7 @@ class Model:
     """The content of ``model.json``: everything that decides the numbers of a dataset version."""
 
     dataset_version: str  # 12 hex digits
-    recipe: Mapping[str, Any]  # what the version is the digest of: configuration that changes the numbers, digests of weights
+    recipe: Mapping[str, Any]  # input of the version's digest: configuration that changes the numbers, digests of weights
     dims: Mapping[str, int]  # video, audio, text, fused
     spans: Mapping[str, tuple[int, int]]  # modality -> [start, end) in a fused embedding
 

@@ -52,7 +52,7 @@ SPARE_RESULTS = 8  # more results than wanted, because Lance orders them by half
 MIN_NORM = 1e-12
 MAX_NAMED = 8  # objects named in a message
 ROW_COLUMNS = ("title_id", "shot_index", "start_s", "end_s", "language", "text", "has_video", "has_audio", "has_text")
-LANCE_ERRORS = (OSError, ValueError, RuntimeError, NotImplementedError, pa.ArrowException)  # what Lance's Rust code raises
+LANCE_ERRORS = (OSError, ValueError, RuntimeError, NotImplementedError, pa.ArrowException)  # errors of Lance's Rust code
 RUST_PLACE = re.compile(r",? ?\S+\.rs:\d+(?::\d+)?")  # a place in Lance's source code, which does not help the user
 
 

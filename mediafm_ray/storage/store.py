@@ -77,7 +77,7 @@ def absolute(uri: str) -> str:
     assert path is not None
     try:
         return os.path.abspath(os.path.expanduser(path) if path is uri else path)
-    except ValueError as error:  # of a user's name after '~'
+    except ValueError as error:  # an invalid user name after '~'
         raise StorageError(f"{uri!r} is not a path: {error}") from error
 
 

@@ -233,7 +233,7 @@ def _read(content: bytes, name: str, dataset: str, version: str) -> tuple[pa.Tab
     try:
         named = object_name(dataset, title_id, source)
     except ValueError as error:  # JSON may hold half a surrogate pair.
-        raise BrokenObject(f"it holds title {title_id!r}, which is no valid Unicode") from error
+        raise BrokenObject(f"it holds title {title_id!r}, which is not valid Unicode") from error
     if named != name:
         raise BrokenObject(f"it holds title {title_id!r} from source {source}, whose name would be {named}")
     if _fact(facts, "dataset_version", str) != version:
