@@ -169,7 +169,7 @@ def index_vectors(writer: IndexWriter, config: IndexConfig, console: Console, ch
 
     ``changed``: whether rows were added or removed since the last version.
     """
-    index = _latest(writer)
+    index = writer.latest()
     shots = {column: index.shots(column) for column in index.facts.dims}
     large = [column for column in shots if shots[column] >= config.least_shots]
     settings = {column: setting for column, setting in index.settings.items() if column in large}
@@ -203,7 +203,7 @@ def _train(writer: IndexWriter, column: str, shots: int, console: Console) -> Se
 
 def _tune(writer: IndexWriter, column: str, setting: SearchParams, config: IndexConfig, console: Console) -> SearchParams:
     """Find the least effort that reaches the wanted recall@10 for shots drawn at random; the greatest where none does."""
-    index = _latest(writer)
+    index = writer.latest()
     queries_QD = index.sample(column, config.queries, SEED)
     truth = exact_search(index, column, queries_QD, RESULTS + 1)
     for nprobes, refine in EFFORTS:
@@ -247,17 +247,12 @@ def measured_recall(index: ShotIndex, column: str, queries_QD: np.ndarray, true_
     return recall(rows_QK, cosine_QK, true_cosine_QK[:, 1:])
 
 
-def _latest(writer: IndexWriter) -> ShotIndex:
-    assert writer.index is not None
-    return writer.index
-
-
 # ---------------------------------------------------------------------------------------------------------------- end
 
 
 def finish_build(writer: IndexWriter, added: TitleCounts, removed: int, config: BuildIndexConfig, console: Console) -> int:
     """Publish the index unless it is empty, log the summary and return the exit code."""
-    index = _latest(writer)
+    index = writer.latest()
     shots = index.shots()
     if shots and not writer.published():
         writer.publish()

@@ -51,6 +51,11 @@ class IndexWriter:
         """The latest version, published or not; None before the first."""
         return None if self.lance is None else ShotIndex(self.uri, self.lance)
 
+    def latest(self) -> ShotIndex:
+        """Return the latest version of an index that has been created."""
+        assert self.index is not None
+        return self.index
+
     def published(self) -> bool:
         """Return True if the latest version is the published one."""
         with explained(self.uri):
@@ -99,7 +104,7 @@ class IndexWriter:
 
     def merge_files(self) -> bool:
         """Merge files where there are many more than the rows need, and drop deleted rows; return True if anything was done."""
-        rows = max(1, GROUP_BYTES // self._bytes_a_row())
+        rows = max(1, GROUP_BYTES // (2 * sum(self.latest().facts.dims.values())))  # a number has 2 bytes
         with explained(self.uri):
             files = len(self.lance.get_fragments())
             if files <= self.lance.count_rows() // rows + SPARE_FILES:
@@ -110,7 +115,7 @@ class IndexWriter:
 
     def train(self, column: str) -> SearchParams:
         """Train and fill the vector index of a column, and replace an existing one."""
-        index = self._index()
+        index = self.latest()
         shots = index.shots(column)
         dim = index.facts.dims[column]
         partitions = max(1, shots // SHOTS_PER_PARTITION)
@@ -168,10 +173,3 @@ class IndexWriter:
     def size(self) -> int:
         """Return the bytes of all objects at the URI, older versions included."""
         return sum(info.size for info in self.store.list())
-
-    def _index(self) -> ShotIndex:
-        assert self.index is not None
-        return self.index
-
-    def _bytes_a_row(self) -> int:
-        return 2 * sum(self._index().facts.dims.values())

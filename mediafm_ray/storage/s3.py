@@ -91,14 +91,10 @@ class S3Objects:
 
     def children(self) -> tuple[Sequence[str], Mapping[str, ObjectInfo]]:
         """Return the folders and the objects directly below the URI."""
-        folders: Sequence[str] = []
-        objects: Mapping[str, ObjectInfo] = {}
-        for page in self._pages(Prefix=self.prefix, Delimiter="/"):
-            found = [entry["Prefix"].removeprefix(self.prefix).rstrip("/") for entry in page.get("CommonPrefixes", ())]
-            folders = [*folders, *found]
-            names = {entry["Key"].removeprefix(self.prefix): entry for entry in page.get("Contents", ())}
-            objects = {**objects, **{name: self._info(name, entry) for name, entry in names.items() if name and not name.endswith("/")}}
-        return folders, objects
+        pages = [*self._pages(Prefix=self.prefix, Delimiter="/")]
+        folders = [entry["Prefix"].removeprefix(self.prefix).rstrip("/") for page in pages for entry in page.get("CommonPrefixes", ())]
+        entries = {entry["Key"].removeprefix(self.prefix): entry for page in pages for entry in page.get("Contents", ())}
+        return folders, {name: self._info(name, entry) for name, entry in entries.items() if name and not name.endswith("/")}
 
     def info(self, name: str) -> ObjectInfo | None:
         """Look up one object; None where it does not exist."""

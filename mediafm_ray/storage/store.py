@@ -14,7 +14,7 @@ import urllib.parse
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
@@ -88,20 +88,6 @@ def join(base: str, relative: str) -> str:
     return f"{base.rstrip('/')}/{relative}"
 
 
-class Objects(Protocol):
-    """The operations of one kind of store."""
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]: ...
-    def children(self) -> tuple[Sequence[str], Mapping[str, ObjectInfo]]: ...
-    def info(self, name: str) -> ObjectInfo | None: ...
-    def read(self, name: str) -> bytes: ...
-    def write(self, name: str, content: bytes) -> None: ...
-    def delete(self, name: str) -> None: ...
-    def check_readable(self, name: str = "") -> bool: ...
-    def check_writable(self, name: str) -> None: ...
-    def remove_partial(self) -> int: ...
-
-
 class Store:
     """The objects below one root URI.
 
@@ -116,7 +102,7 @@ class Store:
         self.config = config or StorageConfig()
         self.filesystem, self.root = open_filesystem(self.uri, self.config)
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
-        self.objects: Objects
+        self.objects: LocalObjects | S3Objects | FsspecObjects
         if self.is_local:
             self.objects = LocalObjects(self.root)
         elif scheme_of(self.uri) == "s3":

@@ -135,7 +135,7 @@ TABLES = {  # of the shots: (table, facts) -> (table, facts), and what the reaso
     "facts of another version": (fact(dataset_version="ffffffffffff"), "dataset version ffffffffffff"),
     "facts of other dimensions": (fact(dims={**MODEL.dims, "fused": 13}), "model.json"),
     "no facts of the media": (fact(media="gone"), "media"),
-    "a title that is no Unicode": (fact(title_id="\ud800"), "no valid Unicode"),
+    "a title that is no Unicode": (fact(title_id="\ud800"), "not valid Unicode"),
     "a metadata embedding of a number": (fact(metadata_embedding=7), "metadata_embedding"),
     "a metadata embedding cut short": (fact(metadata_embedding="AACAPw=="), "metadata_embedding"),
 }
