@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jobs
+from mediafm_ray.cli import COMMANDS
 from mediafm_ray.config.loader import Key, default_of, keys_of
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -17,8 +18,9 @@ HEAD = """# Configuration
 
 This page is generated from the dataclasses of the program by `make docs`; a test compares it with them.
 
-Every job reads `--config PROFILE_OR_FILE ... key=value ...`, merged in that order. `--help` lists the keys of a job with their defaults.
-An unknown key, a wrong type or a missing file is an error that names it, before anything starts. A file for `jobs.embed_catalog` may be
+Every job reads `--config PROFILE_OR_FILE ... key=value ...`, merged in that order. `--help` lists the keys of a job with their defaults;
+"Read by" names the commands of `mediafm` that read a section.
+An unknown key, a wrong type or a missing file is an error that names it, before anything starts. A file for `mediafm embed` may be
 given to every job: sections that a job does not read are checked and ignored.
 
 A key marked "yes" under "version" changes the numbers. Those of `detector`, `frames`, `media`, `timed_text`, `video`, `audio`, `text` and
@@ -66,10 +68,11 @@ def sections_of(kind: type[Any]) -> list[Section]:
 
 def render() -> str:
     """Return the page."""
+    commands = {module.removeprefix("jobs."): name for name, (module, _) in COMMANDS.items()}
     users: dict[str, dict[Section, list[str]]] = {}
     for job, kind in job_configs().items():
         for section in sections_of(kind):
-            users.setdefault(section.name, {}).setdefault(section, []).append(f"`{job}`")
+            users.setdefault(section.name, {}).setdefault(section, []).append(f"`{commands[job]}`")
     lines = [HEAD]
     for name in sorted(users, key=lambda name: (not name, name)):
         lines += [f"## {name or 'Keys without a section'}", ""]

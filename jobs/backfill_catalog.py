@@ -1,13 +1,13 @@
-"""Keep an output up to date with its catalog: what a scheduler runs every night.
+"""Keep an output up to date with its catalog, as a nightly job of a scheduler.
 
     mediafm backfill --config offline catalog.uri=videos/ output.uri=embeddings/ backfill.max_wall_minutes=300
     mediafm backfill --dry-run ...
 
-Computes what is new, changed, failed before and due again, and by choice what is committed under another dataset version only; within a
-budget; one run at a time a dataset version. A title that the budget leaves is there for the next run. With --dry-run it says what it
-would do and writes nothing. The logs of every run stand below runs/ in the output, those of a killed one, too.
-Exit code 0: all is well; 1: more titles failed, are given up or could not be looked at than run.max_failed_fraction allows; 2: a bad
-configuration or catalog, or another run holds the lease: nothing was started; 3: the run ended before its titles did.
+Computes titles that are new, changed, or failed and due again, and by choice those that are committed only under another dataset version.
+Limits bound the run, and the next run continues; a lease allows one run at a time for a dataset version. With --dry-run it prints the
+plan and writes nothing. The logs of every run are below runs/ in the output, also those of a killed run.
+Exit code 0: success; 1: more titles failed, were given up or could not be looked up than run.max_failed_fraction allows; 2: a bad
+configuration or catalog, or another run holds the lease: nothing was started; 3: the run ended before all titles were done.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ LEASE_LOST = "the lease was lost"
 
 
 def main(config: BackfillCatalogConfig) -> int:
-    """Take the lease, then plan, delete, embed, report; or, dry, only plan."""
+    """Take the lease, then plan, delete, embed and report; with --dry-run only plan."""
     console, start = Console(log_format=config.run.log_format), time.monotonic()
     store = Store(config.output.uri, config.storage)
     if config.run.dry_run:
         return preview(config, store, console)
     model = describe_model(config)
     store.check_writable()
-    holder = holder_of_lease("jobs.backfill_catalog")
+    holder = holder_of_lease("mediafm backfill")
     duration_s = config.backfill.lease_minutes * MINUTE
     with held(store, lease_folder(model.dataset_version), holder, duration_s) as lease, RunLog(console, store) as log:
         backfill = plan_backfill(config, model)
@@ -57,15 +57,13 @@ def main(config: BackfillCatalogConfig) -> int:
             part = summary_part(backfill, tally, wall_s, deleted, pace)
             code = report(backfill.plan, tally, wall_s, config, console, log, more={"backfill": part})
     if tally.ended_by == LEASE_LOST:
-        console.say(
-            "error: the run took no more titles because its lease was lost: another may be at work; look, and run the same command again"
-        )
+        console.say("error: the run stopped because its lease was lost: another may have begun; if not, run the same command again")
         return EXIT_ABORTED
     return code
 
 
 def preview(config: BackfillCatalogConfig, store: Store, console: Console) -> int:
-    """What a run would do, take and cost."""
+    """Print what a run would do, its duration and its cost."""
     backfill = plan_backfill(config)
     console.say(describe(backfill, config))
     say_unknown(backfill.plan, console)
@@ -75,7 +73,7 @@ def preview(config: BackfillCatalogConfig, store: Store, console: Console) -> in
 
 
 def limits(backfill: Backfill, config: BackfillCatalogConfig, start: float, lease: Lease) -> Limits:
-    """What the run may take. ``start``: time.monotonic() when the job began."""
+    """Return the limits of the run. ``start``: time.monotonic() when the job began."""
     minutes = config.backfill.max_wall_minutes
     return Limits(
         max_video_s=config.backfill.max_video_hours * HOUR,
@@ -86,7 +84,7 @@ def limits(backfill: Backfill, config: BackfillCatalogConfig, start: float, leas
 
 
 def delete(backfill: Backfill, config: BackfillCatalogConfig, console: Console) -> int:
-    """Delete the objects of titles that are gone from the catalog, where that is wanted; how many."""
+    """Delete the objects of titles that are gone from the catalog, if configured; return how many."""
     if not config.backfill.delete_missing or not backfill.missing.objects:
         return 0
     deleted = delete_missing(backfill.missing, Output(config.output.uri, backfill.plan.model.dataset_version, config.storage))

@@ -1,14 +1,14 @@
-"""Build the index that shots are searched in, or bring it up to date. No video is opened, no model is loaded.
+"""Build the search index of shots, or bring it up to date. No video is opened and no model is loaded.
 
     mediafm index output.uri=embeddings/ index.uri=index/
     mediafm index output.uri=embeddings/ index.uri=s3://bucket/index vectors.kind=fused index.parts=[text]
 
-The index is a Lance dataset: one row a shot, with its contextual (or fused) vector and those of its modalities, title, times, text and
-language. New and changed titles are added, those that are gone leave; where nothing changed, nothing is done. From index.least_shots
-vectors on a column gets a vector index; how well that finds is measured against exact search (recall@10) and printed. A search sees the
-new version at once when it is whole; a killed build is finished by running the same command again.
-Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows (the others are in); 2: a bad configuration, dataset or
-index, nothing was changed; 3: the build ended early, nothing new is published.
+The index is a Lance dataset: one row for each shot, with its contextual (or fused) vector, those of its modalities, title, times, text and
+language. New and changed titles are added and missing ones removed; without changes nothing is done. A column of at least
+index.least_shots vectors gets a vector index, whose recall@10 against exact search is measured and printed. A search sees the new version
+only when it is complete. To finish a killed build, run the same command again.
+Exit code 0: success; 1: more titles failed than run.max_failed_fraction allows (the others are added); 2: a bad configuration, dataset or
+index, nothing was changed; 3: the build ended early, nothing new was published.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEASE_LOST = "the lease of this index was lost: another build may have begun"
 
 
 def main(config: BuildIndexConfig) -> int:
-    """Compare, add, remove, train and measure, publish."""
+    """Compare, add, remove, train, measure and publish."""
     need("search", "building an index")
     console = Console()
     if not config.index.uri:
@@ -40,9 +40,9 @@ def main(config: BuildIndexConfig) -> int:
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
     vectors = vectors_dataset(dataset, config.vectors)
     store = Store(config.index.uri, config.storage)
-    open_target(dataset, vectors, IndexWriter(config.index.uri, config.storage), config.index)  # refuses before anything is written
+    open_target(dataset, vectors, IndexWriter(config.index.uri, config.storage), config.index)  # raises NoIndex before anything is written
     store.check_writable()
-    with held(store, LEASE, holder_of_lease("jobs.build_index"), config.index.lease_minutes * 60) as lease, working():
+    with held(store, LEASE, holder_of_lease("mediafm index"), config.index.lease_minutes * 60) as lease, working():
         writer = IndexWriter(config.index.uri, config.storage)
         plan = make_index_plan(dataset, vectors, writer, config.index)
         console.say(plan.describe())
@@ -50,7 +50,7 @@ def main(config: BuildIndexConfig) -> int:
             writer.create(plan.facts)
         added = add_titles(dataset, plan, writer, config, console)
         removed = remove_titles(plan, added, writer)
-        index_vectors(writer, config.index, console, changed=bool(added.shots or removed or not writer.published()))
+        index_vectors(writer, config.index, console, changed=bool(added.rows or removed or not writer.published()))
         if not lease.is_valid():
             raise LeaseLost(f"{LEASE_LOST}; nothing is published: run the same command again")
         return finish_build(writer, added, removed, config, console)

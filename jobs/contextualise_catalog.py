@@ -1,11 +1,11 @@
-"""Contextualise what is embedded: a checkpoint's contextual embeddings from committed shots. No video is opened.
+"""Compute the contextual embeddings of a checkpoint from committed shots. No video is opened.
 
     mediafm contextualise output.uri=embeddings/ contextualiser.checkpoint=checkpoint/
 
-Writes contextual-<checkpoint>/ beside the shots, the same bytes as jobs.embed_catalog with that checkpoint. What is committed already is
-skipped; a killed run is finished by running the same command again. Files for jobs.embed_catalog serve as --config here, too.
-Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration, dataset or checkpoint,
-nothing was started; 3: the run ended before its titles did.
+Writes contextual-<checkpoint>/ beside the shots, with the same bytes as mediafm embed with that checkpoint. Committed titles are skipped:
+to finish a killed run, run the same command again. --config also takes files for mediafm embed.
+Exit code 0: success; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration, dataset or checkpoint,
+nothing was started; 3: the run ended before all titles were done.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.runs.stored import make_stored_plan, prepare_stored_output
 from mediafm_ray.storage.store import Store
 
-LOGS = ("contextualise-summary.json", "contextualise.log", "contextualise-titles.jsonl")  # beside those of the job that embeds
+LOGS = ("contextualise-summary.json", "contextualise.log", "contextualise-titles.jsonl")  # beside the files of mediafm embed
 
 
 def main(config: ContextualiseCatalogConfig) -> int:
-    """Plan, contextualise what is pending, report."""
+    """Plan, contextualise the pending titles, report."""
     console, start = Console(log_format=config.run.log_format), time.monotonic()
     plan = make_stored_plan(config)
     log_plan(plan, console)
@@ -41,13 +41,13 @@ def main(config: ContextualiseCatalogConfig) -> int:
 
 
 def log_plan(plan: Plan, console: Console) -> None:
-    """What the run is about to do."""
+    """Log the plan."""
     console.say(
         f"dataset version {plan.model.dataset_version}, checkpoint {plan.checkpoint}: {plan.titles} titles with committed shots, "
         f"{plan.done} contextualised before, {plan.pending.num_rows} to compute"
     )
     if plan.failed_before:
-        console.say(f"{plan.failed_before} titles failed before and are passed over (run.retry_failed=false)")
+        console.say(f"{plan.failed_before} titles failed before and are skipped (run.retry_failed=false)")
     if plan.left:
         console.say(f"{plan.left} more are left for later runs (run.max_titles)")
 

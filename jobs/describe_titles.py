@@ -1,11 +1,11 @@
-"""Describe committed titles, one row each: vectors for recommendation on the day of launch, length, pace, how much is said.
+"""Describe committed titles, one row each: vectors for recommendation from the first day, length, pace and amount of speech.
 
     mediafm titles output.uri=embeddings/ [table.uri=titles.parquet]
 
-Writes titles-<fused|contextual>-<options>/ beside the shots, and names the titles nearest to each by the cosine of their pooled embeddings.
-No video is opened, no model is loaded. What is committed already is skipped; a killed run is finished by running the same command again.
-Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or dataset, nothing was started;
-3: the run ended before its titles did.
+Writes titles-<fused|contextual>-<options>/ beside the shots, and prints the titles nearest to each by the cosine of their pooled
+embeddings. No video is opened and no model is loaded. Committed titles are skipped: to finish a killed run, run the same command again.
+Exit code 0: success; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or dataset, nothing was started;
+3: the run ended before all titles were done.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.tables import write_table
 
-MAX_SHOWN = 40  # titles of the table on the terminal
+MAX_SHOWN = 40  # titles in the printed table
 
 
 def main(config: DescribeTitlesConfig) -> int:
-    """Plan, describe what is pending, find the nearest, report."""
+    """Plan, describe the pending titles, find the nearest, report."""
     console = Console()
     check_table_uri(config.table.uri)
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
@@ -40,9 +40,9 @@ def main(config: DescribeTitlesConfig) -> int:
 
 
 def show_titles(plan: DerivedPlan, config: DescribeTitlesConfig, console: Console) -> None:
-    """The titles with those nearest to each, on the terminal and as a table."""
+    """Print the titles with those nearest to each, and write them to table.uri."""
     titles = read_titles(plan.dataset, plan.target)
-    described = with_nearest(titles, config.table.nearest, None if config.table.uri else MAX_SHOWN)
+    described = with_nearest(titles, config.table.nearest, len(titles) if config.table.uri else MAX_SHOWN)
     console.say()
     console.say(describe_titles(described.slice(0, MAX_SHOWN)))
     if len(titles) > MAX_SHOWN:

@@ -1,10 +1,10 @@
-"""Embed a catalog: every title's shots as fused (and, with a checkpoint, contextual) embeddings.
+"""Embed a catalog: compute fused and, with a checkpoint, contextual embeddings of the shots of every title.
 
     mediafm embed --config offline catalog.uri=videos/ output.uri=embeddings/
 
-What is committed already is skipped; a killed run is finished by running the same command again. Its logs stand below runs/ in the output.
-Exit code 0: all is well; 1: more titles failed, or could not be looked at, than run.max_failed_fraction allows; 2: a bad configuration
-or catalog, nothing was started; 3: the run ended before its titles did.
+Committed titles are skipped: to finish a killed run, run the same command again. Its logs are below runs/ in the output.
+Exit code 0: success; 1: more titles failed, or could not be looked up, than run.max_failed_fraction allows; 2: a bad configuration
+or catalog, nothing was started; 3: the run ended before all titles were done.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mediafm_ray.storage.store import Store
 
 
 def main(config: EmbedCatalogConfig) -> int:
-    """Plan, embed what is pending, report."""
+    """Plan, embed the pending titles, report."""
     console, start = Console(log_format=config.run.log_format), time.monotonic()
     plan = make_plan(config)
     log_plan(plan, config, console)

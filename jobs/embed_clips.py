@@ -1,13 +1,13 @@
-"""Vectors for a table of clips, any [start, end) of committed titles.
+"""Compute vectors for a table of clips, any [start, end) of committed titles.
 
     mediafm clips output.uri=embeddings/ clips.uri=clips.csv table.uri=vectors.parquet
     mediafm clips ... clips.kind=contextual_alone contextualiser.checkpoint=checkpoint/
     mediafm clips ... clips.kind=fused
 
-A clip's vector is the mean direction of its shots, each weighted by the seconds it has in the clip. The table that is written has
-the rows and columns of the one that is read, and a column embedding. No video is opened; a model is loaded where clips are read by
-themselves (contextual_alone), or where a checkpoint is given that has not written the contextual embeddings of a title.
-Exit code 0: all is well; 2: a bad configuration, dataset or table (every problem of it is said), nothing was written.
+A clip's vector is the mean direction of its shots, each weighted by its seconds in the clip. The written table has the rows and columns
+of the given one, and a column embedding. No video is opened. A model is loaded for clips without their context (contextual_alone), or
+for a checkpoint that has not written the contextual embeddings of a title.
+Exit code 0: success; 2: a bad configuration, dataset or table (all its problems are printed), nothing was written.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What the vectors know: linear probes on labels of clips, for each step of the recipe.
+"""Evaluate the vectors of each step of the recipe with linear probes on labels of clips.
 
     mediafm probes output.uri=embeddings/ labels.uri=labels.csv contextualiser.checkpoint=checkpoint/ report.uri=probes.json
     mediafm probes output.uri=embeddings/ labels.uri=labels.csv labels.inputs=[video,audio,text,fused]
 
 The table has title_id, start_s, end_s of each clip, and columns of true and false (a label each), one column of names (a;b for several), or
-one column of scores that rank the clips. For video, audio and text alone, fused, the fused vectors' mean over five shots (neighbours: the
-context that costs nothing), contextual in isolation (contextual_alone: a clip's shots read by themselves, which needs the checkpoint)
-and contextual in context, it prints macro and micro average precision, or Kendall's tau, for held-out titles, with 95 % confidence
-intervals, and the difference from the fused vectors; then for each label whether the contextual ones are worth their price: more than
-the fused ones and their mean. mediafm_ray/downstream/probes.py explains the protocol.
-Exit code 0: all is well; 2: a bad configuration, dataset or table (every problem of it is said), nothing was measured.
+one column of scores that rank the clips. The inputs are video, audio and text alone, fused, the fused vectors' mean over five shots
+(neighbours: context without training), contextual in isolation (contextual_alone: only a clip's shots, which needs the checkpoint) and
+contextual in context. For each the job prints macro and micro average precision, or Kendall's tau, for held-out titles, with 95 %
+confidence intervals, and the difference from the fused vectors; then, for each label, the gain of the contextual vectors over the fused
+ones and their mean. mediafm_ray/downstream/probes.py explains the protocol.
+Exit code 0: success; 2: a bad configuration, dataset or table (all its problems are printed), nothing was measured.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.tables import TableError, write_object
 from mediafm_ray.text import public_line
 
-NO_LABELS = (*CLIP_COLUMNS, "clip_id")  # columns of the table that say which clip it is
+NO_LABELS = (*CLIP_COLUMNS, "clip_id")  # columns that identify the clip
 
 
 def main(config: EvaluateProbesConfig) -> int:
-    """Read the labels, pool the clips, probe, report."""
+    """Read the labels, pool the clips, train the probes, report."""
     need("probes", "probing")
     console = Console()
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
@@ -74,7 +74,7 @@ def main(config: EvaluateProbesConfig) -> int:
 
 
 def group_clips(clips: pa.Table, config: EvaluateProbesConfig) -> np.ndarray:
-    """(N,) int64: which clips are held out together, those of a title or of a group of titles. Raises ConfigError."""
+    """Return the (N,) int64 group of each clip, its title or group of titles, which is held out together. Raises ConfigError."""
     name = config.labels.group or "title_id"
     if name not in clips.column_names:
         raise ConfigError(f"labels.group: {config.labels.uri} has no {name}; there are: {', '.join(clips.column_names)}")
@@ -86,7 +86,7 @@ def group_clips(clips: pa.Table, config: EvaluateProbesConfig) -> np.ndarray:
 
 
 def read_labels(clips: pa.Table, groups_N: np.ndarray, config: EvaluateProbesConfig, console: Console) -> Labels:
-    """The labels of the table that can be learned and tested; says which cannot. Raises ConfigError, TableError."""
+    """Return the labels of the table that can be learned and tested; print the others. Raises ConfigError, TableError."""
     columns = list(config.labels.columns) or [name for name in clips.column_names if name not in (*NO_LABELS, config.labels.group)]
     unknown = [name for name in columns if name not in clips.column_names]
     if unknown:

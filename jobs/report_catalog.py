@@ -1,11 +1,11 @@
-"""Write the page of a catalog: every title with its length, shots and warnings, failures with their reasons, the last run.
+"""Write the HTML page of a catalog: length, shots and warnings of every title, failures with their reasons, the last run.
 
     mediafm report output.uri=embeddings/
     mediafm report output.uri=embeddings/ report.title_pages=true
 
-Self-contained HTML; no video is opened, no model is loaded. Title pages are linked where they are there.
-Exit code 0: the pages are there; 1: some titles' pages could not be made; 2: a bad configuration or dataset; 3: not all
-pages could be written.
+The HTML is self-contained and links to the existing pages of titles. No video is opened and no model is loaded.
+Exit code 0: the pages are written; 1: the pages of some titles failed; 2: a bad configuration or dataset; 3: not all pages could be
+stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mediafm_ray.text import public_line
 
 
 def main(config: ReportCatalogConfig) -> int:
-    """Write the titles' pages if asked to, then the list that links to them; say where."""
+    """Write the titles' pages if configured, then the catalog's page that links to them; print their URIs."""
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
     pages = Store(config.report.folder or pages_folder(dataset), config.storage)
     with working():
@@ -34,14 +34,14 @@ def main(config: ReportCatalogConfig) -> int:
 
 
 def write_title_pages(dataset: EmbeddingDataset, pages: Store) -> int:
-    """Write the page of every committed title, say where each stands; how many could not be made."""
+    """Write the page of every committed title and print its URI; return the number of failures."""
     failed = 0
     for title_id in committed_titles(dataset):
         try:
             print(public_line(write_title_page(dataset, title_id, pages, index=f"../{INDEX}")))
         except StorageError:
             raise
-        except Exception as error:  # any: one title without a page does not keep the others from theirs
+        except Exception as error:  # The pages of the other titles are still written.
             failed += 1
             print(public_line(f"FAILED {title_id}: {type(error).__name__}: {error}"))
     return failed

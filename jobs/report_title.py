@@ -1,10 +1,10 @@
-"""Write the page of one title: its shots and scenes on a timeline, what each modality saw, how similar the shots are, nearest shots.
+"""Write the HTML page of one title: a timeline of its shots and scenes, their modalities, their similarity and nearest shots.
 
     mediafm page output.uri=embeddings/ title_id=NAME
     mediafm page output.uri=s3://bucket/embeddings title_id=NAME report.path=page.html
 
-One self-contained HTML file; opening it asks no server for anything. No video is opened, no model is loaded.
-Exit code 0: the page is there; 2: a bad configuration, or the title is not committed.
+The HTML file is self-contained and works offline. No video is opened and no model is loaded.
+Exit code 0: the page is written; 2: a bad configuration, or the title is not committed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mediafm_ray.text import public_line
 
 
 def main(config: ReportTitleConfig) -> int:
-    """Read the title, write its page, say where."""
+    """Read the title, write its page, print its URI."""
     if not config.title_id:
         raise ConfigError("title_id is required: the title to show")
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)

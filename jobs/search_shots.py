@@ -1,15 +1,15 @@
-"""Find shots that are like a shot, like a clip, or that words describe. No video is opened; a model is loaded for words only.
+"""Find shots that are similar to a shot or a clip, or that match words. No video is opened; a model is loaded only for words.
 
     mediafm search index.uri=index/ shot=film:12
     mediafm search index.uri=index/ clip=film:61.5-70 by=video filter.other_titles=true count=20
     mediafm search index.uri=index/ query="people on bikes" filter.languages=[en] format=json
     mediafm search --config mediafm index.uri=index/ query="a red car" by=video
 
-Prints a table, or one JSON object. The index is what jobs.build_index wrote. by=all compares whole vectors (contextual or fused, as the
-index has them), by=video, audio or text those of one encoder. Words are compared with what is said in a shot (by=text) or, where the
-video encoder is CLIP or SigLIP, with its pictures (by=video), through the encoder of the profile that the catalog was embedded with.
-The shot or clip that is asked for is no result.
-Exit code 0: all is well, even if nothing was found; 2: a bad configuration or index, an unknown title.
+Prints a table, or one JSON object. mediafm index writes the index. by=all compares the contextual or fused vectors of the index,
+by=video, audio or text those of one encoder. Words are compared with the text of a shot (by=text) or, where the video encoder is CLIP
+or SigLIP, with its pictures (by=video); they need the profile that the catalog was embedded with.
+The shot or clip of the query is not among the results.
+Exit code 0: success, even if nothing was found; 2: a bad configuration or index, or an unknown title.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mediafm_ray.storage.index import open_index
 
 
 def main(config: SearchShotsConfig) -> int:
-    """Open the index, make the query's vector, search, print."""
+    """Open the index, compute the query's vector, search, print."""
     need("search", "searching")
     if not config.index.uri:
-        raise ConfigError("index.uri is required: what jobs.build_index wrote")
+        raise ConfigError("index.uri is required: the location of an index that mediafm index wrote")
     index = open_index(config.index.uri, config.storage)
     check_index(index, config.index)
     query = make_query(index, config)

@@ -1,13 +1,13 @@
-"""Group the shots of committed titles into scenes. No video is opened, no model is loaded.
+"""Group the shots of committed titles into scenes. No video is opened and no model is loaded.
 
     mediafm scenes output.uri=embeddings/
     mediafm scenes output.uri=embeddings/ vectors.kind=fused
 
-Writes scenes-<fused|contextual>-<options>/ beside the shots: first and last shot, times and score of each scene (the head of
-mediafm_ray/downstream/scenes.py explains the method and the score). What is committed already is skipped; a killed run is finished
-by running the same command again.
-Exit code 0: all is well; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or dataset, nothing was started;
-3: the run ended before its titles did.
+Writes scenes-<fused|contextual>-<options>/ beside the shots: first and last shot, times and score of each scene (the docstring of
+mediafm_ray/downstream/scenes.py explains the method and the score). Committed titles are skipped: to finish a killed run, run the same
+command again.
+Exit code 0: success; 1: more titles failed than run.max_failed_fraction allows; 2: a bad configuration or dataset, nothing was started;
+3: the run ended before all titles were done.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mediafm_ray.runs.stored import open_dataset
 
 
 def main(config: SegmentScenesConfig) -> int:
-    """Plan, segment what is pending, report."""
+    """Plan, segment the pending titles, report."""
     console = Console()
     dataset = open_dataset(config.output.uri, config.dataset.version, config.storage)
     vectors = vectors_dataset(dataset, config.vectors)

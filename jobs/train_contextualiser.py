@@ -1,9 +1,9 @@
-"""Train a contextualiser on the shots of an embedded catalog, by masked shot modelling: neighbour attention, or the recipe's encoder.
+"""Train a contextualiser, neighbour attention or the recipe's encoder, on an embedded catalog by masked shot modelling.
 
     mediafm train --config training/small dataset.uri=embeddings/ checkpoint.uri=contextualiser/
 
-checkpoint.uri is then what contextualiser.checkpoint= of the other jobs takes: the model that did best on held-out titles.
-A killed training goes on when the same command is run again, with the same numbers as if nothing had been; a finished one says so.
+checkpoint.uri then has the model that did best on held-out titles: give it to the other jobs as contextualiser.checkpoint=.
+To finish a killed training, run the same command again: the numbers are those of an undisturbed one. A finished training is not repeated.
 Exit code 0: training is finished; 2: a bad configuration, dataset or state, nothing was started; 3: it ended early.
 """
 
@@ -29,13 +29,13 @@ def main(config: TrainContextualiserConfig) -> int:
         with working():
             aborted = run_workers(plan, config, Watch(config.training, console))
         if aborted:
-            console.say(f"error: training ended early: {aborted}; run the same command again to go on from the last saved state")
+            console.say(f"error: training ended early: {aborted}; run the same command again to continue from the last saved state")
             return EXIT_ABORTED
     return report(config, console)
 
 
 def log_plan(plan: TrainingPlan, config: TrainContextualiserConfig, console: Console) -> None:
-    """What the run is about to do."""
+    """Log the plan."""
     titles = plan.titles
     console.say(
         f"dataset version {titles.dataset_version}: {len(titles.objects)} titles, {plan.train} to train on, {plan.held_out} held out"
@@ -47,15 +47,15 @@ def log_plan(plan: TrainingPlan, config: TrainContextualiserConfig, console: Con
     if plan.finished is not None:
         console.say("training is finished: there is nothing to do")
     elif plan.resume_step:
-        console.say(f"going on from step {plan.resume_step} of {config.training.steps}")
+        console.say(f"continuing from step {plan.resume_step} of {config.training.steps}")
     else:
         console.say(f"training {config.training.steps} steps of {config.training.windows_per_step} windows")
 
 
 def report(config: TrainContextualiserConfig, console: Console) -> int:
-    """How training ended, and how to use what it gave."""
+    """Log how training ended and how to use its model."""
     ending = TrainingFolder(config.checkpoint.uri, config.storage).read_json(FINISHED)
-    assert ending is not None, "training ends with it"
+    assert ending is not None, "a finished training has written it"
     console.say(f"ended at step {ending['step']}: {ending['reason']}")
     console.say(f"the model of step {ending['best_step']} is kept: {describe_cosines(ending)}")
     for line in advise(ending, config.checkpoint.uri):

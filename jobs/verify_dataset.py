@@ -1,11 +1,11 @@
-"""Check every object of an output: readable, of the right columns, vectors finite and of unit norm, shots that tile their title.
+"""Check every object of an output: its format, its columns, finite vectors of unit norm, and shots that tile their title.
 
     mediafm verify output.uri=embeddings/
     mediafm verify output.uri=embeddings/ verify.repair=true
 
-Prints what is broken, and why; with verify.repair=true deletes it, so that the next run computes those titles anew. Run it while no
-job writes there; a repair takes the lease of jobs.backfill_catalog. Exit code 0: all is well; 1: something is, or was, broken; 2: the
-output cannot be read; 3: it could not be read to its end, and some of what is broken may be deleted.
+Prints broken objects with the reasons; with verify.repair=true it deletes them, so that the next run computes those titles again. Run it
+while no job writes there; a repair takes the lease of mediafm backfill. Exit code 0: success; 1: something is, or was, broken; 2: the
+output cannot be read; 3: reading failed before the end, and some of the broken objects may be deleted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mediafm_ray.config.jobs import VerifyDatasetConfig
-from mediafm_ray.derive.runner import in_order
+from mediafm_ray.derive.runner import ordered_map
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.runs.report import Console
 from mediafm_ray.storage.dataset import DatasetError, Output, dataset_versions, lease_folder
@@ -28,12 +28,12 @@ from mediafm_ray.storage.verify import Finding, check_model, check_title, list_t
 from mediafm_ray.text import public_line
 
 LEASE_S = 600
-PROGRESS_S = 10  # between two lines of progress
-MAX_REFUSED = 20  # objects that the store does not give: then it is in trouble, not they
+PROGRESS_S = 10  # seconds between progress lines
+MAX_REFUSED = 20  # If more objects cannot be read, the store is at fault and not they.
 
 
 def main(config: VerifyDatasetConfig) -> int:
-    """Check, and where wanted repair, each dataset version."""
+    """Check each dataset version, and repair it if configured."""
     console = Console()
     there = dataset_versions(config.output.uri, config.storage)
     versions = [config.verify.version] if config.verify.version else there
@@ -44,13 +44,13 @@ def main(config: VerifyDatasetConfig) -> int:
 
 
 def verify(version: str, config: VerifyDatasetConfig, console: Console) -> int:
-    """Check one dataset version; how many objects are broken."""
+    """Check one dataset version; return the number of broken objects."""
     output = Output(config.output.uri, version, config.storage)
     with contextlib.ExitStack() as stack:
         lease = None
         if config.verify.repair:
             store = Store(config.output.uri, config.storage)
-            lease = stack.enter_context(held(store, lease_folder(version), holder_of_lease("jobs.verify_dataset"), LEASE_S))
+            lease = stack.enter_context(held(store, lease_folder(version), holder_of_lease("mediafm verify"), LEASE_S))
             stack.enter_context(working())
         model, findings = check_model(output)
         count: Counter[str] = Counter()
@@ -59,13 +59,13 @@ def verify(version: str, config: VerifyDatasetConfig, console: Console) -> int:
         settle(strangers, output, lease, count, console)
         objects = sum(map(len, titles))
         begun = said = time.monotonic()
-        for checked in in_order(functools.partial(check_title, output, model), titles, config.verify.threads):
+        for checked in ordered_map(functools.partial(check_title, output, model), titles, config.verify.threads):
             count["objects"] += checked.objects
             count["bytes"] += checked.size
             count["refused"] += sum(finding.refused for finding in checked.findings)
             settle(checked.findings, output, lease, count, console)
             if count["refused"] > MAX_REFUSED:
-                raise StorageError(f"{output.store.uri}: {count['refused']} objects could not be read: look at the store first")
+                raise StorageError(f"{output.store.uri}: {count['refused']} objects could not be read: check the store first")
             if time.monotonic() - said > PROGRESS_S:
                 said = time.monotonic()
                 console.say(progress(count, objects, said - begun))
@@ -78,7 +78,7 @@ def verify(version: str, config: VerifyDatasetConfig, console: Console) -> int:
 
 
 def settle(findings: Sequence[Finding], output: Output, lease: Lease | None, count: Counter[str], console: Console) -> None:
-    """Say what is broken, and delete it under a lease that is still good."""
+    """Log broken objects, and delete them if there is a valid lease."""
     for finding in findings:
         count["broken"] += 1
         console.say(public_line(f"BROKEN {output.dataset_version}/{finding.name}: {finding.reason}"))
@@ -88,7 +88,7 @@ def settle(findings: Sequence[Finding], output: Output, lease: Lease | None, cou
 
 
 def progress(count: Counter[str], objects: int, seconds: float) -> str:
-    """How far the check is."""
+    """Format the progress line."""
     pace = count["objects"] / seconds
     left_s = (objects - count["objects"]) / pace
     return f"{count['objects']} of {objects} objects, {count['broken']} broken | {pace:.0f} a second, {left_s:.0f} s left"

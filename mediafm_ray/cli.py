@@ -1,4 +1,4 @@
-"""The command ``mediafm``: a subcommand for each job. ``mediafm embed`` is ``python -m jobs.embed_catalog``, with the same exit codes."""
+"""The command ``mediafm``, with a subcommand for each job: ``mediafm embed`` is ``python -m jobs.embed_catalog``."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import sys
 import typing
 from collections.abc import Sequence
 
-EXIT_BAD_INPUT = 2  # as in runs.command, which takes longer to import than --help may
+EXIT_BAD_INPUT = 2  # the value in runs.command, whose import would slow --help down
 COMMANDS = {  # name -> module of the job, help
-    "demo": ("examples.demo", "take a small catalog of real footage through its life"),
+    "demo": ("examples.demo", "embed, train, contextualise and report a small catalog of real footage"),
     "embed": ("jobs.embed_catalog", "embed the new and changed titles of a catalog"),
-    "backfill": ("jobs.backfill_catalog", "keep an output up to date with its catalog, within limits: for schedulers"),
+    "backfill": ("jobs.backfill_catalog", "keep an output up to date with its catalog, within limits, as a nightly job"),
     "verify": ("jobs.verify_dataset", "check every object of an output, and remove broken ones"),
     "train": ("jobs.train_contextualiser", "train a contextualiser on an embedded catalog"),
     "contextualise": ("jobs.contextualise_catalog", "add contextual embeddings to an embedded catalog"),
     "scenes": ("jobs.segment_scenes", "group the shots of titles into scenes"),
     "titles": ("jobs.describe_titles", "describe titles by one row each: vectors, length, pace, nearest titles"),
     "clips": ("jobs.embed_clips", "compute vectors for a table of clips"),
-    "probes": ("jobs.evaluate_probes", "measure what the vectors know, by linear probes on labelled clips"),
-    "index": ("jobs.build_index", "build the index for search, or bring it up to date"),
+    "probes": ("jobs.evaluate_probes", "evaluate the vectors with linear probes on labelled clips"),
+    "index": ("jobs.build_index", "build the search index, or bring it up to date"),
     "search": ("jobs.search_shots", "find shots by a shot, a clip or words"),
-    "report": ("jobs.report_catalog", "write the page of a catalog, and those of its titles"),
-    "page": ("jobs.report_title", "write the page of one title"),
+    "report": ("jobs.report_catalog", "write the HTML page of a catalog, and those of its titles"),
+    "page": ("jobs.report_title", "write the HTML page of one title"),
     "submit": ("jobs.submit", "run a job on a Ray cluster and follow its log"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the subcommand that the command line names; return its exit code. Nothing else is imported before the name is known."""
+    """Run the subcommand that the command line names; return its exit code. Only the module of that subcommand is imported."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given:
         print(describe(), file=sys.stderr)
@@ -45,29 +45,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}{suggest(name)}; the commands are: {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    sys.argv = [f"mediafm {name}", *rest]  # argparse names the program by its first element
+    sys.argv = [f"mediafm {name}", *rest]  # argparse prints it as the program's name.
     return run(COMMANDS[name][0], rest)
 
 
 def run(module_name: str, arguments: Sequence[str]) -> int:
-    """Run a job as ``python -m`` does."""
+    """Run a job like ``python -m``."""
     from mediafm_ray.runs.command import run_job
 
     job = importlib.import_module(module_name)
-    if hasattr(job, "command"):  # it reads a command line of its own
+    if hasattr(job, "command"):  # It parses its own command line.
         return job.command(arguments)
     return run_job(job.__doc__ or "", typing.get_type_hints(job.main)["config"], job.main, arguments)
 
 
 def suggest(name: str) -> str:
-    """Return a question that names the command most like ``name``, which may be the name of a job's module; empty if none is."""
+    """Return a question with the command most similar to ``name``, which may be a job's module; empty without one."""
     spellings = {module.rpartition(".")[2]: command for command, (module, _) in COMMANDS.items()} | {name: name for name in COMMANDS}
     likely = difflib.get_close_matches(name, spellings, n=1)
     return f" (did you mean {spellings[likely[0]]}?)" if likely else ""
 
 
 def describe() -> str:
-    """Return the help of the command itself."""
+    """Return the help text."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {help}" for name, (_, help) in COMMANDS.items())
     return (

@@ -141,7 +141,7 @@ class BackfillCatalogConfig(EmbedCatalogConfig):
     def __post_init__(self) -> None:
         if self.run.max_titles or not self.run.retry_failed:
             raise ValueError(
-                "run.max_titles and run.retry_failed are for jobs.embed_catalog; of a backfill set backfill.max_titles and max_attempts"
+                "run.max_titles and run.retry_failed are for mediafm embed; for a backfill set backfill.max_titles and max_attempts"
             )
 
 

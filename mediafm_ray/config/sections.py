@@ -332,7 +332,7 @@ class IndexConfig:
 class SearchedIndexConfig:
     """Which index to search."""
 
-    uri: str = resource("", "folder or bucket prefix that jobs.build_index wrote to, its index.uri (required)")
+    uri: str = resource("", "folder or bucket prefix of an index, the index.uri of mediafm index (required)")
     version: str = resource("", "dataset version that it must be of, 12 hex digits; empty = any")
     vectors: str = resource("", "vectors that it must hold, fused or contextual; empty = any")
     exact: bool = resource(False, "look at every shot instead of asking the vector index")

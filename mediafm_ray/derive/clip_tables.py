@@ -1,4 +1,4 @@
-"""Vectors for a table of clips, of every kind that a dataset holds; what is wrong with the table is said at once. No ray here.
+"""Compute vectors of every kind for a table of clips, and report all errors of the table at once. No ray here.
 
 Shapes
     N  clips
@@ -8,8 +8,6 @@ Shapes
 
 from __future__ import annotations
 
-import difflib
-import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,65 +16,66 @@ import pyarrow as pa
 
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.clips import ClipEmbedder
-from mediafm_ray.derive.reader import contextual_dataset, read_vectors
-from mediafm_ray.derive.runner import in_order
+from mediafm_ray.derive.reader import contextual_dataset, read_vectors, suggest_titles
+from mediafm_ray.derive.runner import ordered_map
 from mediafm_ray.downstream.clips import clip_overlaps, mean_of_neighbours, pool_overlaps
 from mediafm_ray.errors import TitleError
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.spec import MODALITIES
-from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, encode_title, newest_objects, object_key
+from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, decode_title, encode_title, newest_objects, object_key
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.storage.tables import TableError, read_table
 
 CLIP_COLUMNS = {"title_id": pa.string(), "start_s": pa.float64(), "end_s": pa.float64()}
 FUSED, NEIGHBOURS, CONTEXTUAL, CONTEXTUAL_ALONE = "fused", "neighbours", "contextual", "contextual_alone"
-KINDS = (*MODALITIES, FUSED, NEIGHBOURS, CONTEXTUAL_ALONE, CONTEXTUAL)  # of clip vectors, each with one more step of the recipe behind it
-TITLES_SUGGESTED = 3
+KINDS = (*MODALITIES, FUSED, NEIGHBOURS, CONTEXTUAL_ALONE, CONTEXTUAL)  # kinds of clip vectors, in the order of the recipe's steps
 
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Where the vectors of clips come from."""
+    """The source of clip vectors."""
 
     output_uri: str
     dataset: EmbeddingDataset
-    stored: tuple[str, str]  # the key of the option that says whose stored contextual embeddings to take, and its value
-    contextualiser: ContextualiserConfig  # its checkpoint may be empty
+    stored: tuple[str, str]  # key and value of the option that selects stored contextual embeddings
+    contextualiser: ContextualiserConfig  # The checkpoint may be empty.
     storage: StorageConfig
-    threads: int  # titles read at once
+    threads: int  # threads that read titles
 
     def contextual_dataset(self) -> str:
-        """The dataset of the stored contextual embeddings. Raises DatasetError."""
+        """Return the dataset of the stored contextual embeddings. Raises DatasetError."""
         return contextual_dataset(self.dataset, *self.stored, "or set contextualiser.checkpoint, or take other kinds of vectors")
 
 
 def read_clips(uri: str, storage: StorageConfig) -> pa.Table:
-    """A table of clips: ``title_id``, ``start_s``, ``end_s`` and whatever else it has. Raises TableError, StorageError."""
+    """Read a table of clips: ``title_id``, ``start_s``, ``end_s`` and any other columns. Raises TableError, StorageError."""
     return read_table(uri, CLIP_COLUMNS, storage)
 
 
 def check_kinds(source: ClipSource, kinds: Sequence[str]) -> None:
-    """See, before anything is read, that these kinds of vectors can be had. Raises ConfigError, DatasetError saying what can."""
+    """Check that these kinds of vectors are available before any are read. Raises ConfigError and DatasetError with those that are."""
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
-        raise ConfigError(f"no kind of clip vectors {', '.join(unknown) or '(none given)'}: there are {', '.join(KINDS)}")
+        raise ConfigError(f"unknown kind of clip vectors: {', '.join(unknown) or '(none given)'}; there are {', '.join(KINDS)}")
     if CONTEXTUAL_ALONE in kinds and not source.contextualiser.checkpoint:
-        raise ConfigError(f"{CONTEXTUAL_ALONE} reads the shots of a clip by themselves and needs the model: set contextualiser.checkpoint")
+        raise ConfigError(
+            f"{CONTEXTUAL_ALONE} reads a clip without the rest of its title and needs the model: set contextualiser.checkpoint"
+        )
     if CONTEXTUAL in kinds and not source.contextualiser.checkpoint:
         source.contextual_dataset()
 
 
 def clip_vectors(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str]) -> dict[str, np.ndarray]:
-    """For each kind the (N, D) float32 unit vectors of the clips, in the order of the table at ``uri``.
+    """Return the (N, D) float32 unit vectors of the clips for each kind, in the order of the table at ``uri``.
 
-    A clip of which a modality is absent has a zero vector there. In context, contextual embeddings are those committed, or computed from
-    the committed shots where a checkpoint is given and has written none. Raises TableError with every unknown title, empty span, span
-    outside of its title and title that cannot be read.
+    A clip without a modality has a zero vector there. Contextual embeddings in context are the committed ones; with a checkpoint that has
+    written none, they are computed from the committed shots. Raises TableError with every unknown title, empty span, span outside its
+    title and title that cannot be read.
     """
     check_kinds(source, kinds)
     given = bool(source.contextualiser.checkpoint)
     stored = [kind for kind in kinds if kind in (*MODALITIES, FUSED, NEIGHBOURS) or (kind == CONTEXTUAL and not given)]
-    found = _pooled(source, clips, uri, stored)  # also checks every clip
+    found = _pooled(source, clips, uri, stored)  # It also checks every clip.
     computed = [kind for kind in kinds if kind not in stored]
     if computed:
         embedder = ClipEmbedder(source.output_uri, source.contextualiser, source.dataset.version, source.storage)
@@ -89,7 +88,7 @@ def clip_vectors(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[
 
 
 def _pooled(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str]) -> dict[str, np.ndarray]:
-    """The kinds that are pooled from what is stored; every title is read once."""
+    """Compute the kinds that are pooled from stored vectors. Every title is read once."""
     dataset = source.dataset
     contextual = source.contextual_dataset() if CONTEXTUAL in kinds else ""
     names = {object_key(info.name)[0]: info.name for info in newest_objects(dataset.output.list(SHOTS))}
@@ -101,12 +100,12 @@ def _pooled(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str])
     start_N, end_N = clips["start_s"].to_numpy(), clips["end_s"].to_numpy()
 
     def pool(title_id: str) -> list[tuple[int, str]]:
-        """Fill the rows of one title; what is wrong, by row."""
+        """Fill the rows of one title; return the problems with their rows."""
         rows = rows_of[title_id]
         where = f"row {rows[0] + 1}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "") + f" ({title_id})"
         name = names.get(encode_title(title_id))
         if name is None:
-            return [(rows[0], f"{where}: no such title is committed{suggestion(title_id, [urllib.parse.unquote(name) for name in names])}")]
+            return [(rows[0], f"{where}: no such title is committed{suggest_titles(title_id, [decode_title(name) for name in names])}")]
         try:
             shots = read_vectors(dataset, name, SHOTS)
             vectors = {kind: shots.vectors_SD[:, slice(*spans[kind])] for kind in kinds if kind in spans}
@@ -127,13 +126,7 @@ def _pooled(source: ClipSource, clips: pa.Table, uri: str, kinds: Sequence[str])
                 problems.append((row, f"row {row + 1} ({title_id}): {error}"))
         return problems
 
-    problems = [problem for problems in in_order(pool, rows_of, source.threads) for problem in problems]
+    problems = [problem for problems in ordered_map(pool, rows_of, source.threads) for problem in problems]
     if problems:
         raise TableError(uri, [line for _, line in sorted(problems)])
     return found
-
-
-def suggestion(title_id: str, titles: Sequence[str]) -> str:
-    """The end of a message on a title that is not there: the titles whose ids are close to it or, where none is, how many there are."""
-    close = difflib.get_close_matches(title_id, titles, TITLES_SUGGESTED)
-    return f"; close to it: {', '.join(close)}" if close else f" ({len(titles)} are)"

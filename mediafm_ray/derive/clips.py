@@ -1,8 +1,8 @@
-"""Clips of committed titles as vectors: read in the context of the whole title, or alone. No ray here.
+"""Compute vectors of clips of committed titles, in the context of the whole title or alone. No ray here.
 
     embedder = ClipEmbedder("embeddings/", "checkpoint/")
-    embedder.clip_embedding("film", 12.0, 30.5)                  # its shots as the model reads them within the film
-    embedder.clip_embedding("film", 12.0, 30.5, context=False)   # as if the clip were all there is
+    embedder.clip_embedding("film", 12.0, 30.5)                  # shots in the context of the film
+    embedder.clip_embedding("film", 12.0, 30.5, context=False)   # the clip's shots as a title of their own
 
 Shapes
     N  clips
@@ -34,11 +34,10 @@ from mediafm_ray.storage.stored_shots import StoredShots, read_shots
 
 
 class ClipEmbedder:
-    """Embeds clips of the titles of one dataset version with one checkpoint.
+    """Embed clips of the titles of one dataset version with one checkpoint. Nothing is written.
 
-    In context, a clip is pooled from the contextual embeddings that jobs.contextualise_catalog (or embed_catalog) wrote for its title;
-    where the checkpoint has written none of it, or of an older source, they are computed from the committed shots: on a CPU the same bytes.
-    Nothing is written.
+    In context, a clip is pooled from the title's committed contextual embeddings. Where the checkpoint has none for the title's source,
+    they are computed from the committed shots; on a CPU, with the same bytes.
     """
 
     def __init__(
@@ -48,9 +47,9 @@ class ClipEmbedder:
         version: str = "",
         storage: StorageConfig | None = None,
     ):
-        """``checkpoint``: its address, or all of a contextualiser's options; ``version``: of the dataset, where the output has several.
+        """``checkpoint``: its address, or the options of a contextualiser; ``version``: dataset version, if the output has several.
 
-        Raises DatasetError, ConfigError or WeightsError for a dataset or a checkpoint that is not there or does not fit.
+        Raises DatasetError, ConfigError or WeightsError for a dataset or a checkpoint that is missing or does not fit.
         """
         options = ContextualiserConfig(checkpoint=checkpoint) if isinstance(checkpoint, str) else checkpoint
         self.options, self.storage = options, storage or StorageConfig()
@@ -61,7 +60,7 @@ class ClipEmbedder:
 
     @property
     def contextualiser(self) -> Any:
-        """The model (contextualiser.TitleContextualiser), loaded when it is first needed."""
+        """The model (contextualiser.TitleContextualiser), loaded on first use."""
         if self.loaded is None:
             from mediafm_ray.models.contextualiser import TitleContextualiser
 
@@ -69,16 +68,16 @@ class ClipEmbedder:
         return self.loaded
 
     def clip_embedding(self, title_id: str, start_s: float, end_s: float, context: bool = True) -> np.ndarray:
-        """(D,) float32 unit vector of the clip ``[start_s, end_s)`` of a title, in seconds.
+        """Return the (D,) float32 unit vector of the clip ``[start_s, end_s)`` of a title, in seconds.
 
-        ``context``: its shots as the model reads them within the whole title; without, the shots that it touches are read as if they were
-        all there is, with the same synopsis and tags. Either way a shot counts by the seconds of it that lie in the clip.
+        With ``context`` the model reads the whole title; without, only the shots that overlap the clip, with the title's synopsis and
+        tags. Each shot is weighted by its seconds in the clip.
         Raises DatasetError for a title that is not committed, ValueError for a clip that is empty or outside the title.
         """
         return self._clips_of_title(title_id, [(start_s, end_s)], context)[0]
 
     def clip_embeddings(self, clips: pa.Table, context: bool = True) -> np.ndarray:
-        """(N, D) float32 unit vectors of a table of clips (``title_id``, ``start_s``, ``end_s``), in its order.
+        """Return the (N, D) float32 unit vectors of a table of clips (``title_id``, ``start_s``, ``end_s``), in its order.
 
         Each title is read once. Raises as ``clip_embedding`` does, with the title in the message.
         """
@@ -101,7 +100,7 @@ class ClipEmbedder:
             raise ValueError(f"title {title_id!r}: {error}") from error
 
     def _contextual(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Starts, ends and contextual embeddings of the shots in that object: those that are committed, or computed."""
+        """Return starts, ends and contextual embeddings of an object's shots: read if they are committed, else computed."""
         stored = matching_object(name, self.contextual_name)
         if self.dataset.output.store.info(stored) is not None:
             table = self.dataset.read(stored)
@@ -111,7 +110,7 @@ class ClipEmbedder:
         return shots.start_S, shots.end_S, contextual_SD
 
     def _alone(self, shots: StoredShots, spans: Sequence[tuple[float, float]]) -> list[np.ndarray]:
-        """Each clip as a title of its own, made of the shots that it touches."""
+        """Embed each clip as a title of its own that consists of the shots that overlap it."""
         overlaps, clips = [], []
         for start_s, end_s in spans:
             overlaps_S = clip_overlaps(shots.start_S, shots.end_S, start_s, end_s)

@@ -1,4 +1,4 @@
-"""The build of an index of shots: what of the committed titles it lacks, how they get in, and how well it finds. No ray here.
+"""Build an index of shots: compare it with the committed titles, add and remove titles, and tune the search. No ray here.
 
 Shapes
     S  shots of a title
@@ -10,28 +10,25 @@ Shapes
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
-import urllib.parse
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from threadpoolctl import threadpool_limits
 
 from mediafm_ray.config.jobs import BuildIndexConfig
 from mediafm_ray.config.sections import IndexConfig
 from mediafm_ray.derive.reader import read_vectors
-from mediafm_ray.derive.runner import PROGRESS_S, in_order, say_failures
+from mediafm_ray.derive.runner import TitleCounts, each_title, log_failures
 from mediafm_ray.downstream.retrieval import NOTHING, ExactSearch, recall
 from mediafm_ray.downstream.similarity import unit_vectors
 from mediafm_ray.errors import TitleError
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.report import Console
 from mediafm_ray.spec import MODALITIES
-from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, encode_title, newest_objects, object_key
+from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, decode_title, encode_title, newest_objects, object_key
 from mediafm_ray.storage.index import (
     EMBEDDING,
     ROW_COLUMNS,
@@ -44,17 +41,15 @@ from mediafm_ray.storage.index import (
     part_column,
 )
 from mediafm_ray.storage.index_writer import IndexWriter
-from mediafm_ray.text import public_line
 
 MB = 10**6
-log = logging.getLogger(__name__)
-SHOT_COLUMNS = tuple(name for name in ROW_COLUMNS if name != "title_id")  # that are taken from the objects of ``shots``
-RESULTS = 10  # of a search whose recall is measured
-ITSELF = 1 - 1e-5  # cosine from which a result is taken for the shot that was drawn
+SHOT_COLUMNS = tuple(name for name in ROW_COLUMNS if name != "title_id")  # columns of ``shots``
+RESULTS = 10  # Recall is measured for so many results.
+ITSELF = 1 - 1e-5  # A result with at least this cosine is the query's own shot.
 TITLE_ID = "title_id"
-SEED = 0  # of the shots that are drawn
-EFFORTS = ((4, 4), (8, 8), (16, 16), (32, 32), (64, 64), (128, 128))  # partitions searched; candidates compared exactly, for a result
-GROWTH = 2  # times the shots that it was trained on, and a vector index is trained again
+SEED = 0  # seed of the drawn queries
+EFFORTS = ((4, 4), (8, 8), (16, 16), (32, 32), (64, 64), (128, 128))  # partitions to search, exact candidates for each result
+GROWTH = 2  # A vector index is trained again when there are so many times the shots that it was trained on.
 
 
 # --------------------------------------------------------------------------------------------------------------- plan
@@ -62,17 +57,17 @@ GROWTH = 2  # times the shots that it was trained on, and a vector index is trai
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What a build adds to an index and removes from it."""
+    """The titles that a build adds to an index and removes from it."""
 
     facts: IndexFacts
-    begins: bool  # with an empty index: there is none yet, or one of other vectors is to be replaced
+    begins: bool  # Start with an empty index: there is none yet, or one of other vectors is replaced.
     add: tuple[str, ...]  # names of the objects of ``shots`` whose titles are not in the index
-    remove: tuple[tuple[str, str], ...]  # titles and sources in the index that are not committed any more
-    superseded: tuple[tuple[str, str], ...]  # ... of which a newer source is to be added: they leave once that is in
-    titles: int  # committed
+    remove: tuple[tuple[str, str], ...]  # titles and sources in the index that are no longer committed
+    superseded: tuple[tuple[str, str], ...]  # ... with a newer source in ``add``: they are removed once that is added
+    titles: int  # number of committed titles
 
     def describe(self) -> str:
-        """What the run is about to do, in a line."""
+        """Describe the plan in one line."""
         there = self.titles - len(self.add)
         changed = f", {len(self.superseded)} of them changed" if self.superseded else ""
         todo = f"{len(self.add)} to add{changed}, {len(self.remove)} to remove"
@@ -80,14 +75,14 @@ class IndexPlan:
 
 
 def facts_of(dataset: EmbeddingDataset, vectors: str, parts: Sequence[str]) -> IndexFacts:
-    """What an index of these vectors is made from. ``vectors``: SHOTS or a contextual dataset."""
+    """Return the facts of an index of these vectors. ``vectors``: SHOTS or a contextual dataset."""
     dims = {EMBEDDING: dataset.model.dims["fused"]}
     dims |= {part_column(part): dataset.model.dims[part] for part in MODALITIES if part in parts and dataset.model.dims[part]}
     return IndexFacts(dataset.version, vectors, dims, dict(dataset.model.recipe))
 
 
 def open_target(dataset: EmbeddingDataset, vectors: str, writer: IndexWriter, config: IndexConfig) -> tuple[IndexFacts, ShotIndex | None]:
-    """What is to be indexed, and the latest version of the index of that; None where one is to be begun. Raises NoIndex for another's."""
+    """Return the wanted facts and the latest version of their index; None where a new one is needed. Raises NoIndex for another index."""
     facts = facts_of(dataset, vectors, config.parts)
     index = writer.index
     if index is None or dataclasses.replace(index.facts, recipe={}) == dataclasses.replace(facts, recipe={}):
@@ -95,8 +90,8 @@ def open_target(dataset: EmbeddingDataset, vectors: str, writer: IndexWriter, co
     if config.replace:
         return facts, None
     raise NoIndex(
-        f"{writer.uri} is an index of other things: it holds {index.facts.describe()}; asked for are {facts.describe()}: "
-        "choose another index.uri, or set index.replace=true to build anew there"
+        f"{writer.uri} is another index: it holds {index.facts.describe()}, not {facts.describe()}: "
+        "choose another index.uri, or set index.replace=true to replace it"
     )
 
 
@@ -108,7 +103,7 @@ def make_index_plan(dataset: EmbeddingDataset, vectors: str, writer: IndexWriter
     facts, index = open_target(dataset, vectors, writer, config)
     shots = newest_objects(dataset.output.list(SHOTS))
     if not shots:
-        raise DatasetError(f"{dataset.output.store.uri} has no committed shots: run python -m jobs.embed_catalog first")
+        raise DatasetError(f"{dataset.output.store.uri} has no committed shots: run mediafm embed first")
     committed = {object_key(info.name): info.name for info in shots}
     there = {(encode_title(title_id), source): (title_id, source) for title_id, source in (index.titles() if index else ())}
     pending = {title for title, source in committed if (title, source) not in there}
@@ -126,55 +121,22 @@ def make_index_plan(dataset: EmbeddingDataset, vectors: str, writer: IndexWriter
 # ---------------------------------------------------------------------------------------------------------------- add
 
 
-@dataclass
-class Added:
-    """How the titles that were to be added ended."""
-
-    planned: int
-    shots: int = 0
-    title_ids: set[str] = field(default_factory=set)
-    failures: list[tuple[str, str]] = field(default_factory=list)  # object, reason
-
-
-def add_titles(dataset: EmbeddingDataset, plan: IndexPlan, writer: IndexWriter, config: BuildIndexConfig, console: Console) -> Added:
-    """Read the titles by threads and put them into the index. What is wrong with a title is that title's failure."""
-    added = Added(len(plan.add))
-
-    def read(name: str) -> tuple[str, pa.Table | None, str]:
-        try:
-            return name, title_rows(dataset, plan.facts, name), ""
-        except Exception as error:  # a title's failure is a value, the job goes on
-            if not isinstance(error, TitleError):
-                log.exception("%s cannot be read", name)
-            return name, None, str(error) if isinstance(error, TitleError) else f"{type(error).__name__}: {error}"
-
-    def rows() -> Iterator[pa.Table]:
-        begun = said = time.monotonic()
-        for name, table, reason in in_order(read, plan.add, config.run.threads):
-            if table is None:
-                added.failures.append((name, reason))
-                console.say(public_line(f"FAILED {name}: {reason}"))
-                continue
-            added.title_ids.add(table["title_id"][0].as_py())
-            yield table
-            now = time.monotonic()
-            if now - said > PROGRESS_S:
-                said = now
-                ended = len(added.title_ids) + len(added.failures)
-                console.say(f"[{ended}/{added.planned}] {ended / (now - begun):.1f} titles a second, {len(added.failures)} failed")
-
-    with threadpool_limits(limits=1):  # a core a title: threads of threads would wait for each other
-        added.shots = writer.add(rows())
+def add_titles(dataset: EmbeddingDataset, plan: IndexPlan, writer: IndexWriter, config: BuildIndexConfig, console: Console) -> TitleCounts:
+    """Read the titles with threads and add them to the index. Any error of a title is a failure of that title."""
+    added = TitleCounts(len(plan.add))
+    pending = {decode_title(object_key(name)[0]): name for name in plan.add}
+    titles = each_title(lambda name: title_rows(dataset, plan.facts, name), pending, config.run.threads, added, console)
+    added.rows = writer.add(rows for _, rows in titles)
     return added
 
 
 def title_rows(dataset: EmbeddingDataset, facts: IndexFacts, name: str) -> pa.Table:
-    """The rows of the title in an object of ``shots``. Raises TitleError where its vectors are missing, damaged or not finite."""
+    """Return the index rows of the title of an object of ``shots``. Raises TitleError for missing, damaged or infinite vectors."""
     fused = read_vectors(dataset, name, SHOTS)
     vectors = fused if facts.vectors == SHOTS else read_vectors(dataset, name, facts.vectors)
     if len(vectors.vectors_SD) != len(fused.vectors_SD):
         raise TitleError(
-            f"{facts.vectors} has {len(vectors.vectors_SD)} shots of it, not {len(fused.vectors_SD)}: run jobs.contextualise_catalog again"
+            f"{facts.vectors} has {len(vectors.vectors_SD)} shots of it, not {len(fused.vectors_SD)}: run mediafm contextualise again"
         )
     content = pa.BufferReader(dataset.output.store.read(name))
     shots = pq.read_table(content, columns=list(SHOT_COLUMNS), use_threads=False, page_checksum_verification=True)
@@ -185,15 +147,16 @@ def title_rows(dataset: EmbeddingDataset, facts: IndexFacts, name: str) -> pa.Ta
         span = None if column == EMBEDDING else slice(*dataset.model.spans[modality_of(column)])
         part_SD = vectors.vectors_SD if span is None else fused.vectors_SD[:, span]
         if not np.isfinite(part_SD).all():
-            raise TitleError(f"its vectors ({column}) are not finite: delete {name} and run jobs.embed_catalog")
+            raise TitleError(f"its vectors ({column}) are not finite: delete {name} and run mediafm embed")
         columns[column] = half_vectors(*unit_vectors(part_SD))
     schema = facts.schema().remove_metadata()
     return pa.table([columns[column.name].cast(column.type) for column in schema], schema=schema)
 
 
-def remove_titles(plan: IndexPlan, added: Added, writer: IndexWriter) -> int:
-    """Take out the titles that are gone, and the older sources of those whose newer one came in; how many."""
-    leaving = [*plan.remove, *(key for key in plan.superseded if key[0] in added.title_ids)]
+def remove_titles(plan: IndexPlan, added: TitleCounts, writer: IndexWriter) -> int:
+    """Remove titles that are gone, and older sources of titles whose newer one was added; return how many."""
+    failed = {title for title, _ in added.failures}
+    leaving = [*plan.remove, *(key for key in plan.superseded if decode_title(encode_title(key[0])) not in failed)]
     writer.remove(leaving)
     return len(leaving)
 
@@ -202,11 +165,11 @@ def remove_titles(plan: IndexPlan, added: Added, writer: IndexWriter) -> int:
 
 
 def index_vectors(writer: IndexWriter, config: IndexConfig, console: Console, changed: bool) -> None:
-    """Give every column of many vectors an index that finds well enough, and record how it is searched. Says what it did and measured.
+    """Give every column of many vectors an index with enough recall, and record its search parameters. Log the measurements.
 
-    ``changed``: whether rows came or went since the last version.
+    ``changed``: whether rows were added or removed since the last version.
     """
-    index = _latest(writer)
+    index = writer.latest()
     shots = {column: index.shots(column) for column in index.facts.dims}
     large = [column for column in shots if shots[column] >= config.least_shots]
     settings = {column: setting for column, setting in index.settings.items() if column in large}
@@ -239,8 +202,8 @@ def _train(writer: IndexWriter, column: str, shots: int, console: Console) -> Se
 
 
 def _tune(writer: IndexWriter, column: str, setting: SearchParams, config: IndexConfig, console: Console) -> SearchParams:
-    """The least effort that reaches the wanted recall@10 against exact search, on shots drawn at random; the greatest where none does."""
-    index = _latest(writer)
+    """Find the least effort that reaches the wanted recall@10 for shots drawn at random; the greatest where none does."""
+    index = writer.latest()
     queries_QD = index.sample(column, config.queries, SEED)
     truth = exact_search(index, column, queries_QD, RESULTS + 1)
     for nprobes, refine in EFFORTS:
@@ -251,17 +214,17 @@ def _tune(writer: IndexWriter, column: str, setting: SearchParams, config: Index
         tried = dataclasses.replace(tried, recall=round(reached, 4))
         if reached >= config.recall:
             break
-    said = "" if reached >= config.recall else f", below index.recall={config.recall}"
+    shortfall = "" if reached >= config.recall else f", below index.recall={config.recall}"
     effort = f"{tried.nprobes} of {tried.partitions} partitions searched, {(RESULTS + 1) * refine} candidates compared exactly"
     console.say(
-        f"{column}: recall@{RESULTS} {reached:.3f}{said}, against exact search for {len(queries_QD)} shots "
+        f"{column}: recall@{RESULTS} {reached:.3f}{shortfall}, against exact search for {len(queries_QD)} shots "
         f"({effort}, {1000 * seconds:.0f} ms a search)"
     )
     return tried
 
 
 def exact_search(index: ShotIndex, column: str, queries_QD: np.ndarray, count: int) -> ExactSearch:
-    """The true nearest shots of each query, by a look at every vector."""
+    """Find the true nearest shots of each query by a full scan."""
     search = ExactSearch(queries_QD, count)
     for rows_N, vectors_ND in index.blocks(column):
         search.add(rows_N, vectors_ND)
@@ -269,9 +232,9 @@ def exact_search(index: ShotIndex, column: str, queries_QD: np.ndarray, count: i
 
 
 def measured_recall(index: ShotIndex, column: str, queries_QD: np.ndarray, true_cosine_QK: np.ndarray, setting: SearchParams) -> float:
-    """recall@10 of a vector index for shots that are in it themselves, and do not count as found.
+    """Measure recall@10 of a vector index for queries that are its own shots, which do not count as found.
 
-    ``true_cosine_QK``: of exact search, the shot itself first.
+    ``true_cosine_QK``: cosines of the exact search, each query's own shot first.
     """
     rows_QK = np.full((len(queries_QD), RESULTS), NOTHING, np.int64)
     cosine_QK = np.full((len(queries_QD), RESULTS), -np.inf, np.float32)
@@ -284,25 +247,20 @@ def measured_recall(index: ShotIndex, column: str, queries_QD: np.ndarray, true_
     return recall(rows_QK, cosine_QK, true_cosine_QK[:, 1:])
 
 
-def _latest(writer: IndexWriter) -> ShotIndex:
-    assert writer.index is not None
-    return writer.index
-
-
 # ---------------------------------------------------------------------------------------------------------------- end
 
 
-def finish_build(writer: IndexWriter, added: Added, removed: int, config: BuildIndexConfig, console: Console) -> int:
-    """Publish what was built, and say what is there; the exit code. An index without any shot is not published."""
-    index = _latest(writer)
+def finish_build(writer: IndexWriter, added: TitleCounts, removed: int, config: BuildIndexConfig, console: Console) -> int:
+    """Publish the index unless it is empty, log the summary and return the exit code."""
+    index = writer.latest()
     shots = index.shots()
     if shots and not writer.published():
         writer.publish()
         writer.prune_versions(config.index.keep_hours)
     console.say()
-    console.say(f"  {len(added.title_ids)} titles added with {added.shots} shots, {removed} removed, {len(added.failures)} failed")
+    console.say(f"  {added.ok} titles added with {added.rows} shots, {removed} removed, {len(added.failures)} failed")
     console.say(f"  index    {writer.uri}, version {index.version}: {shots} shots, {writer.size() / MB:.1f} MB with older versions")
     if not shots:
         console.say("  nothing is published: the index has no shots")
-    say_failures([(urllib.parse.unquote(object_key(name)[0]), reason) for name, reason in added.failures], console)
+    log_failures(added.failures, console)
     return EXIT_FAILED_TITLES if not shots or len(added.failures) > config.run.max_failed_fraction * added.planned else EXIT_OK

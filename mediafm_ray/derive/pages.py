@@ -1,4 +1,4 @@
-"""What the pages show, read from the committed objects of a dataset version, and where the pages are written. No ray here.
+"""Read the content of the HTML pages from the committed objects of a dataset version, and write the pages. No ray here.
 
 <output>/<dataset version>/pages/index.html
 <output>/<dataset version>/pages/titles/<title>.html
@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mediafm_ray.derive.reader import suggest_titles
 from mediafm_ray.downstream.catalog_pages import CatalogContent, CatalogTitle
 from mediafm_ray.downstream.pages import TitleContent, title_page
 from mediafm_ray.runs.report import SUMMARY
@@ -25,6 +26,7 @@ from mediafm_ray.storage.dataset import (
     DatasetError,
     EmbeddingDataset,
     contextual,
+    decode_title,
     encode_title,
     newest_objects,
     object_key,
@@ -38,19 +40,18 @@ from mediafm_ray.text import public_line, public_uri
 
 PAGES = "pages"
 INDEX = "index.html"
-READING_THREADS = 16  # a GET from object storage waits most of its time
-MAX_PICTURES = 300  # titles with a picture in the list of a catalog: more would make the page large
-UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)  # what an object raises that is damaged or of something else
-OTHERS_NAMED = 5  # titles that are there, in the message about one that is not
+READING_THREADS = 16  # A GET from object storage mostly waits.
+MAX_PICTURES = 300  # The list of a larger catalog has no pictures, which would make the page too large.
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)  # errors of an object that is damaged or not of this program
 
 
 def pages_folder(dataset: EmbeddingDataset) -> str:
-    """The URI of the folder of a dataset version's pages."""
+    """Return the URI of the folder of a dataset version's pages."""
     return f"{dataset.output.store.uri}/{PAGES}"
 
 
 def title_page_name(title_id: str) -> str:
-    """The name of a title's page below the folder of pages."""
+    """Return the name of a title's page below the folder of pages."""
     return f"titles/{encode_title(title_id)}.html"
 
 
@@ -58,14 +59,14 @@ def title_page_name(title_id: str) -> str:
 
 
 def title_content(dataset: EmbeddingDataset, title_id: str, index: str = "") -> TitleContent:
-    """What a title's page shows: its shots, and what of its contextual embeddings and scenes was made from these same shots.
+    """Read the content of a title's page: its shots, and the contextual embeddings and scenes that were made from these shots.
 
-    Raises DatasetError, with titles that are there, where the title is not committed.
+    Raises DatasetError, with the reason or with similar titles, where the title is not committed.
     """
     try:
         shots = dataset.title(title_id)
     except DatasetError as error:
-        raise DatasetError(f"{error}; {_others(dataset, title_id)}") from None
+        raise DatasetError(f"{error}{_explain_missing(dataset, title_id)}") from None
     facts = title_facts(shots)
     vectors = {"fused": dataset.embeddings(shots)}
     notes = []
@@ -82,7 +83,7 @@ def title_content(dataset: EmbeddingDataset, title_id: str, index: str = "") -> 
 
 
 def _newest_of_title(dataset: EmbeddingDataset, prefix: str, title_id: str, source: str, what: str) -> tuple[pa.Table | None, str]:
-    """The rows of a title in the dataset of a kind that was written last, or None and what a person should know of it."""
+    """Read the rows of a title in the last written dataset of a kind, or return None and a note for the page."""
     found: list[ObjectInfo] = []
     for name in dataset.names():
         if name.startswith(prefix):
@@ -93,30 +94,26 @@ def _newest_of_title(dataset: EmbeddingDataset, prefix: str, title_id: str, sour
         return None, f"No {what} of this title are stored."
     fitting = [info for info in found if object_key(info.name)[1] == source]
     if not fitting:
-        return None, f"The stored {what} of this title are of another version of its source: run the job that makes them again."
+        return None, f"The stored {what} of this title are of another version of its source: run the job that writes them again."
     return dataset.read(max(fitting, key=lambda info: (info.modified, info.name)).name), ""
 
 
-def _others(dataset: EmbeddingDataset, title_id: str) -> str:
-    """What there is instead of a title that is not: the reason of its failure, or the names of others."""
+def _explain_missing(dataset: EmbeddingDataset, title_id: str) -> str:
+    """Return the end of a message about a missing title: the reason of its failure or, without one, similar titles."""
     failures = [infos[0] for (title, _), infos in dataset.output.list(FAILURES).items() if title == encode_title(title_id)]
     if failures:
         record = _failure(dataset, failures[0])
-        return f"it failed in {record.get('stage')}: {record.get('message')}"
-    titles = sorted({urllib.parse.unquote(title) for title, _ in dataset.output.list(SHOTS)})
-    if not titles:
-        return "no title is committed"
-    more = f" and {len(titles) - OTHERS_NAMED} more" if len(titles) > OTHERS_NAMED else ""
-    return f"there are: {', '.join(titles[:OTHERS_NAMED])}{more}"
+        return f"; it failed in {record.get('stage')}: {record.get('message')}"
+    return suggest_titles(title_id, sorted({decode_title(title) for title, _ in dataset.output.list(SHOTS)}))
 
 
 # -------------------------------------------------------------------------------------------------------- a catalog
 
 
 def catalog_content(dataset: EmbeddingDataset, output_uri: str, pages: Store) -> CatalogContent:
-    """What a catalog's page shows: of every title its length, shots, warnings and failure, and a link to its page where ``pages`` has it.
+    """Read the content of a catalog's page: length, shots, warnings and failure of every title, and links to the pages in ``pages``.
 
-    Of each object little more than the end is read, in threads.
+    Threads read little more than the end of each object.
     """
     there = {info.name for info in pages.list("titles")}
     committed = newest_objects(dataset.output.list(SHOTS))
@@ -141,9 +138,9 @@ def catalog_content(dataset: EmbeddingDataset, output_uri: str, pages: Store) ->
 def _failure(dataset: EmbeddingDataset, info: ObjectInfo) -> Mapping[str, Any]:
     try:
         return parse_failure(dataset.output.store.read(info.name))
-    except (FileNotFoundError, ValueError) as error:  # a damaged record is a line of the list, not the end of it
-        title = urllib.parse.unquote(object_key(info.name)[0])
-        reason = f"{info.name} is no failure record ({error}): jobs.verify_dataset can remove it"
+    except (FileNotFoundError, ValueError) as error:  # A damaged record is a line of the list.
+        reason = f"{info.name} is not a failure record ({error}): mediafm verify can remove it"
+        title = decode_title(object_key(info.name)[0])
         return {"title_id": title, "stage": "reading back", "type": type(error).__name__, "message": reason}
 
 
@@ -153,9 +150,9 @@ def _committed_title(
     key, source = object_key(info.name)
     try:
         facts, shots, picture = _light(dataset, info, pictured)
-    except UNREADABLE as error:  # a damaged object is a line of the list, not the end of it
-        reason = f"{info.name} cannot be read ({public_line(str(error))}): delete it and run the job again that wrote it"
-        return CatalogTitle(urllib.parse.unquote(key), failure={"stage": "reading back", "type": type(error).__name__, "message": reason})
+    except UNREADABLE as error:  # A damaged object is a line of the list.
+        reason = f"{info.name} cannot be read ({public_line(str(error))}): delete it and run the job that wrote it again"
+        return CatalogTitle(decode_title(key), failure={"stage": "reading back", "type": type(error).__name__, "message": reason})
     media = facts.get("media", {})
     failure = failed.get(key)
     page = title_page_name(facts["title_id"])
@@ -164,14 +161,14 @@ def _committed_title(
         duration_s=media.get("duration_s", 0.0),
         shots=shots,
         warnings=media.get("warnings", ()),
-        failure=failure if failure and failure.get("source") != source else None,  # of this source: a retry has succeeded since
+        failure=failure if failure and failure.get("source") != source else None,  # A retry of this source has succeeded since.
         page=urllib.parse.quote(page) if page in there else "",
         picture=picture,
     )
 
 
 def _light(dataset: EmbeddingDataset, info: ObjectInfo, pictured: bool) -> tuple[Mapping[str, Any], int, bytes]:
-    """The facts of a title, how many shots it has, and the picture of the one in the middle; little more than the object's end is read."""
+    """Read the facts, the number of shots and the picture of the middle shot, which is little more than the object's end."""
     store = dataset.output.store
     with store.filesystem.open(store.path(info.name), "rb") as stream:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
@@ -192,14 +189,14 @@ def _run_summary(output_uri: str, dataset: EmbeddingDataset) -> Mapping[str, Any
 
 
 def write_title_page(dataset: EmbeddingDataset, title_id: str, pages: Store, name: str = "", index: str = "") -> str:
-    """Write the page of a title below ``pages``, under its usual name where none is given; return where it stands. Raises DatasetError."""
+    """Write the page of a title below ``pages``, by default under ``title_page_name``; return its URI. Raises DatasetError."""
     name = name or title_page_name(title_id)
     pages.write(name, title_page(title_content(dataset, title_id, index)).encode())
     return f"{pages.uri}/{name}"
 
 
 def committed_titles(dataset: EmbeddingDataset) -> list[str]:
-    """The ids of the committed titles, in order. A title whose object cannot be read is left out: the catalog's page names it."""
+    """List the ids of the committed titles in order, without titles whose objects cannot be read, which the catalog's page names."""
     objects = newest_objects(dataset.output.list(SHOTS))
     dataset.output.store.prime_listing_cache(objects)
     with ThreadPoolExecutor(READING_THREADS) as threads:

@@ -1,4 +1,4 @@
-"""The committed vectors of a title, fused or contextual, and as the contextualiser takes them.
+"""Read the committed vectors of a title, fused or contextual, and convert shots to the contextualiser's input.
 
 Shapes
     S  shots of the title
@@ -7,6 +7,8 @@ Shapes
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,32 +23,34 @@ from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, c
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, vector_fact
 from mediafm_ray.storage.stored_shots import StoredShots, read_shots
 
+TITLES_SUGGESTED = 3
+
 
 @dataclass(frozen=True, eq=False)
-class TitleVectors:
-    """The vectors of a title's shots, with what stands beside them."""
+class StoredVectors:
+    """The vectors of a title's shots, with the title's id, source and shot times."""
 
     title_id: str
     source: str
     start_S: np.ndarray  # float64, seconds
     end_S: np.ndarray  # float64, seconds
     vectors_SD: np.ndarray  # float32
-    cls_D: np.ndarray | None = None  # float32, the contextualiser's [CLS] embedding; None where vectors are fused
+    cls_D: np.ndarray | None = None  # float32, the contextualiser's [CLS] embedding; None for fused vectors
 
 
 def vectors_dataset(dataset: EmbeddingDataset, config: VectorsConfig) -> str:
-    """The dataset that the wanted vectors stand in: ``shots`` for fused ones, else a ``contextual-<checkpoint>``. Raises DatasetError."""
+    """Return the dataset of the configured vectors: ``shots`` for fused ones, else a ``contextual-<checkpoint>``. Raises DatasetError."""
     if config.kind == "fused":
         return SHOTS
     return contextual_dataset(dataset, "vectors.checkpoint", config.checkpoint, "or set vectors.kind=fused")
 
 
 def contextual_dataset(dataset: EmbeddingDataset, key: str, digits: str, otherwise: str) -> str:
-    """The dataset of a checkpoint's contextual embeddings: by its ``digits``, which the option ``key`` has.
+    """Return the dataset of a checkpoint's contextual embeddings, given by the ``digits`` in the option ``key``.
 
-    Without digits it is the only trained one, or that of ``builtin:neighbours`` where nothing trained has written.
+    Without digits it is the only trained one, or that of ``builtin:neighbours`` where there is no trained one.
 
-    Raises DatasetError, saying what is there and what to do ``otherwise``, where there is none or where several could be meant.
+    Raises DatasetError where there is none or several. The message says what exists and, with ``otherwise``, what else to do.
     """
     there = dataset.names()
     found = [name for name in there if name.startswith(contextual(""))]
@@ -55,9 +59,7 @@ def contextual_dataset(dataset: EmbeddingDataset, key: str, digits: str, otherwi
         return contextual(digits)
     if digits or not found:
         missing = contextual(digits) if digits else "contextual embeddings"
-        raise DatasetError(
-            f"{where} has no {missing}; there are: {', '.join(there) or 'none'}; run jobs.contextualise_catalog, {otherwise}"
-        )
+        raise DatasetError(f"{where} has no {missing}; there are: {', '.join(there) or 'none'}; run mediafm contextualise, {otherwise}")
     if len(found) > 1:
         found = [name for name in found if name != BUILTIN_DATASET]
     if len(found) > 1:
@@ -66,11 +68,11 @@ def contextual_dataset(dataset: EmbeddingDataset, key: str, digits: str, otherwi
     return found[0]
 
 
-def read_vectors(dataset: EmbeddingDataset, shots: str, vectors: str) -> TitleVectors:
-    """The vectors that the dataset ``vectors`` has for the object ``shots``. Raises TitleError where one is gone or damaged."""
+def read_vectors(dataset: EmbeddingDataset, shots: str, vectors: str) -> StoredVectors:
+    """Read the vectors of the object ``shots`` in the dataset ``vectors``. Raises TitleError where an object is gone or damaged."""
     if vectors == SHOTS:
         stored = read_shots(dataset.output, shots, dataset.model)
-        return TitleVectors(stored.facts["title_id"], stored.facts["source"], stored.start_S, stored.end_S, stored.fused_SD)
+        return StoredVectors(stored.facts["title_id"], stored.facts["source"], stored.start_S, stored.end_S, stored.fused_SD)
     name = matching_object(shots, vectors)
     try:
         content = pa.BufferReader(dataset.output.store.read(name))
@@ -80,12 +82,12 @@ def read_vectors(dataset: EmbeddingDataset, shots: str, vectors: str) -> TitleVe
         dim = dataset.model.dims["fused"]
         written = [table.schema.field(field.name).type == field.type for field in contextual_schema(dim)]
         if not all(written) or any(table[field.name].null_count for field in contextual_schema(dim)):
-            raise ValueError("its columns are not of the types that were written")
+            raise ValueError("its columns have other types than the written ones")
         if not isinstance(title_id, str) or (encode_title(title_id), facts["source"]) != object_key(name):
             raise ValueError(f"it holds the title {title_id!r} ({facts['source']})")
         if cls_D is None or len(cls_D) != dim:
-            raise ValueError(f"its cls_embedding has not {dim} numbers")
-        return TitleVectors(
+            raise ValueError(f"its cls_embedding does not have {dim} numbers")
+        return StoredVectors(
             title_id,
             facts["source"],
             table["start_s"].to_numpy(),
@@ -94,14 +96,20 @@ def read_vectors(dataset: EmbeddingDataset, shots: str, vectors: str) -> TitleVe
             cls_D,
         )
     except FileNotFoundError as error:
-        raise TitleError(f"it has no contextual embeddings in {vectors}: run jobs.contextualise_catalog with that checkpoint") from error
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # what Arrow raises depends on which byte is wrong
+        raise TitleError(f"it has no contextual embeddings in {vectors}: run mediafm contextualise with that checkpoint") from error
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # Arrow's error depends on the damaged byte.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise TitleError(f"{name} cannot be read ({reason}): delete it and run jobs.contextualise_catalog") from error
+        raise TitleError(f"{name} cannot be read ({reason}): delete it and run mediafm contextualise") from error
+
+
+def suggest_titles(title_id: str, titles: Sequence[str]) -> str:
+    """Return the end of a message about an unknown title: similar ids or, without any, the number of titles."""
+    close = difflib.get_close_matches(title_id, titles, TITLES_SUGGESTED)
+    return f"; similar: {', '.join(close)}" if close else f"; there are {len(titles)} others"
 
 
 def to_model_input(shots: StoredShots) -> Any:
-    """The shots as the model takes them (contextualiser.TitleShots)."""
+    """Convert shots to the contextualiser's input (contextualiser.TitleShots)."""
     from mediafm_ray.models.contextualiser import TitleShots, shot_times
 
     return TitleShots(shots.fused_SD, shots.metadata_M, shot_times(shots.start_S, shots.end_S))

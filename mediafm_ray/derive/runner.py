@@ -1,7 +1,7 @@
-"""Datasets that are derived from committed vectors, one object a title: what is pending, and how the titles are done. No ray here.
+"""Datasets derived from committed vectors, one object for each title: plan the pending titles and compute them. No ray here.
 
-A title is an object read, some arithmetic on one core, and an object written: threads of one process keep a disk or a bucket busy.
-As everywhere, an object that exists is committed, and what is pending is one listing minus another.
+A title means an object to read, some arithmetic on one core, and an object to write: threads of one process keep a disk or a bucket
+busy. As everywhere, an object that exists is committed, and the pending titles are one listing minus another.
 
 Shapes
     S  shots of the title
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import time
-import urllib.parse
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,17 +22,18 @@ import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from mediafm_ray.config.sections import DerivedRunConfig
+from mediafm_ray.derive.reader import StoredVectors
 from mediafm_ray.errors import TitleError
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.report import MAX_FAILURES_SHOWN, Console
-from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, matching_object, newest_objects, object_key
+from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, decode_title, matching_object, newest_objects, object_key
 from mediafm_ray.storage.schemas import encode_parquet
 from mediafm_ray.text import public_line
 
 log = logging.getLogger(__name__)
-PROGRESS_S = 5.0  # seconds between lines of progress
-MAX_TITLES_LISTED = 50  # so many have a line each
-IN_FLIGHT_PER_THREAD = 2  # titles that are read or waiting: memory does not grow with the catalog
+PROGRESS_S = 5.0  # seconds between progress lines
+MAX_TITLES_LISTED = 50  # Only a run of so few titles prints a line for each.
+IN_FLIGHT_PER_THREAD = 2  # The bound keeps memory independent of the size of the catalog.
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -43,27 +43,27 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class PendingTitle:
-    """A title to do."""
+    """A title to compute."""
 
-    title: str  # its id, for people: a very long one ends in a digest
+    title: str  # id for messages; a very long one ends in a digest
     shots: str  # name of its newest object of ``shots``
-    superseded: tuple[str, ...]  # objects of older sources, to remove once this one is committed
+    superseded: tuple[str, ...]  # objects of older sources, which are removed once this one is committed
 
 
 @dataclass(frozen=True)
 class DerivedPlan:
-    """The titles to do and where they go."""
+    """The titles to compute and the dataset to write."""
 
     dataset: EmbeddingDataset
-    target: str  # the dataset that is written
+    target: str  # name of the dataset to write
     pending: tuple[PendingTitle, ...]
-    titles: int  # committed in ``shots``
-    done: int  # committed in the target before
-    left: int  # pending, but beyond run.max_titles
-    leftovers: tuple[str, ...]  # of an earlier run: objects whose successor is committed
+    titles: int  # number of titles in ``shots``
+    done: int  # number of titles in the target before the run
+    left: int  # number of titles beyond run.max_titles
+    leftovers: tuple[str, ...]  # objects of an earlier run whose successor is committed
 
     def describe(self, made_from: str) -> str:
-        """What the run is about to do, in a line."""
+        """Describe the plan in one line."""
         later = f", {self.left} left for later" if self.left else ""
         return (
             f"{self.target}, from {made_from} of dataset version {self.dataset.version}: {self.titles} titles, "
@@ -72,13 +72,13 @@ class DerivedPlan:
 
 
 def make_derived_plan(dataset: EmbeddingDataset, target: str, config: DerivedRunConfig) -> DerivedPlan:
-    """List the committed shots and what stands in the target already; pending is the difference. Writes nothing.
+    """List the committed shots and the target; the pending titles are the difference. Writes nothing.
 
     Raises DatasetError where nothing is committed.
     """
     shots = newest_objects(dataset.output.list(SHOTS))
     if not shots:
-        raise DatasetError(f"{dataset.output.store.uri} has no committed shots: run python -m jobs.embed_catalog first")
+        raise DatasetError(f"{dataset.output.store.uri} has no committed shots: run mediafm embed first")
     written = dataset.output.list(target)
     of_title: dict[str, list[Any]] = {}
     for (title, _), infos in written.items():
@@ -90,7 +90,7 @@ def make_derived_plan(dataset: EmbeddingDataset, target: str, config: DerivedRun
         if key in written:
             leftovers += older
         else:
-            pending.append(PendingTitle(urllib.parse.unquote(title), info.name, tuple(older)))
+            pending.append(PendingTitle(decode_title(title), info.name, tuple(older)))
     taken = pending[: config.max_titles] if config.max_titles else pending
     done = len(shots) - len(pending)
     return DerivedPlan(dataset, target, tuple(taken), len(shots), done, len(pending) - len(taken), tuple(leftovers))
@@ -101,16 +101,28 @@ def make_derived_plan(dataset: EmbeddingDataset, target: str, config: DerivedRun
 
 @dataclass(frozen=True, eq=False)
 class Derived:
-    """What is made of one title."""
+    """The rows computed for one title."""
 
     table: pa.Table
-    facts: Mapping[str, Any]  # for the file's metadata
-    line: str  # for people
+    facts: Mapping[str, Any]  # content of the file's metadata
+    line: str  # result for the log
+
+
+def table_of(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    """Make a table of a schema from Arrow arrays and sequences."""
+    arrays = [value if isinstance(value := columns[field.name], pa.Array) else pa.array(value, field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def facts_of_title(dataset: EmbeddingDataset, title: StoredVectors, vectors: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts of a derived object: its title and source, and the vectors and options that it was made from."""
+    own = {"title_id": title.title_id, "source": title.source, "dataset_version": dataset.version}
+    return {**own, "vectors": vectors, "recipe": dict(recipe)}
 
 
 @dataclass
-class Tally:
-    """How the titles ended."""
+class TitleCounts:
+    """The results of a run's titles."""
 
     planned: int
     ok: int = 0
@@ -119,60 +131,70 @@ class Tally:
 
     @property
     def finished(self) -> int:
-        """Titles that ended, one way or the other."""
+        """Number of titles that succeeded or failed."""
         return self.ok + len(self.failures)
 
 
-def derive_titles(plan: DerivedPlan, make: Callable[[PendingTitle], Derived], config: DerivedRunConfig, console: Console) -> Tally:
-    """Make and commit every pending title with threads, and say how it goes. Whatever ``make`` raises is that title's failure.
+def derive_titles(plan: DerivedPlan, make: Callable[[PendingTitle], Derived], config: DerivedRunConfig, console: Console) -> TitleCounts:
+    """Compute and commit every pending title with threads. Any exception of ``make`` is a failure of its title.
 
-    Raises StorageError when the output cannot be written.
+    Raises StorageError where the output cannot be written.
     """
     store = plan.dataset.output.store
     store.check_writable()
     for name in plan.leftovers:
         store.delete(name)
 
-    def attempt(pending: PendingTitle) -> tuple[PendingTitle, Derived | None, str]:
+    def commit(pending: PendingTitle) -> Derived:
+        made = make(pending)
+        store.write(matching_object(pending.shots, plan.target), encode_parquet(made.table, made.facts))
+        for name in pending.superseded:
+            store.delete(name)
+        return made
+
+    counts = TitleCounts(len(plan.pending))
+    for title, made in each_title(commit, {pending.title: pending for pending in plan.pending}, config.threads, counts, console):
+        counts.rows += made.table.num_rows
+        if counts.planned <= MAX_TITLES_LISTED:
+            console.say(public_line(f"[{counts.finished:>{len(str(counts.planned))}}/{counts.planned}] {title}: {made.line}"))
+    return counts
+
+
+def each_title(
+    work: Callable[[Item], Result], pending: Mapping[str, Item], threads: int, counts: TitleCounts, console: Console
+) -> Iterator[tuple[str, Result]]:
+    """Yield each title with the result of ``work``, computed by threads, in order; log the progress and count the titles.
+
+    Any exception of ``work`` is a failure of its title, which is counted and left out.
+    """
+
+    def attempt(title: str) -> tuple[str, Result | None, str]:
         try:
-            made = make(pending)
-            store.write(matching_object(pending.shots, plan.target), encode_parquet(made.table, made.facts))
-            for name in pending.superseded:
-                store.delete(name)
-            return pending, made, ""
-        except Exception as error:  # a title's failure is a value, the job goes on
-            if isinstance(error, TitleError):
-                return pending, None, str(error)
-            log.exception("title %s failed", pending.title)
-            return pending, None, f"{type(error).__name__}: {error}"
+            return title, work(pending[title]), ""
+        except TitleError as error:
+            return title, None, str(error)
+        except Exception as error:  # One title's error does not end the run.
+            log.exception("title %s failed", title)
+            return title, None, f"{type(error).__name__}: {error}"
 
-    with threadpool_limits(limits=1):  # a core a title: threads of threads would wait for each other
-        return _follow(in_order(attempt, plan.pending, config.threads), len(plan.pending), console)
-
-
-def _follow(ended: Iterator[tuple[PendingTitle, Derived | None, str]], planned: int, console: Console) -> Tally:
-    """Count the titles as they end, and say how it goes."""
-    tally, begun = Tally(planned), time.monotonic()
-    said = begun
-    for pending, made, reason in ended:
-        if made is None:
-            tally.failures.append((pending.title, reason))
-            console.say(public_line(f"FAILED {pending.title}: {reason}"))
-        else:
-            tally.ok += 1
-            tally.rows += made.table.num_rows
-            if tally.planned <= MAX_TITLES_LISTED:
-                console.say(public_line(f"[{tally.finished:>{len(str(tally.planned))}}/{tally.planned}] {pending.title}: {made.line}"))
-        now = time.monotonic()
-        if tally.planned > MAX_TITLES_LISTED and (now - said > PROGRESS_S or tally.finished == tally.planned):
-            said = now
-            pace = tally.finished / max(now - begun, 1e-9)
-            console.say(f"[{tally.finished}/{tally.planned}] {pace:.1f} titles a second, {len(tally.failures)} failed")
-    return tally
+    begun = logged = time.monotonic()
+    with threadpool_limits(limits=1):  # Each title has a thread of its own: threads of numpy would compete for the cores.
+        for title, result, reason in ordered_map(attempt, pending, threads):
+            if result is None:
+                counts.failures.append((title, reason))
+                console.say(public_line(f"FAILED {title}: {reason}"))
+            else:
+                counts.ok += 1
+                yield title, result
+            now = time.monotonic()
+            if counts.planned > MAX_TITLES_LISTED and (now - logged > PROGRESS_S or counts.finished == counts.planned):
+                logged = now
+                pace = counts.finished / max(now - begun, 1e-9)
+                console.say(f"[{counts.finished}/{counts.planned}] {pace:.1f} titles a second, {len(counts.failures)} failed")
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """``work`` of each item by threads, in the order of the items, a few of them ahead: what is not asked for is not begun."""
+def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Yield ``work`` of each item, computed by threads, in order. At most IN_FLIGHT_PER_THREAD items a thread are begun ahead."""
     waiting: deque[Future[Result]] = deque()
     todo = iter(items)
     with ThreadPoolExecutor(threads) as pool:
@@ -192,17 +214,17 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int
                 future.cancel()
 
 
-def finish(plan: DerivedPlan, tally: Tally, rows: str, config: DerivedRunConfig, console: Console) -> int:
-    """The end of a run for a person; the exit code. ``rows``: what a row of the dataset is called."""
+def finish(plan: DerivedPlan, counts: TitleCounts, rows: str, config: DerivedRunConfig, console: Console) -> int:
+    """Log the summary of a run and return its exit code. ``rows``: name of the dataset's rows, such as ``scenes``."""
     console.say()
-    console.say(f"  {tally.ok} titles done with {tally.rows} {rows}, {len(tally.failures)} failed; {plan.done} were done before")
+    console.say(f"  {counts.ok} titles done with {counts.rows} {rows}, {len(counts.failures)} failed; {plan.done} were done before")
     console.say(f"  dataset  {plan.dataset.output.store.uri}/{plan.target}")
-    say_failures(tally.failures, console)
-    return EXIT_FAILED_TITLES if len(tally.failures) > config.max_failed_fraction * tally.planned else EXIT_OK
+    log_failures(counts.failures, console)
+    return EXIT_FAILED_TITLES if len(counts.failures) > config.max_failed_fraction * counts.planned else EXIT_OK
 
 
-def say_failures(failures: Sequence[tuple[str, str]], console: Console) -> None:
-    """The titles that failed, each with its reason; the first of many."""
+def log_failures(failures: Sequence[tuple[str, str]], console: Console) -> None:
+    """Log the titles that failed with their reasons, at most MAX_FAILURES_SHOWN."""
     if not failures:
         return
     console.say("\nfailures:")

@@ -1,13 +1,11 @@
-"""The scenes of committed titles as a dataset."""
+"""Compute the dataset of scenes of committed titles."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pyarrow as pa
-
-from mediafm_ray.derive.reader import TitleVectors, read_vectors
-from mediafm_ray.derive.runner import Derived, PendingTitle
+from mediafm_ray.derive.reader import StoredVectors, read_vectors
+from mediafm_ray.derive.runner import Derived, PendingTitle, facts_of_title, table_of
 from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.scenes import Scenes, find_scenes
 from mediafm_ray.errors import TitleError
@@ -15,21 +13,21 @@ from mediafm_ray.spec import recipe_of
 from mediafm_ray.storage.dataset import SCENES, EmbeddingDataset, derived
 from mediafm_ray.storage.schemas import scenes_schema
 
-NUMERICS_VERSION = 1  # raise it with a change of the code that changes the scenes: it is part of the dataset's name
+NUMERICS_VERSION = 1  # Raise it with a change of the code that changes the scenes: it is part of the dataset's name.
 
 
 def scenes_recipe(config: ScenesConfig) -> dict[str, Any]:
-    """Everything beside the vectors that decides which scenes are found."""
+    """Return everything except the vectors that decides which scenes are found."""
     return {"arithmetic": NUMERICS_VERSION, **recipe_of(config)}
 
 
 def scenes_dataset(vectors: str, config: ScenesConfig) -> str:
-    """The name of the dataset of scenes that are made from the dataset ``vectors``: ``scenes-<fused|contextual>-<12 hex digits>``."""
+    """Return the name of the dataset of scenes from the dataset ``vectors``: ``scenes-<fused|contextual>-<12 hex digits>``."""
     return derived(SCENES, vectors, scenes_recipe(config))
 
 
-def scenes_of_title(title: TitleVectors, config: ScenesConfig) -> Scenes:
-    """The scenes of one title. Raises TitleError for vectors that are not finite."""
+def scenes_of_title(title: StoredVectors, config: ScenesConfig) -> Scenes:
+    """Find the scenes of one title. Raises TitleError for vectors that are not finite."""
     try:
         return find_scenes(title.vectors_SD, config)
     except ValueError as error:
@@ -37,7 +35,7 @@ def scenes_of_title(title: TitleVectors, config: ScenesConfig) -> Scenes:
 
 
 def segment_title(dataset: EmbeddingDataset, vectors: str, pending: PendingTitle, config: ScenesConfig) -> Derived:
-    """The rows of one title. Raises TitleError for a title whose vectors are missing or damaged."""
+    """Compute the rows of one title. Raises TitleError for a title whose vectors are missing or damaged."""
     title = read_vectors(dataset, pending.shots, vectors)
     scenes = scenes_of_title(title, config)
     columns = {
@@ -49,13 +47,5 @@ def segment_title(dataset: EmbeddingDataset, vectors: str, pending: PendingTitle
         "end_s": title.end_S[scenes.last_K],
         "score": scenes.score_K,
     }
-    schema = scenes_schema()
-    table = pa.Table.from_arrays([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
-    facts = {
-        "title_id": title.title_id,
-        "source": title.source,
-        "dataset_version": dataset.version,
-        "vectors": vectors,
-        "recipe": scenes_recipe(config),
-    }
-    return Derived(table, facts, f"{len(scenes)} scenes of {len(title.start_S)} shots")
+    facts = facts_of_title(dataset, title, vectors, scenes_recipe(config))
+    return Derived(table_of(columns, scenes_schema()), facts, f"{len(scenes)} scenes of {len(title.start_S)} shots")

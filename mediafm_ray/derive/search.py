@@ -1,4 +1,4 @@
-"""Queries to an index of shots: by a shot, by a clip, by words; and what was found, for people and for programs. No ray here.
+"""Search an index of shots by a shot, a clip or words, and format the results as a table or as JSON. No ray here.
 
 Shapes
     S  shots of a title
@@ -20,7 +20,7 @@ import pyarrow as pa
 from mediafm_ray.config.jobs import SearchShotsConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.config.sections import FilterConfig, SearchedIndexConfig
-from mediafm_ray.derive.clip_tables import suggestion
+from mediafm_ray.derive.reader import suggest_titles
 from mediafm_ray.downstream.clips import clip_overlaps, pool_overlaps
 from mediafm_ray.models.encoder import build_text_encoder, weights_digest
 from mediafm_ray.models.options import TextEncoderConfig, VideoEncoderConfig
@@ -30,27 +30,27 @@ from mediafm_ray.storage.index import EMBEDDING, IndexFacts, NoIndex, ShotFilter
 from mediafm_ray.storage.schemas import embedding_values
 from mediafm_ray.text import escape_controls_in_json, public_uri
 
-ALL = "all"  # of the modalities together: the fused or contextual vector
+ALL = "all"  # all modalities: the fused or contextual vector
 SHOT_PATTERN = re.compile(r"(?P<title>.+):(?P<index>\d+)")
 CLIP_PATTERN = re.compile(r"(?P<title>.+):(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)")
 TEXT_WIDTH = 60  # characters of a shot's text in a table
-MAX_TITLE_WIDTH = 48  # characters of a title; a longer one makes its own line longer
-DECIMALS = 6  # of a cosine
+MAX_TITLE_WIDTH = 48  # characters of the column; a longer title makes its own line longer
+DECIMALS = 6  # digits of a cosine in the JSON output
 
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """What is looked for."""
+    """A query vector and its origin."""
 
-    asked: Mapping[str, Any]  # as the user said it
-    column: str  # of the index, that is searched
+    asked: Mapping[str, Any]  # the user's options
+    column: str  # column of the index to search
     vector_D: np.ndarray  # float32
-    own_title: str = ""  # of the shot or clip that is asked for
-    own_shots: frozenset[int] = frozenset()  # ... whose shots are no results
+    own_title: str = ""  # title of the query's shot or clip
+    own_shots: frozenset[int] = frozenset()  # ... and its shots, which are not results
 
 
 def check_index(index: ShotIndex, config: SearchedIndexConfig) -> None:
-    """See that it is the index that was meant. Raises NoIndex, saying what is there instead."""
+    """Check that the index is the configured one. Raises NoIndex with what it holds instead."""
     facts = index.facts
     if config.version not in ("", facts.dataset_version):
         raise NoIndex(f"{index.uri} is of dataset version {facts.dataset_version}, not {config.version}: it holds {facts.describe()}")
@@ -62,7 +62,7 @@ def check_index(index: ShotIndex, config: SearchedIndexConfig) -> None:
 
 
 def make_query(index: ShotIndex, config: SearchShotsConfig) -> Query:
-    """The vector that a configuration asks for. Raises ConfigError, DatasetError, WeightsError for what cannot be asked."""
+    """Compute the query of a configuration. Raises ConfigError, DatasetError, WeightsError for an invalid one."""
     asked = {name: value for name in ("shot", "clip", "query") if (value := getattr(config, name))}
     if len(asked) != 1:
         given = f"given are {' and '.join(asked)}" if asked else "none is given"
@@ -92,7 +92,7 @@ def _shot_query(index: ShotIndex, shot: str, column: str) -> Query:
         raise DatasetError(f"{match['title']!r} has no shot {number}: it has {len(shots)}, from 0 to {len(shots) - 1}")
     vector_D = _vectors(shots, column)[row[0]]
     if not vector_D.any():
-        raise DatasetError(f"shot {number} of {match['title']!r} has no {modality_of(column)} vector: nothing is like it; try by=all")
+        raise DatasetError(f"shot {number} of {match['title']!r} has no {modality_of(column)} vector to compare with; try by=all")
     return Query({"shot": shot, "by": _name(column)}, column, vector_D, match["title"], frozenset([number]))
 
 
@@ -118,11 +118,11 @@ def _title(index: ShotIndex, title_id: str, column: str) -> pa.Table:
 
 
 def _unknown(index: ShotIndex, title_id: str) -> str:
-    return f"the index has no title {title_id!r}{suggestion(title_id, sorted({one for one, _ in index.titles()}))}"
+    return f"the index has no title {title_id!r}{suggest_titles(title_id, sorted({one for one, _ in index.titles()}))}"
 
 
 def _vectors(shots: pa.Table, column: str) -> np.ndarray:
-    """(S, D) float32 vectors of a title; zero where a shot has none."""
+    """Return (S, D) float32 vectors of a title; zero where a shot has none."""
     present_S = shots[column].is_valid().to_numpy()
     vectors_SD = np.zeros((len(shots), shots[column].type.list_size), np.float32)
     if present_S.any():
@@ -138,7 +138,7 @@ def _words_query(index: ShotIndex, config: SearchShotsConfig) -> Query:
     by = config.by or "text"
     if by not in ("text", "video"):
         raise ConfigError(
-            f"by={by}: words are compared with the text of shots (by=text) or, where CLIP encoded them, with their pictures (by=video)"
+            f"by={by}: words are compared with the text of shots (by=text) or, with CLIP as video encoder, with their pictures (by=video)"
         )
     column = _column(index, by)
     if by == "text":
@@ -147,7 +147,7 @@ def _words_query(index: ShotIndex, config: SearchShotsConfig) -> Query:
     else:
         recorded = index.facts.recipe.get("video", {}).get("encoder")
         if recorded != "clip":
-            raise ConfigError(f"by=video: the index's pictures were encoded by {recorded}, which knows no words, as clip does: use by=text")
+            raise ConfigError(f"by=video: the index's pictures were encoded by {recorded}, which has no text encoder: use by=text")
         _check_encoder(index.facts, "video", config.video)
         from mediafm_ray.models.clip_text import ClipTextEncoder
 
@@ -161,27 +161,27 @@ def _words_query(index: ShotIndex, config: SearchShotsConfig) -> Query:
 
 
 def _check_encoder(facts: IndexFacts, modality: str, config: TextEncoderConfig | VideoEncoderConfig) -> None:
-    """See that the configured encoder is that of the index: others put words elsewhere. Raises ConfigError saying what differs."""
+    """Check that the configured encoder is that of the index, whose vectors others cannot match. Raises ConfigError with the difference."""
     recorded = facts.recipe.get(modality)
     if recorded is None:
-        raise ConfigError(f"by={modality}: the index does not say which encoder its {modality} vectors are from; build it anew")
+        raise ConfigError(f"by={modality}: the index does not record the encoder of its {modality} vectors; build it again")
     if recorded.get("encoder") != config.encoder:
         raise ConfigError(
-            f"by={modality}: the index's {modality} vectors are those of {modality}.encoder={recorded.get('encoder')}, configured is "
-            f"{config.encoder}: give the profile that the catalog was embedded with, such as --config conf/mediafm.yaml"
+            f"by={modality}: the index's {modality} vectors are from {modality}.encoder={recorded.get('encoder')}, configured is "
+            f"{config.encoder}: give the profile that the catalog was embedded with, such as --config mediafm"
         )
     configured = encoder_recipe(config, weights_digest(config))
     differing = [name for name in sorted({*recorded, *configured}) if recorded.get(name) != configured.get(name)]
     if differing:
-        said = "; ".join(f"{modality}.{name} is {configured.get(name)}, of the index {recorded.get(name)}" for name in differing)
-        raise ConfigError(f"by={modality}: the configured encoder is not that of the index: {said}; give the profile that it was made with")
+        difference = "; ".join(f"{modality}.{name} is {configured.get(name)}, the index has {recorded.get(name)}" for name in differing)
+        raise ConfigError(f"by={modality}: the configured encoder is not that of the index: {difference}; give the profile of its catalog")
 
 
 # ------------------------------------------------------------------------------------------------------------- search
 
 
 def find_shots(index: ShotIndex, query: Query, config: SearchShotsConfig) -> pa.Table:
-    """The nearest shots, the own ones left out: the columns of ShotIndex.nearest. Raises DatasetError for a filter's unknown titles."""
+    """Find the nearest shots except the query's own, with the columns of ShotIndex.nearest. Raises DatasetError for unknown titles."""
     where = _filter(index, query, config.filter).sql()
     found = index.nearest(query.column, query.vector_D, config.count + len(query.own_shots), where, exact=config.index.exact)
     places = zip(found["title_id"].to_pylist(), found["shot_index"].to_pylist(), strict=True)
@@ -195,7 +195,7 @@ def _filter(index: ShotIndex, query: Query, config: FilterConfig) -> ShotFilter:
             if not len(index.title(title_id, [])):
                 raise DatasetError(f"filter.{name}: {_unknown(index, title_id)}")
     if config.other_titles and not query.own_title:
-        raise ConfigError("filter.other_titles needs a shot or a clip: words are of no title")
+        raise ConfigError("filter.other_titles needs a shot or a clip: words belong to no title")
     without = [*config.without_titles, *([query.own_title] if config.other_titles else [])]
     return ShotFilter(config.titles, without, config.start_s, config.end_s, config.languages)
 
@@ -204,7 +204,7 @@ def _filter(index: ShotIndex, query: Query, config: FilterConfig) -> ShotFilter:
 
 
 def as_json(index: ShotIndex, query: Query, found: pa.Table) -> str:
-    """What was asked, of which index, and what was found, as one JSON object."""
+    """Format the query, the index and the results as one JSON object."""
     results = [
         {
             "rank": rank,
@@ -220,7 +220,7 @@ def as_json(index: ShotIndex, query: Query, found: pa.Table) -> str:
 
 
 def as_table(index: ShotIndex, query: Query, found: pa.Table) -> str:
-    """What was found, for people."""
+    """Format the results as a text table."""
     rows = found.to_pylist()
     asked = ", ".join(f"{name}={value}" for name, value in query.asked.items())
     heading = f"{asked}, in {index.shots(query.column)} shots ({index.facts.describe()})"
@@ -230,13 +230,13 @@ def as_table(index: ShotIndex, query: Query, found: pa.Table) -> str:
     width = min(MAX_TITLE_WIDTH, max(len("title"), *map(len, titles)))
     lines = [heading, "", f"  {'cosine':>6}  {'title':<{width}}  {'shot':>5}  {'start':>9}  {'end':>9}  text"]
     for row, title in zip(rows, titles, strict=True):
-        said = f"{row['language']}: " if row["language"] else ""
-        text = textwrap.shorten(printable(said + row["text"]), TEXT_WIDTH, placeholder=" ...")
+        language = f"{row['language']}: " if row["language"] else ""
+        text = textwrap.shorten(printable(language + row["text"]), TEXT_WIDTH, placeholder=" ...")
         place = f"{row['shot_index']:>5}  {row['start_s']:>9.2f}  {row['end_s']:>9.2f}"
         lines.append(f"  {row['cosine']:>6.3f}  {title:<{width}}  {place}  {text}".rstrip())
     return "\n".join(lines)
 
 
 def printable(text: str) -> str:
-    """Text of a catalog as it may go to a terminal: what is no printable character, such as an escape, is a question mark."""
+    """Make text of a catalog safe for a terminal: characters that are not printable, such as escapes, become question marks."""
     return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""Titles as rows of one dataset, and as one table with the titles nearest to each.
+"""Compute the dataset of titles, one row for each, and the table of nearest titles.
 
 Shapes
     T  titles
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.reader import read_vectors
-from mediafm_ray.derive.runner import Derived, PendingTitle
+from mediafm_ray.derive.runner import Derived, PendingTitle, facts_of_title, table_of
 from mediafm_ray.derive.scenes import scenes_of_title, scenes_recipe
 from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, pool_title, share_of
@@ -25,30 +25,28 @@ from mediafm_ray.storage.dataset import TITLES, EmbeddingDataset, derived
 from mediafm_ray.storage.schemas import embedding_array, embedding_type, embedding_values, titles_schema
 from mediafm_ray.text import public_line
 
-NUMERICS_VERSION = 1  # raise it with a change of the code that changes the rows: it is part of the dataset's name
-TEXT_COLUMNS = ("text", "has_audio", "has_text")  # of shots
+NUMERICS_VERSION = 1  # Raise it with a change of the code that changes the rows: it is part of the dataset's name.
+TEXT_COLUMNS = ("text", "has_audio", "has_text")  # columns of ``shots``
 
 
 def titles_recipe(config: ScenesConfig) -> dict[str, Any]:
-    """Everything beside the vectors that decides what a row says: scenes are counted."""
+    """Return everything except the vectors that decides a row, which includes the number of scenes."""
     return {"arithmetic": NUMERICS_VERSION, "scenes": scenes_recipe(config)}
 
 
 def titles_dataset(vectors: str, config: ScenesConfig) -> str:
-    """The name of the dataset of titles made from the dataset ``vectors``: ``titles-<fused|contextual>-<12 hex digits>``."""
+    """Return the name of the dataset of titles from the dataset ``vectors``: ``titles-<fused|contextual>-<12 hex digits>``."""
     return derived(TITLES, vectors, titles_recipe(config))
 
 
 def describe_title(dataset: EmbeddingDataset, vectors: str, pending: PendingTitle, config: ScenesConfig) -> Derived:
-    """The row of one title. Raises TitleError for a title whose vectors are missing, damaged or without a common direction."""
+    """Compute the row of one title. Raises TitleError for vectors that are missing, damaged or without a mean direction."""
     title = read_vectors(dataset, pending.shots, vectors)
     content = pa.BufferReader(dataset.output.store.read(pending.shots))
     shots = pq.read_table(content, columns=list(TEXT_COLUMNS), use_threads=False, page_checksum_verification=True)
     seconds_S = title.end_S - title.start_S
     if len(shots) != len(seconds_S):
-        raise TitleError(
-            f"{vectors} has {len(seconds_S)} shots of it, {pending.shots} has {len(shots)}: run jobs.contextualise_catalog again"
-        )
+        raise TitleError(f"{vectors} has {len(seconds_S)} shots of it, {pending.shots} has {len(shots)}: run mediafm contextualise again")
     try:
         pooled_D = pool_title(title.start_S, title.end_S, title.vectors_SD)
     except ValueError as error:
@@ -67,29 +65,21 @@ def describe_title(dataset: EmbeddingDataset, vectors: str, pending: PendingTitl
         "pooled_embedding": embedding_array(pooled_D[None]),
         "cls_embedding": pa.nulls(1, embedding_type(len(pooled_D))) if title.cls_D is None else embedding_array(title.cls_D[None]),
     }
-    schema = titles_schema(len(pooled_D))
-    arrays = [value if isinstance(value := columns[field.name], pa.Array) else pa.array(value, field.type) for field in schema]
-    facts = {
-        "title_id": title.title_id,
-        "source": title.source,
-        "dataset_version": dataset.version,
-        "vectors": vectors,
-        "recipe": titles_recipe(config),
-    }
-    return Derived(pa.Table.from_arrays(arrays, schema=schema), facts, f"{minutes * 60:.1f} s, {len(seconds_S)} shots, {scenes} scenes")
+    table, facts = table_of(columns, titles_schema(len(pooled_D))), facts_of_title(dataset, title, vectors, titles_recipe(config))
+    return Derived(table, facts, f"{minutes * 60:.1f} s, {len(seconds_S)} shots, {scenes} scenes")
 
 
 # ------------------------------------------------------------------------------------------------------- nearest titles
 
 
 def read_titles(dataset: EmbeddingDataset, name: str) -> pa.Table:
-    """All titles of a dataset of titles, in the order of their ids. Raises DatasetError where there is none."""
+    """Read all rows of a dataset of titles in the order of their ids. Raises DatasetError where there is none."""
     return dataset.dataset(name).to_table().drop_columns(["shard"]).combine_chunks().sort_by("title_id")
 
 
-def with_nearest(titles: pa.Table, count: int, most: int | None = None) -> pa.Table:
-    """The first ``most`` titles, all by default, with ``nearest_title_id`` and ``nearest_cosine``: lists of the nearest of all titles."""
-    shown = titles if most is None else titles.slice(0, most)
+def with_nearest(titles: pa.Table, count: int, most: int) -> pa.Table:
+    """Return the first ``most`` titles with ``nearest_title_id`` and ``nearest_cosine``, lists of the ``count`` nearest of all titles."""
+    shown = titles.slice(0, most)
     rows_TN, cosine_TN = nearest_titles(embedding_values(titles["pooled_embedding"]), count, range(len(shown)))
     ids = np.array(titles["title_id"].to_pylist(), object)
     nearest = pa.array([ids[rows_N].tolist() for rows_N in rows_TN], pa.list_(pa.string()))
@@ -98,7 +88,7 @@ def with_nearest(titles: pa.Table, count: int, most: int | None = None) -> pa.Ta
 
 
 def describe_titles(titles: pa.Table) -> str:
-    """Titles ``with_nearest``, for people."""
+    """Format titles ``with_nearest`` as a text table."""
     lines = [
         f"  {'title':<32} {'length':>8} {'shots':>6} {'scenes':>6} {'shots/min':>9} {'text':>5} {'speech':>6}  nearest titles (cosine)"
     ]
@@ -112,6 +102,6 @@ def describe_titles(titles: pa.Table) -> str:
 
 
 def check_table_uri(uri: str) -> None:
-    """Raise ConfigError, before anything starts, for the place of a table whose kind its ending does not tell."""
+    """Raise ConfigError for a table's URI whose ending does not name its format."""
     if uri and PurePosixPath(uri).suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"table.uri={uri}: the ending must be .parquet or .jsonl")

@@ -194,7 +194,7 @@ def _attempts(there: Survey, failed: Sequence[Entry]) -> Mapping[tuple[str, str]
         except FileNotFoundError:  # another job has done the title meanwhile
             return 1
         except ValueError as error:
-            log.warning("%s is no failure record (%s): the title counts as tried once; jobs.verify_dataset can remove it", name, error)
+            log.warning("%s is no failure record (%s): the title counts as tried once; mediafm verify can remove it", name, error)
             return 1
 
     with ThreadPoolExecutor(STORE_THREADS) as pool:

@@ -45,13 +45,13 @@ def log_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
     if plan.only_contextual:
         console.say(
             f"{plan.only_contextual} of them lack only this checkpoint's contextual embeddings, and are computed again from their videos; "
-            f"faster, without a video: python -m jobs.contextualise_catalog output.uri={config.output.uri} "
+            f"faster, without a video: mediafm contextualise output.uri={config.output.uri} "
             f"dataset.version={plan.model.dataset_version} contextualiser.checkpoint={config.contextualiser.checkpoint}"
         )
     if plan.without_context:
         console.say(
             f"{plan.without_context} titles were embedded without context; to add it, without a video: "
-            f"python -m jobs.contextualise_catalog output.uri={config.output.uri} dataset.version={plan.model.dataset_version}"
+            f"mediafm contextualise output.uri={config.output.uri} dataset.version={plan.model.dataset_version}"
         )
     say_unknown(plan, console)
     if not plan.checkpoint:

@@ -49,7 +49,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
     checkpoint = checkpoint_name(config, dataset.model)
     committed = newest_objects(dataset.output.list(SHOTS))
     if not committed:
-        raise DatasetError(f"{dataset.output.store.uri} has no committed shots: run python -m jobs.embed_catalog first")
+        raise DatasetError(f"{dataset.output.store.uri} has no committed shots: run mediafm embed first")
     written = dataset.output.list(contextual(checkpoint))
     failures = dataset.output.list(FAILURES)
     written_of_title: dict[str, list[Any]] = {}
@@ -88,7 +88,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
 def open_dataset(uri: str, version: str, storage: StorageConfig) -> EmbeddingDataset:
     """The dataset version of an output; ``version`` may be empty where there is one only. Raises ConfigError, DatasetError."""
     if not uri:
-        raise ConfigError("output.uri is required: the output of jobs.embed_catalog")
+        raise ConfigError("output.uri is required: the output of mediafm embed")
     versions = [] if version else dataset_versions(uri, storage)
     if len(versions) > 1:
         raise ConfigError(f"{uri} has {len(versions)} dataset versions: set dataset.version to one of {', '.join(versions)}")

@@ -1,4 +1,4 @@
-"""What all kinds of store have in common: how they are configured, and what a listing tells of an object."""
+"""The configuration of object storage and the description of one object, for all kinds of store."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import ClassVar
 
 from mediafm_ray.spec import resource
 
-PROBE_BYTES = 1 << 20  # what must fit on a disk before a job begins
+PROBE_BYTES = 1 << 20  # A job starts only where a local file of this size can be written.
 ADDRESSING_STYLES = ("auto", "path", "virtual")
-MIN_PART_MB = 5  # S3's own limit for every part but the last
+MIN_PART_MB = 5  # S3 refuses smaller parts of an upload, but for the last.
 
 
 @dataclass(frozen=True)
 class StorageConfig:
-    """How object storage is reached. Credentials come from the environment only (the standard AWS chain)."""
+    """Access to object storage. Credentials come from the environment only (the standard AWS chain)."""
 
     endpoint_url: str = resource("", "URL of an S3-compatible server; empty = AWS, or AWS_ENDPOINT_URL_S3 where it is set")
     addressing: str = resource(
-        "auto", "where the bucket's name stands in a request: path, virtual (in the host name), auto = path with an endpoint_url"
+        "auto", "place of the bucket's name in a request: path, virtual (in the host name), auto = path with an endpoint_url"
     )
-    connect_timeout_s: float = resource(10.0, "seconds until a connection attempt to object storage is given up")
-    read_timeout_s: float = resource(60.0, "seconds without a byte until a request to object storage is given up")
-    retries: int = resource(8, "attempts of one request to object storage, where the error can pass; the pauses grow to 20 s")
-    part_mb: int = resource(64, "larger objects are put in parts of so many MB")
-    patience_s: ClassVar[float] = math.inf  # within which an attempt that follows a failed one must begin
+    connect_timeout_s: float = resource(10.0, "seconds after which an attempt to connect to object storage fails")
+    read_timeout_s: float = resource(60.0, "seconds without a byte after which a request to object storage fails")
+    retries: int = resource(8, "attempts at a request to object storage while its errors are transient; the pauses grow to 20 s")
+    part_mb: int = resource(64, "size of a part in MB; larger objects are uploaded in parts")
+    patience_s: ClassVar[float] = math.inf  # No attempt begins later than this after the first one.
 
     def __post_init__(self) -> None:
         if self.retries < 1 or self.connect_timeout_s <= 0 or self.read_timeout_s <= 0:
@@ -40,19 +40,19 @@ class StorageConfig:
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a listing tells of one object."""
+    """One object as a listing describes it."""
 
     name: str  # relative to the store's root, with '/' between the parts
     size: int  # bytes
-    version: str  # ETag, or the modification time in nanoseconds: changes when the content does
+    version: str  # ETag, or the modification time in nanoseconds; changes with the content
     modified: float  # seconds since the epoch
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """An object that could not be looked at: neither there nor gone."""
+    """An object that could not be looked up: it may or may not exist."""
 
-    reason: str  # for a person
+    reason: str  # message for the user
     is_transient: bool
 
 

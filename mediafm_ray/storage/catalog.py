@@ -1,13 +1,13 @@
-"""Catalogs: which titles there are, from a folder of videos or from a table, with every problem reported at once.
+"""Read a catalog, which is a folder of videos or a table of titles, and report all its problems at once.
 
 A folder
-    Every video file below it is a title; its id is the relative path without the ending. Beside ``<stem>.mp4`` may stand
-    timed text ``<stem>[.<language>][.<kind>].srt|.vtt|...`` and ``<stem>.json`` with ``synopsis`` and ``tags``.
-    Hidden files and folders (a leading dot) are passed over.
+    Every video file below it is a title; its id is the relative path without the ending. ``<stem>.mp4`` may be accompanied by
+    timed text ``<stem>[.<language>][.<kind>].srt|.vtt|...`` and by ``<stem>.json`` with ``synopsis`` and ``tags``.
+    Hidden files and folders (a leading dot) are skipped.
 A table
     Parquet, CSV or JSON lines with ``title_id``, ``video`` and optionally ``timed_text`` (a list of URIs; in CSV separated by
     ';'), ``synopsis``, ``tags`` (a list; in CSV separated by ';'), ``duration_s`` (seconds of video; only plans and budgets use it).
-    Other columns are left alone. Relative URIs are relative to the table.
+    Other columns are ignored. Relative URIs are relative to the table.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ VIDEO_ENDINGS = frozenset(
 TIMED_TEXT_ENDINGS = frozenset([".srt", ".vtt", ".ttml", ".dfxp", ".imsc", ".xml", ".scc", ".ass", ".ssa"])
 TABLE_ENDINGS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
 MAX_PROBLEMS_SHOWN = 50
-MAX_FAILED_LOOK_UPS = 16  # of a server that has answered none: it is down, or its address is wrong
-SOURCE_DIGITS = 16  # hex digits of a source digest
+MAX_FAILED_LOOK_UPS = 16  # A server that fails so many and answers none is down, or its address is wrong.
+SOURCE_DIGITS = 16  # hex digits
 
 
 class CatalogError(PublicError):
@@ -63,7 +63,7 @@ class CatalogError(PublicError):
 
 
 def list_problems(what: str, problems: list[str]) -> list[str]:
-    """The problems of a catalog or another table that people bring, as the lines of one message."""
+    """Return the problems of a catalog or another table of the user's as the lines of one message."""
     shown = problems[:MAX_PROBLEMS_SHOWN]
     more = [f"  ... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
@@ -76,22 +76,22 @@ class Entry:
 
     title: Title
     source: str  # 16 hex digits over URI, size and ETag or modification time of the video and the timed text
-    position: int = 0  # in the catalog: its row, or its place in the order of names
+    position: int = 0  # row of the table, or place in the order of the file names
     size: int = 0  # bytes of the video; 0 = unknown
-    modified: float = 0.0  # of the video, seconds since the epoch; 0 = unknown
-    duration_s: float | None = None  # seconds of video, where the catalog says so
-    unknown: str = ""  # why one of its objects could not be looked at: ``source`` is then neither the old one nor a new one
-    is_outage: bool = False  # whether that may pass
+    modified: float = 0.0  # modification time of the video, seconds since the epoch; 0 = unknown
+    duration_s: float | None = None  # seconds of video, if the catalog says so
+    unknown: str = ""  # why one of its objects could not be looked up; ``source`` is then meaningless
+    is_outage: bool = False  # True if that reason is transient
 
 
 def read_catalog(uri: str, config: StorageConfig | None = None, skipped: list[BadRow] | None = None) -> list[Entry]:
-    """The titles of a catalog in the order of their ids, each with its source digest.
+    """Return the titles of a catalog in the order of their ids, each with its source digest.
 
-    With a list ``skipped``, bad rows are no error of the catalog but are put there.
+    Bad rows are appended to the list ``skipped`` if there is one; otherwise they are errors of the catalog.
 
-    A video or timed text that is not there is no problem of the catalog: that title fails when its turn comes. One that may be there and
-    cannot be looked at makes its entry ``unknown``. Raises CatalogError with every problem found, and StorageError where the catalog, or
-    a store that holds its videos, cannot be read: a listing that is not complete says nothing about what is gone.
+    A missing video or timed text is no error of the catalog: its title fails when it is processed. An object that may exist but cannot be
+    looked up makes its entry ``unknown``. Raises CatalogError with every problem found, and StorageError where the catalog, or a store
+    that holds its videos, cannot be read: an incomplete listing does not show which titles are gone.
     """
     config = config or StorageConfig()
     if not uri:
@@ -112,8 +112,8 @@ def read_catalog(uri: str, config: StorageConfig | None = None, skipped: list[Ba
     return sorted(entries, key=lambda entry: entry.title.title_id)
 
 
-def _check(uri: str, problems: list[BadRow], skipped: list[BadRow] | None) -> None:
-    """Raise CatalogError with the problems, unless bad rows are to be skipped and each of them is one."""
+def _skip_or_raise(uri: str, problems: list[BadRow], skipped: list[BadRow] | None) -> None:
+    """Append the problems to ``skipped`` if there is such a list and each problem belongs to a row; otherwise raise CatalogError."""
     if skipped is None or not all(problem.where for problem in problems):
         if problems:
             raise CatalogError(uri, [str(problem) for problem in problems])
@@ -122,7 +122,7 @@ def _check(uri: str, problems: list[BadRow], skipped: list[BadRow] | None) -> No
 
 
 def source_digest(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None]) -> str:
-    """The identity of a title's source objects: changes when one of them is replaced."""
+    """Return the digest of a title's source objects, which changes when one of them is replaced."""
     identity = []
     for uri in _uris(title):
         info = objects.get(uri)
@@ -182,13 +182,13 @@ def _read_folder(store: Store, skipped: list[BadRow] | None) -> list[Entry]:
         problems.extend(BadRow(name, problem) for problem in problems_of_id(stem))
         found = {title.video: objects[name]} | {join(uri, text): objects[text] for text, _, _ in texts}
         entries.append(_entry(title, found, len(entries)))
-    _check(uri, problems, skipped)
+    _skip_or_raise(uri, problems, skipped)
     bad = {problem.title_id for problem in problems} | {problem.where for problem in problems}
     return [entry for entry in entries if entry.title.title_id not in bad and by_stem[entry.title.title_id] not in bad]
 
 
 def _sidecars_of(by_stem: Mapping[str, str], objects: Iterable[str]) -> dict[str, list[tuple[str, str, str]]]:
-    """For each title the names, languages and kinds of its timed text, in the order of the names.
+    """Return the names, languages and kinds of the timed text of each title, in the order of the names.
 
     ``film.en.captions.srt`` belongs to ``film.en`` if that is a title, else to ``film`` in language ``en``: the longest stem wins.
     """
@@ -217,7 +217,7 @@ def _read_metadata(store: Store, stem: str, problems: list[BadRow]) -> dict[str,
     name = f"{stem}.json"
     try:
         content = parse_json(store.read(name))
-    except FileNotFoundError:  # it was removed just now
+    except FileNotFoundError:  # It was removed after the listing.
         return {}
     except ValueError as error:
         problems.append(BadRow(name, f"not valid JSON: {error}", stem))
@@ -255,16 +255,16 @@ def _read_table(base: str, name: str, kind: str, config: StorageConfig, skipped:
             seen.setdefault(title_id, where)
     if not titles and not problems:
         problems.append(BadRow("", "the table has no rows"))
-    _check(f"{base}/{name}", problems, skipped)
+    _skip_or_raise(f"{base}/{name}", problems, skipped)
     objects = _look_up([uri for title in titles for uri in _uris(title)], config)
     found = zip(titles, durations, strict=True)
     return [_entry(title, objects, position, duration_s) for position, (title, duration_s) in enumerate(found)]
 
 
 def _look_up(uris: Iterable[str], config: StorageConfig) -> dict[str, ObjectInfo | Unknown | None]:
-    """What is known of each object, without opening any: on s3:// by few listings a bucket, elsewhere one by one.
+    """Look up every object without opening it: on s3:// with a few listings of each bucket, elsewhere one by one.
 
-    None is an object that is not there. Raises StorageError where a bucket or a server cannot be asked at all.
+    An object that does not exist is None. Raises StorageError where a bucket or a server gives no answer at all.
     """
     elsewhere: list[str] = []
     keys: dict[str, dict[str, str]] = defaultdict(dict)  # bucket -> key -> URI
@@ -286,7 +286,7 @@ def _look_up(uris: Iterable[str], config: StorageConfig) -> dict[str, ObjectInfo
 
 @dataclass
 class _Server:
-    """Outcomes of the look-ups at a server; counts need not be exact, for threads share them without a lock."""
+    """Outcomes of the look-ups at a server. Threads share it without a lock, so the count is approximate."""
 
     answered: bool = False
     failed: int = 0
@@ -298,17 +298,17 @@ def _server_of(uri: str) -> str:
 
 
 def _info(uri: str, config: StorageConfig, server: _Server) -> ObjectInfo | Unknown | None:
-    """Look one object up. Raises StorageError where its server has failed again and again and never answered."""
+    """Look up one object. Raises StorageError where its server has failed MAX_FAILED_LOOK_UPS times and never answered."""
     folder, _, name = uri.rpartition("/") if scheme_of(uri) != "file" else absolute(uri).rpartition("/")
     try:
         found = Store(folder or "/", with_short_timeouts(config)).info(name)
         server.answered = True
         return found
     except StorageError as error:
-        passing = is_transient(error.__cause__ or error)
-        server.failed += passing
-        server.answered |= not passing
+        may_succeed_later = is_transient(error.__cause__ or error)
+        server.failed += may_succeed_later
+        server.answered |= not may_succeed_later
         if server.failed >= MAX_FAILED_LOOK_UPS and not server.answered:
             raise
-        log.warning("cannot look at %s", error)
-        return Unknown(str(error), passing)
+        log.warning("cannot look up %s", error)
+        return Unknown(str(error), may_succeed_later)

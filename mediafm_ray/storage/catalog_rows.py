@@ -1,11 +1,11 @@
-"""The rows of a catalog: read from the formats of tables, and checked."""
+"""Read and check the rows of a catalog's table: Parquet, CSV or JSON lines."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -14,25 +14,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.spec import TimedTextSource, Title, parse_json
-from mediafm_ray.storage.store import ALLOWED_SCHEMES, join, scheme_of
+from mediafm_ray.storage.store import join, scheme_problem
 
 TIMED_TEXT_KINDS = frozenset(["captions", "cc", "sdh", "subtitles", "subtitle", "forced", "descriptions", "ad", "chapters"])
 COLUMNS = ("title_id", "video", "timed_text", "synopsis", "tags", "duration_s")
 CSV_LIST_SEPARATOR = ";"
-MAX_TITLE_ID_BYTES = 1024  # of UTF-8
+MAX_TITLE_ID_BYTES = 1024  # encoded as UTF-8
 
 
 @dataclass(frozen=True)
 class BadRow:
     """A row of a table, or a title of a folder, that cannot be used."""
 
-    where: str  # such as "line 3", or the name of a file; empty for the catalog as a whole
+    where: str  # such as "line 3", or the name of a file; empty for the whole catalog
     problem: str
-    title_id: str = ""  # its title's, where it has one that no other row has
+    title_id: str = ""  # the id of its title, if it has one that no other row has
 
     @property
     def name(self) -> str:
-        """The title's id, or what stands for it where it has none; valid Unicode, which the name of a file need not be."""
+        """The title's id, or ``where`` in parentheses if it has none; always valid Unicode, which the name of a file need not be."""
         return (self.title_id or f"({self.where})").encode(errors="backslashreplace").decode()
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class BadRow:
 
 
 def title_of(where: str, row: Mapping[str, Any], base: str, problems: list[BadRow], seen: Mapping[str, str]) -> Title | None:
-    """The title of one row of a table; None, and ``problems``, when there is something wrong with it. ``seen``: the ids of other rows."""
+    """Return the title of one row, or append to ``problems`` and return None. ``seen``: the ids of other rows."""
     wrong: list[str] = []
     title_id, video = row.get("title_id"), row.get("video")
     for name, value in (("title_id", title_id), ("video", video)):
@@ -61,24 +61,20 @@ def title_of(where: str, row: Mapping[str, Any], base: str, problems: list[BadRo
     wrong.extend(_problems_of_duration(row.get("duration_s")))
     uris = [video] if isinstance(video, str) else []
     uris += [uri for uri in timed_text if isinstance(uri, str)] if isinstance(timed_text, (list, tuple)) else []
-    wrong.extend(f"{uri!r} is no URI: it has characters that none has" for uri in uris if not is_clean(uri))
-    wrong.extend(
-        f"{uri}: the scheme {scheme_of(uri)}:// is not allowed; use a path or one of {', '.join(ALLOWED_SCHEMES)}"
-        for uri in uris
-        if scheme_of(uri) not in ALLOWED_SCHEMES
-    )
+    wrong.extend(f"{uri!r} is not a URI: it has control characters or is not valid Unicode" for uri in uris if not is_clean(uri))
+    wrong.extend(filter(None, map(scheme_problem, uris)))
     if wrong:
         own = isinstance(title_id, str) and title_id.strip() and title_id not in seen and not problems_of_id(title_id)
         problems.extend(BadRow(where, problem, title_id if own and isinstance(title_id, str) else "") for problem in wrong)
         return None
     assert isinstance(title_id, str)
     assert isinstance(video, str)
-    texts = tuple(TimedTextSource(join(base, text), *_marks_of(text)) for text in timed_text or ())
+    texts = tuple(TimedTextSource(join(base, text), *_language_and_kind(text)) for text in timed_text or ())
     return Title(title_id, join(base, video), texts, synopsis or "", tuple(tags or ()))
 
 
-def _marks_of(uri: str) -> tuple[str, str]:
-    """Language and kind as the name of a timed-text object gives them: ``film.en.captions.srt`` -> ('en', 'captions')."""
+def _language_and_kind(uri: str) -> tuple[str, str]:
+    """Parse language and kind from the name of a timed-text object: ``film.en.captions.srt`` -> ('en', 'captions')."""
     marks = PurePosixPath(uri).name.split(".")[1:-1]
     kind = marks.pop().lower() if marks and marks[-1].lower() in TIMED_TEXT_KINDS else ""
     language = marks[-1] if marks and 2 <= len(marks[-1].split("-")[0]) <= 3 and marks[-1].replace("-", "").isalnum() else ""
@@ -93,7 +89,7 @@ def problems_of_id(title_id: str) -> list[str]:
 
 
 def is_clean(text: str) -> bool:
-    """Whether text is valid Unicode (JSON may hold half a surrogate pair) without control characters."""
+    """Return True for valid Unicode (JSON may hold half a surrogate pair) without control characters."""
     return _is_unicode(text) and not any(ord(character) < 32 for character in text)
 
 
@@ -122,24 +118,28 @@ def problems_of_metadata(synopsis: Any, tags: Any) -> list[str]:
 
 
 def _problems_of_duration(value: Any) -> list[str]:
-    """Of a number, or of its text in a CSV; nothing, or 0, is a duration that is not known."""
+    """Check a number, or its text in a CSV; an empty value or 0 is an unknown duration."""
     try:
         seconds = float(value or 0)
-    except (TypeError, ValueError, OverflowError):  # OverflowError: an integer of hundreds of digits
+    except (TypeError, ValueError, OverflowError):  # OverflowError: an integer of hundreds of digits.
         seconds = math.nan
     return [] if 0 <= seconds < math.inf else [f"duration_s must be a number of seconds, is {value!r}"]
+
+
+def _missing_columns(names: Sequence[str]) -> list[BadRow]:
+    there = ", ".join(names)
+    return [BadRow("", f"the column {name} is missing (there are: {there})") for name in ("title_id", "video") if name not in names]
 
 
 def parquet_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         names = file.schema_arrow.names
-        missing = [name for name in ("title_id", "video") if name not in names]
-        if missing:
-            problems.extend(BadRow("", f"the column {name} is missing (there are: {', '.join(names)})") for name in missing)
+        if missing := _missing_columns(names):
+            problems.extend(missing)
             return []
         rows = file.read([name for name in COLUMNS if name in names]).to_pylist()
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the latter of times that Python has no value for
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # OverflowError: a time that Python cannot hold.
         problems.append(BadRow("", f"not a readable Parquet file: {error}"))
         return []
     return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
@@ -155,9 +155,8 @@ def csv_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str
     rows: list[tuple[str, dict[str, Any]]] = []
     try:
         header = reader.fieldnames or []
-        missing = [name for name in ("title_id", "video") if name not in header]
-        if missing:
-            problems.extend(BadRow("", f"the column {name} is missing (there are: {', '.join(header)})") for name in missing)
+        if missing := _missing_columns(header):
+            problems.extend(missing)
             return []
         for row in reader:
             where = f"line {reader.line_num}"
@@ -169,7 +168,7 @@ def csv_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str
                     row[name] = [item.strip() for item in (row[name] or "").split(CSV_LIST_SEPARATOR) if item.strip()]
             rows.append((where, dict(row)))
     except csv.Error as error:
-        problems.append(BadRow("", f"line {reader.line_num}: {error}"))  # what comes after it was not read
+        problems.append(BadRow("", f"line {reader.line_num}: {error}"))  # The lines after it were not read.
     return rows
 
 

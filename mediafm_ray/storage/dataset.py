@@ -1,4 +1,4 @@
-"""Where the objects of an output stand, what of them is there, and how they are read back.
+"""The layout of an output: the names of its objects, and functions that list, write and read them.
 
     <output>/<dataset version>/model.json
     <output>/<dataset version>/shots/shard=<00..ff>/<title>@<source>.parquet
@@ -6,10 +6,10 @@
     <output>/<dataset version>/scenes-<fused|contextual>-<options>/shard=<00..ff>/<title>@<source>.parquet
     <output>/<dataset version>/titles-<fused|contextual>-<options>/shard=<00..ff>/<title>@<source>.parquet
     <output>/<dataset version>/failures/shard=<00..ff>/<title>@<source>.json
-    <output>/leases/<dataset version>/...                                       who is at work, see lease.py
+    <output>/leases/<dataset version>/...                                       leases of running jobs, see lease.py
     <output>/runs/<UTC time>-<id>/...                                           the logs of every run, see runs/run_log.py
 
-The listing is the ledger: an object that exists is committed, resume is the catalog minus the listing. There is no journal.
+The listing is the ledger: an object that exists is committed, and what is pending is the catalog minus the listing. There is no journal.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import re
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,44 +37,44 @@ log = logging.getLogger(__name__)
 
 SHOTS = "shots"
 FAILURES = "failures"
-SCENES = "scenes"  # kinds of datasets that are derived from the vectors of shots: see derived()
+SCENES = "scenes"  # Scenes and titles are derived from the vectors of shots: see derived().
 TITLES = "titles"
 LEASES = "leases"
 MODEL = "model.json"
-DERIVED_DIGITS = 12  # hex digits that tell derived datasets of one kind apart
-MAX_DIM = 1 << 31  # Arrow counts the numbers of a vector with 32 bits
-MAX_NAME_BYTES = 160  # of an encoded title in an object's name; file systems allow 255 in all
+DERIVED_DIGITS = 12  # hex digits in the name of a derived dataset
+MAX_DIM = 1 << 31  # Arrow counts the elements of a fixed-size list with 32 bits.
+MAX_NAME_BYTES = 160  # The title's share of an object's name, of which file systems allow 255 bytes.
 VERSION_PATTERN = re.compile(r"[0-9a-f]{12}")
 DATASET_PATTERN = re.compile(r"shots|failures|contextual-.+|(?:scenes|titles)-(?:fused|contextual)-[0-9a-f]{12}")
 OBJECT_PATTERN = re.compile(r"shard=[0-9a-f]{2}/(?P<title>[^/@]+)@(?P<source>[^/@.]+)\.(?:parquet|json)")
 
 
 class DatasetError(PublicError):
-    """A dataset that is not there or not what was asked for; the message says what is there instead."""
+    """A dataset that is missing or not the one that was asked for; the message says what exists instead."""
 
 
 def contextual(checkpoint: str) -> str:
-    """The name of the dataset that a contextualiser's checkpoint writes."""
+    """Return the name of the dataset of a contextualiser's checkpoint."""
     return f"contextual-{checkpoint}"
 
 
 def derived(kind: str, vectors: str, recipe: Mapping[str, Any]) -> str:
-    """The name of a dataset that is made from the vectors of shots, such as ``scenes-contextual-<12 hex digits>``.
+    """Return the name of a dataset that is made from the vectors of shots, such as ``scenes-contextual-<12 hex digits>``.
 
-    ``kind``: SCENES or TITLES. The digits are a digest over the dataset ``vectors`` that it is made from (``shots``: their fused vectors)
-    and the ``recipe``: the options, and whatever else changes what is in it.
+    ``kind``: SCENES or TITLES. The digits are a digest of the dataset ``vectors`` that it is made from (``shots``: their fused vectors)
+    and of the ``recipe``: the options, and whatever else changes its content.
     """
     source = "fused" if vectors == SHOTS else "contextual"
     return f"{kind}-{source}-{digest_of({'vectors': vectors, 'recipe': dict(recipe)})[:DERIVED_DIGITS]}"
 
 
 def lease_folder(dataset_version: str) -> str:
-    """Where the lease of a dataset version is kept, below the output: beside the version, which may not be there yet."""
+    """Return the folder of a dataset version's lease below the output: beside the version, which may not exist yet."""
     return f"{LEASES}/{dataset_version}"
 
 
 def encode_title(title_id: str) -> str:
-    """A title id as part of an object's name. Long ids keep their beginning and end in a digest after '~'."""
+    """Encode a title id for an object's name. A long id is cut and ends in '~' and its digest."""
     encoded = percent_encode(title_id)
     if len(encoded) <= MAX_NAME_BYTES:
         return encoded
@@ -81,8 +82,13 @@ def encode_title(title_id: str) -> str:
     return f"{beginning}~{hashlib.sha256(title_id.encode()).hexdigest()[:32]}"
 
 
+def decode_title(encoded: str) -> str:
+    """Return the title id for messages: the inverse of ``encode_title``, but that a long id stays cut."""
+    return urllib.parse.unquote(encoded)
+
+
 def object_key(name: str) -> tuple[str, str]:
-    """The encoded title and the source that a title's object is named by. Raises ValueError for another object's name."""
+    """Return the encoded title and the source in the name of a title's object. Raises ValueError for any other name."""
     match = OBJECT_PATTERN.fullmatch(name.split("/", 1)[-1])
     if match is None:
         raise ValueError(f"{name} is not the name of a title's object")
@@ -90,13 +96,13 @@ def object_key(name: str) -> tuple[str, str]:
 
 
 def matching_object(name: str, dataset: str) -> str:
-    """The name of the same title and source's object in another dataset."""
+    """Return the name of the object of the same title and source in another dataset."""
     ending = "json" if dataset == FAILURES else "parquet"
     return f"{dataset}/{name.split('/', 1)[1].rsplit('.', 1)[0]}.{ending}"
 
 
 def object_name(dataset: str, title_id: str, source: str) -> str:
-    """The name of a title's object below the dataset version."""
+    """Return the name of a title's object below the dataset version."""
     shard = hashlib.sha256(title_id.encode()).digest()[0]
     ending = "json" if dataset == FAILURES else "parquet"
     return f"{dataset}/shard={shard:02x}/{encode_title(title_id)}@{source}.{ending}"
@@ -104,15 +110,15 @@ def object_name(dataset: str, title_id: str, source: str) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """What ``model.json`` says: everything that decides the numbers of a dataset version."""
+    """The content of ``model.json``: everything that decides the numbers of a dataset version."""
 
     dataset_version: str  # 12 hex digits
-    recipe: Mapping[str, Any]  # what was digested: configuration that changes the numbers, weight digests
+    recipe: Mapping[str, Any]  # input of the version's digest: configuration that changes the numbers, digests of weights
     dims: Mapping[str, int]  # video, audio, text, fused
     spans: Mapping[str, tuple[int, int]]  # modality -> [start, end) in a fused embedding
 
     def to_json(self) -> bytes:
-        """The bytes of model.json."""
+        """Return the bytes of model.json."""
         content = {
             "dataset_version": self.dataset_version,
             "recipe": self.recipe,
@@ -123,10 +129,10 @@ class Model:
 
     @classmethod
     def from_json(cls, content: bytes) -> Model:
-        """The inverse of ``to_json``. Raises ValueError where the content is not that of a model."""
+        """Parse model.json. Raises ValueError for any other content."""
         fields = parse_json(content)
         if not isinstance(fields, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         version, recipe, dims, spans = (fields.get(name) for name in ("dataset_version", "recipe", "dims", "spans"))
         if not isinstance(version, str) or not isinstance(recipe, dict):
             raise ValueError("it lacks its dataset_version or its recipe")
@@ -140,7 +146,7 @@ class Model:
 
 
 def is_span(value: Any) -> bool:
-    """Tell [start, end) of a modality in a fused embedding from other values of JSON."""
+    """Return True for a list [start, end] that can be the span of a modality in a fused embedding."""
     return isinstance(value, list) and [type(end) for end in value] == [int, int] and 0 <= value[0] <= value[1] < MAX_DIM
 
 
@@ -152,7 +158,7 @@ class Output:
         self.dataset_version = dataset_version
 
     def list(self, dataset: str, shard: str = "") -> dict[tuple[str, str], list[ObjectInfo]]:
-        """The committed objects of a dataset, or of one shard of it, by encoded title and source, from one (paged) listing."""
+        """List the committed objects of a dataset, or of one shard of it, by encoded title and source, in one (paged) listing."""
         found: dict[tuple[str, str], list[ObjectInfo]] = {}
         for info in self.store.list(f"{dataset}/{shard}"):
             match = OBJECT_PATTERN.fullmatch(info.name.removeprefix(f"{dataset}/"))
@@ -161,33 +167,33 @@ class Output:
         return found
 
     def datasets(self) -> Sequence[str]:
-        """The names of the datasets that are there: shots, contextual-<checkpoint>, scenes-..., titles-..., failures."""
+        """List the names of the datasets: shots, contextual-<checkpoint>, scenes-..., titles-..., failures."""
         return [name for name in self.store.folders() if DATASET_PATTERN.fullmatch(name)]
 
     def facts(self, name: str) -> dict[str, Any]:
-        """The facts that an object carries; only the end of it is read. Raises pyarrow's errors where it is no Parquet file."""
+        """Read an object's facts, which needs only its end. Raises pyarrow's errors where it is not a Parquet file."""
         with self.store.filesystem.open(self.store.path(name), "rb") as stream:
             return read_facts(pq.read_schema(stream))
 
     def write_model(self, model: Model) -> None:
-        """Put model.json; the same version always has the same bytes."""
+        """Write model.json; the same version always has the same bytes."""
         self.store.write(MODEL, model.to_json())
 
     def write(self, dataset: str, title_id: str, source: str, content: bytes) -> str:
-        """Put a title's object; return its name."""
+        """Write a title's object; return its name."""
         name = object_name(dataset, title_id, source)
         self.store.write(name, content)
         return name
 
 
 def record_failure(output: Output, name: str, title: Mapping[str, Any], error: Mapping[str, Any]) -> None:
-    """Put the failure record of that name, or count it up: what is no fault of the title's is no attempt.
+    """Write the failure record of that name and count the attempt, unless an outage caused the error.
 
-    ``title``: what it says of the title; ``error``: what went wrong.
+    ``title``: fields that describe the title; ``error``: fields that describe the error.
     """
     try:
         attempts = parse_failure(output.store.read(name))["attempts"]
-    except (FileNotFoundError, ValueError):  # ValueError: what stands there is no failure record, and is replaced by one
+    except (FileNotFoundError, ValueError):  # ValueError: the object is not a failure record and is replaced.
         attempts = 0
     record = {
         **title,
@@ -202,14 +208,14 @@ def record_failure(output: Output, name: str, title: Mapping[str, Any], error: M
 
 
 def dataset_versions(uri: str, config: StorageConfig | None = None) -> list[str]:
-    """The dataset versions below an output URI."""
+    """List the dataset versions below an output URI."""
     return [name for name in Store(uri, config).folders() if VERSION_PATTERN.fullmatch(name)]
 
 
 class EmbeddingDataset:
     """The committed datasets of one dataset version: the newest object of every title.
 
-    ``version`` may be left out where the output has only one. Raises DatasetError when there is none, or several.
+    ``version`` may be left out where the output has only one. Raises DatasetError where it has none, or several.
     """
 
     def __init__(self, uri: str, version: str | None = None, config: StorageConfig | None = None):
@@ -234,9 +240,9 @@ class EmbeddingDataset:
         return self.output.dataset_version
 
     def dataset(self, name: str = SHOTS) -> pads.Dataset:
-        """A pyarrow dataset over the newest object of every title, with the Hive partition ``shard``.
+        """Return a pyarrow dataset of the newest object of every title, with the Hive partition ``shard``.
 
-        Raises DatasetError when nothing of that name is committed.
+        Raises DatasetError where nothing of that name is committed.
         """
         newest = newest_objects(self.output.list(name))
         if not newest:
@@ -252,19 +258,19 @@ class EmbeddingDataset:
         )
 
     def names(self) -> list[str]:
-        """The datasets that are there: shots, contextual-<checkpoint>, scenes-..., titles-..."""
+        """List the names of the datasets of vectors and rows: shots, contextual-<checkpoint>, scenes-..., titles-..."""
         return [name for name in self.output.datasets() if name != FAILURES]
 
     def title(self, title_id: str, name: str = SHOTS) -> pa.Table:
-        """The shots of one title in order. Raises DatasetError when the title is not committed."""
+        """Read the shots of one title in order. Raises DatasetError where the title is not committed."""
         return self.read(self.title_object(title_id, name))
 
     def read(self, name: str) -> pa.Table:
-        """The shots in the object of that name. Raises FileNotFoundError, and pyarrow's errors or OSError where it is damaged."""
+        """Read the rows of an object. Raises FileNotFoundError, and pyarrow's errors or OSError where it is damaged."""
         return pq.read_table(pa.BufferReader(self.output.store.read(name)), page_checksum_verification=True)
 
     def title_object(self, title_id: str, name: str = SHOTS) -> str:
-        """The name of a title's newest object, from a listing of its shard. Raises DatasetError when the title is not committed."""
+        """Find the name of a title's newest object in a listing of its shard. Raises DatasetError where the title is not committed."""
         encoded = encode_title(title_id)
         shard = object_name(name, title_id, "").split("/")[1]
         found = newest_objects({key: infos for key, infos in self.output.list(name, shard).items() if key[0] == encoded})
@@ -284,7 +290,7 @@ class EmbeddingDataset:
         return schema.append(pa.field("shard", pa.string()))
 
     def embeddings(self, shots: pa.Table, part: str = "fused") -> np.ndarray:
-        """Embeddings of rows of ``shots`` as float32 (S, D).
+        """Return the embeddings of rows of ``shots`` as float32 (S, D).
 
         ``part``: ``fused`` (unit norm; a view where the table is one chunk), or a modality: its encoder's own vectors,
         recovered as ``fused[a:b] * norm``.
@@ -304,29 +310,29 @@ def title_facts(table: pa.Table) -> dict[str, Any]:
 
 
 def read_failures(output: Output) -> Iterator[dict[str, Any]]:
-    """The failure records of a dataset version, in the order of their names; what is none is left to jobs.verify_dataset."""
+    """Yield the failure records of a dataset version in the order of their names. Objects that are not failure records are skipped."""
     for info in _sorted_objects(output.list(FAILURES)):
         try:
             yield parse_failure(output.store.read(info.name))
-        except FileNotFoundError:  # a job has done the title meanwhile
+        except FileNotFoundError:  # Another job has embedded the title meanwhile.
             continue
         except ValueError as error:
-            log.warning("%s is no failure record (%s); jobs.verify_dataset can remove it", info.name, error)
+            log.warning("%s is not a failure record (%s); mediafm verify can remove it", info.name, error)
 
 
 def parse_failure(content: bytes) -> dict[str, Any]:
-    """A failure record. Raises ValueError where it is none."""
+    """Parse a failure record. Raises ValueError for any other content."""
     record = parse_json(content)
     if not isinstance(record, dict) or not isinstance(record.get("title_id"), str):
-        raise ValueError("it is no JSON object with a title_id")
+        raise ValueError("it is not a JSON object with a title_id")
     attempts = record.get("attempts")
     if type(attempts) is not int or attempts < 0:
-        raise ValueError("its attempts are no number from 0 on")
+        raise ValueError("its attempts are not an integer of at least 0")
     return record
 
 
 def newest_objects(objects: Mapping[tuple[str, str], list[ObjectInfo]]) -> list[ObjectInfo]:
-    """One object for each title, in the order of their names: the last modified; between equals the last name."""
+    """Return the last modified object of each title, in the order of the names; among equals, the one with the last name."""
     newest: dict[str, ObjectInfo] = {}
     for info in _sorted_objects(objects):
         title = info.name.rsplit("/", 1)[-1].split("@")[0]

@@ -1,4 +1,4 @@
-"""What goes wrong with a store: which errors can pass, trying again, and one line for the person who has to mend the rest."""
+"""Errors of a store: tell transient ones, retry them, and explain the others to the user in one line."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from mediafm_ray.errors import OutageError
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE_S = 0.5  # the longest pause before the second attempt; it doubles with every further one
-LONGEST_PAUSE_S = 20.0
+FIRST_PAUSE_S = 0.5  # upper bound of the pause before the second attempt; it doubles with each further attempt
+MAX_PAUSE_S = 20.0
 
-# Answers of S3 that a later attempt may not get, beside every 429 and 5xx
-PASSING_CODES = frozenset(
+# S3's codes of transient errors, beside every status 429 and 5xx.
+TRANSIENT_CODES = frozenset(
     (
         *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "BandwidthLimitExceeded", "TooManyRequests"),
         *("RequestTimeout", "RequestTimeoutException", "InternalError", "ServiceUnavailable", "OperationAborted"),
-        *("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),  # the body was damaged on the way
+        *("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),  # The body was damaged in transit.
     )
 )
-PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ENETDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH)  # of a mounted file system
-LASTING_STATUS = (501, 505, 507)  # of the 5xx: not implemented, another HTTP, full
+TRANSIENT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ENETDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH)  # errors of a mounted file system
+PERMANENT_STATUS = (501, 505, 507)  # HTTP status: not implemented, version not supported, storage full
 
 WRONG_KEY = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity", "AuthFailure")
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired")
@@ -47,14 +47,14 @@ Result = TypeVar("Result")
 
 
 class StorageError(OutageError):
-    """A location that cannot be read or written; the message is one line and says which and what to do."""
+    """A location that cannot be read or written. The message is one line with the location, the reason and what to do."""
 
 
 def retrying(operation: Callable[[], Result], attempts: int, patience_s: float = math.inf) -> Result:
-    """What ``operation`` returns, tried up to ``attempts`` times, none begun after ``patience_s``, while its errors can pass.
+    """Call ``operation`` up to ``attempts`` times while its errors are transient, and begin no attempt after ``patience_s``.
 
     The pauses have full jitter (uniform from 0 to a bound that doubles: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture
-    Blog 2015): many workers that one fault hit do not come back together. The last error is raised as it is.
+    Blog 2015), so that many workers that met the same fault do not retry together. The last error is raised unchanged.
     """
     begun = time.monotonic()
     for attempt in range(1, attempts):
@@ -63,7 +63,7 @@ def retrying(operation: Callable[[], Result], attempts: int, patience_s: float =
         except Exception as error:
             if not is_transient(error):
                 raise
-            pause_s = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)))
+            pause_s = random.uniform(0, min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)))
             if time.monotonic() + pause_s > begun + patience_s:
                 raise
             log.info("attempt %d of %d failed, the next in %.1f s: %s: %s", attempt, attempts, pause_s, type(error).__name__, error)
@@ -72,47 +72,47 @@ def retrying(operation: Callable[[], Result], attempts: int, patience_s: float =
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: the server or the network failed, not what was asked for."""
+    """Return True if the same request may succeed later, because the server or the network failed and not the request itself."""
     answer = _answer(error)
     if answer is not None:
-        return _code(answer) in PASSING_CODES or _may_pass(_status(answer))
+        return _code(answer) in TRANSIENT_CODES or _is_transient_status(_status(answer))
     if isinstance(error, boto.SSLError):
         return "CERTIFICATE" not in str(error).upper()
     if isinstance(error, (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, boto.FlexibleChecksumError)):
         return True
-    if type(error).__name__ == "ResponseParserError":  # what throttled servers and balancers send is not always XML
+    if type(error).__name__ == "ResponseParserError":  # Overloaded servers and balancers do not always send XML.
         return True
-    if isinstance(error, (ConnectionError, TimeoutError)) or (isinstance(error, OSError) and error.errno in PASSING_ERRORS):
+    if isinstance(error, (ConnectionError, TimeoutError)) or (isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS):
         return True
-    said = getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp, gcsfs
-    if isinstance(said, int):
-        return _may_pass(said)
+    status = getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp, gcsfs
+    if isinstance(status, int):
+        return _is_transient_status(status)
     return _is_broken_connection(error)
 
 
-def _may_pass(status: int) -> bool:
-    return status == 429 or (status >= 500 and status not in LASTING_STATUS)
+def _is_transient_status(status: int) -> bool:
+    return status == 429 or (status >= 500 and status not in PERMANENT_STATUS)
 
 
 def code_of(error: BaseException) -> str:
-    """The code of S3's answer behind an error, such as NoSuchKey; empty where there was none."""
+    """Return the code of S3's answer that caused an error, such as NoSuchKey; empty where there was no answer."""
     answer = _answer(error)
     return _code(answer) if answer is not None else ""
 
 
 def explain(error: BaseException, uri: str, endpoint: str = "", identity: str = "") -> str:
-    """One line: where, what went wrong, and what to do. ``identity`` says whose credentials were used."""
+    """Return one line with the location, the reason and what to do. ``identity`` names the credentials that were used."""
     answer = _answer(error)
     if answer is not None:
-        return f"{uri}: {_of_answer(answer, uri, endpoint, identity)}"
+        return f"{uri}: {_explain_answer(answer, uri, endpoint, identity)}"
     if isinstance(error, (boto.BotoCoreError, RuntimeError)) or type(error).__name__ == "ResponseParserError":
-        return f"{uri}: {_of_client(error, endpoint)}"
-    if isinstance(error, OSError) and error.errno in LOCAL:
-        return f"{uri}: {LOCAL[error.errno]} ({_one_line(error)})"
-    return f"{uri}: {type(error).__name__}: {_one_line(error)}; check the location and that you may use it"
+        return f"{uri}: {_explain_client_error(error, endpoint)}"
+    if isinstance(error, OSError) and error.errno in LOCAL_ERRORS:
+        return f"{uri}: {LOCAL_ERRORS[error.errno]} ({_one_line(error)})"
+    return f"{uri}: {type(error).__name__}: {_one_line(error)}; check the location and your permissions"
 
 
-LOCAL = {  # errno -> what is wrong, what to do
+LOCAL_ERRORS = {  # errno -> reason and what to do
     errno.ENOSPC: "the disk is full: free some space or choose another location",
     errno.EDQUOT: "the disk quota is used up: free some space or choose another location",
     errno.EFBIG: "files may not grow that large here: raise the limit (ulimit -f) or choose another location",
@@ -123,13 +123,13 @@ LOCAL = {  # errno -> what is wrong, what to do
     errno.EEXIST: "a part of this path is a file, not a folder: correct the location",
     errno.EISDIR: "this is a folder where a file is expected: correct the location",
     errno.ENAMETOOLONG: "the file system does not take names that long: choose another location",
-    errno.EIO: "the disk fails: look into the system's log",
+    errno.EIO: "the disk reports an error: look into the system's log",
     errno.ESTALE: "the network file system is gone: mount it again",
 }
 
 
-def _of_answer(answer: Any, uri: str, endpoint: str, identity: str) -> str:
-    """What an S3 server's refusal means."""
+def _explain_answer(answer: Any, uri: str, endpoint: str, identity: str) -> str:
+    """Explain why an S3 server refused a request."""
     code, status = _code(answer), _status(answer)
     said = f"the server at {endpoint} says {code}" + (f": {message}" if (message := _message(answer)) else "")
     if code == "NoSuchBucket":
@@ -151,20 +151,20 @@ def _of_answer(answer: Any, uri: str, endpoint: str, identity: str) -> str:
         return f"the store is full ({said}): free some space, raise the quota, or choose another location"
     if code in UNSUPPORTED:
         return f"the server does not offer what is needed ({said}): is storage.endpoint_url that of an S3 service?"
-    if status == 429 or status >= 500 or code in PASSING_CODES:
-        return f"the server is overloaded or failing ({status}, {said}), and was after every attempt: run the same command again later"
+    if status == 429 or status >= 500 or code in TRANSIENT_CODES:
+        return f"the server is overloaded or failing ({status}, {said}), also after every retry: run the same command again later"
     return f"refused ({status}, {said}): correct the location or the storage.* options"
 
 
-def _of_client(error: BaseException, endpoint: str) -> str:
-    """Why no answer came, or no request could be sent."""
+def _explain_client_error(error: BaseException, endpoint: str) -> str:
+    """Explain why no answer came, or why no request could be sent."""
     reason = _one_line(error)
     if isinstance(error, boto.NoCredentialsError):
         return "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give this machine a role"
-    if isinstance(error, RuntimeError):  # botocore, of credentials that a process or a role renewed to expired ones
+    if isinstance(error, RuntimeError):  # botocore: a process or a role renewed the credentials, and they have expired already.
         return f"the credentials cannot be used ({reason}): renew them"
     if isinstance(error, NO_CREDENTIALS):
-        return f"the credentials cannot be had ({reason}): check AWS_PROFILE and the files in ~/.aws, or log in again"
+        return f"the credentials cannot be loaded ({reason}): check AWS_PROFILE and the files in ~/.aws, or log in again"
     if isinstance(error, boto.SSLError):
         return f"no secure connection to {endpoint} ({reason}): check storage.endpoint_url, or set AWS_CA_BUNDLE to its authority"
     if isinstance(error, boto.ProxyConnectionError):
@@ -176,23 +176,23 @@ def _of_client(error: BaseException, endpoint: str) -> str:
         reason = _one_line(cause).rpartition(": ")[2] if isinstance(cause, Exception) else reason
         return f"cannot connect to {endpoint} ({reason}): check storage.endpoint_url, and that the server runs"
     if type(error).__name__ == "ResponseParserError":
-        return f"what answers at {endpoint} is no S3 server ({reason}): check storage.endpoint_url"
+        return f"the server at {endpoint} is not an S3 server ({reason}): check storage.endpoint_url"
     return f"{type(error).__name__}: {reason}; check the location and the storage.* options"
 
 
 def _clocks(answer: Any) -> str:
-    """This machine's time beside the server's, as the answer's Date tells it."""
+    """Return this machine's time and the server's, from the answer's Date header."""
     ours = datetime.now(UTC)
     stated = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
     try:
         theirs = f"{email.utils.parsedate_to_datetime(stated):%H:%M:%S} there"
-    except (TypeError, ValueError):  # none, or none that HTTP knows
+    except (TypeError, ValueError):  # The header is missing or malformed.
         theirs = "another there"
     return f"{ours:%Y-%m-%d %H:%M:%S} UTC here, {theirs}"
 
 
 def _answer(error: BaseException | None) -> Any:
-    """S3's answer behind an error, also where s3fs turned it into another: that stands as the cause."""
+    """Return S3's answer that caused an error, also where s3fs raised another error from it."""
     while error is not None:
         if isinstance(error, boto.ClientError):
             return error.response
@@ -217,6 +217,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Whether aiohttp, which fsspec's file systems use, lost a connection or a part of a body."""
+    """Return True if aiohttp, which fsspec's file systems use, lost a connection or a part of a body."""
     names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("aiohttp")}
     return bool(names & {"ClientConnectionError", "ClientPayloadError"})

@@ -1,9 +1,9 @@
-"""The shots of a dataset version as a Lance dataset that is searched: one row a shot, vectors at half precision, a vector index on each.
+"""The search index: the shots of a dataset version as a Lance dataset, one row for each, with half-precision vectors and vector indexes.
 
-Lance (Apache-2.0, package ``pylance``) keeps every version of a dataset readable. A build goes through many versions: it adds titles in
-groups, deletes those that are gone, trains. None of them is seen by a search before the build moves the tag PUBLISHED to the last; a
-killed build changes nothing for a reader, and the next one goes on from what it left. One build at a time, kept by a lease: two at
-once would add the same titles twice.
+Lance (Apache-2.0, package ``pylance``) keeps every version of a dataset readable. A build creates many versions: it adds titles in
+groups, deletes those that are gone, and trains. A search sees none of them before the build moves the tag PUBLISHED to the last one, so
+a killed build changes nothing for a reader, and the next build continues from what it left. A lease allows one build at a time: two
+would add the same titles twice.
 
 The cosine of unit vectors at half precision differs from that at single precision by less than 1e-3.
 
@@ -36,69 +36,69 @@ from mediafm_ray.storage.store import StorageConfig, StorageError, Store, scheme
 if TYPE_CHECKING:
     import lance
 
-os.environ.setdefault("LANCE_LOG", "error")  # which lance reads when it is imported: else it tells of every dataset that it creates
+os.environ.setdefault("LANCE_LOG", "error")  # Lance reads it when it is imported; by default it logs every dataset that it creates.
 
-FORMAT = 1  # of what is written: raise it with a change that an older release cannot read, or that cannot read older indexes
+FORMAT = 1  # Raise it with a change that an older release cannot read, or that cannot read older indexes.
 PUBLISHED = "published"  # the tag of the version that is searched
-SETTINGS_KEY = "mediafm_ray.search"  # in the schema's metadata: how each column is searched, a JSON object
-LEASE = "leases/build"  # below the index: who is building
-LANCE_FOLDER = "_versions"  # of every Lance dataset
+SETTINGS_KEY = "mediafm_ray.search"  # key in the schema's metadata: a JSON object, column -> SearchParams
+LEASE = "leases/build"  # folder below the index
+LANCE_FOLDER = "_versions"  # every Lance dataset has it
 EMBEDDING = "embedding"  # the column of fused or contextual vectors
-MAX_EXACT_SHOTS = 20_000  # so many are searched one by one: that is as quick, and exact
-BLOCK_SHOTS = 4096  # that are read at once where all are
-KEYS_AT_ONCE = 1 << 16  # rows of which titles and sources are read at once
-DRAWN_FOR_ONE = 8  # shots that are drawn for one query: not all have a vector of each modality
-SPARE_RESULTS = 8  # beyond those asked for: Lance orders them by cosines of half precision
+MAX_EXACT_SHOTS = 20_000  # An exact search of so few shots is as quick as the vector index.
+BLOCK_SHOTS = 4096  # shots in a batch of a full scan
+KEYS_AT_ONCE = 1 << 16  # rows in a batch of titles and sources
+DRAWN_FOR_ONE = 8  # shots drawn for each query, because not all have a vector of every modality
+SPARE_RESULTS = 8  # more results than wanted, because Lance orders them by half-precision cosines
 MIN_NORM = 1e-12
-MAX_NAMED = 8  # objects that a message names
-ROW_COLUMNS = ("title_id", "shot_index", "start_s", "end_s", "language", "text", "has_video", "has_audio", "has_text")  # of a result
-LANCE_ERRORS = (OSError, ValueError, RuntimeError, NotImplementedError, pa.ArrowException)  # what its Rust side raises
-RUST_PLACE = re.compile(r",? ?\S+\.rs:\d+(?::\d+)?")  # where in its source, which helps nobody here
+MAX_NAMED = 8  # objects named in a message
+ROW_COLUMNS = ("title_id", "shot_index", "start_s", "end_s", "language", "text", "has_video", "has_audio", "has_text")
+LANCE_ERRORS = (OSError, ValueError, RuntimeError, NotImplementedError, pa.ArrowException)  # errors of Lance's Rust code
+RUST_PLACE = re.compile(r",? ?\S+\.rs:\d+(?::\d+)?")  # a place in Lance's source code, which does not help the user
 
 
 class NoIndex(DatasetError):
-    """There is no index, or it is not the one that was asked for; the message says what is there instead."""
+    """An index that is missing or not the one that was asked for; the message says what exists instead."""
 
 
 def part_column(modality: str) -> str:
-    """The column that holds the vectors of one modality's encoder."""
+    """Return the name of the column with the vectors of one modality's encoder."""
     return f"{modality}_embedding"
 
 
 def modality_of(column: str) -> str:
-    """The inverse of ``part_column``."""
+    """Return the modality of a column: the inverse of ``part_column``."""
     return column.removesuffix("_embedding")
 
 
 @dataclass(frozen=True)
 class IndexFacts:
-    """What an index was made from."""
+    """The dataset and the vectors that an index was made from."""
 
     dataset_version: str
-    vectors: str  # the dataset that ``embedding`` is taken from: shots (fused vectors) or contextual-<checkpoint>
+    vectors: str  # source of the column ``embedding``: shots (fused vectors) or contextual-<checkpoint>
     dims: Mapping[str, int]  # column of vectors -> its dimension
-    recipe: Mapping[str, Any]  # of the dataset version: which encoders, with the digests of their weights
+    recipe: Mapping[str, Any]  # the dataset version's: encoders and the digests of their weights
     format: int = FORMAT
 
     def to_json(self) -> bytes:
-        """As it stands in the metadata of the Lance dataset."""
+        """Return the bytes for the metadata of the Lance dataset."""
         return json.dumps(dataclasses.asdict(self)).encode()
 
     @property
     def kind(self) -> str:
-        """fused or contextual."""
+        """The kind of the vectors in ``embedding``: fused or contextual."""
         return "fused" if self.vectors == "shots" else "contextual"
 
     def describe(self) -> str:
-        """What it was made from, in words."""
+        """Describe the source in words."""
         parts = ", ".join(modality for modality in MODALITIES if part_column(modality) in self.dims) or "none"
         return f"{self.vectors if self.kind == 'contextual' else 'fused vectors'} of dataset version {self.dataset_version}, parts: {parts}"
 
     def schema(self) -> pa.Schema:
-        """The columns: what a result says of a shot, where it is from, and its vectors; a vector is null where a modality is absent."""
+        """Return the columns: a shot's source, fields of a result, and its vectors, which are null where a modality is absent."""
         fields = [
             pa.field("title_id", pa.string()),
-            pa.field("source", pa.string()),  # of the title, as in the names of its objects
+            pa.field("source", pa.string()),  # the title's source, as in the names of its objects
             pa.field("shot_index", pa.int32()),
             pa.field("start_s", pa.float64()),
             pa.field("end_s", pa.float64()),
@@ -111,35 +111,35 @@ class IndexFacts:
 
 
 def half_vectors(unit_SD: np.ndarray, present_S: np.ndarray) -> pa.FixedSizeListArray:
-    """(S, D) float32 unit vectors as a column of the index; null where not present."""
+    """Convert (S, D) float32 unit vectors to a column of the index, with null where not present."""
     values = pa.array(unit_SD.astype(np.float16).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(values, type=pa.list_(pa.float16(), unit_SD.shape[1]), mask=pa.array(~present_S))
 
 
 @dataclass(frozen=True)
 class SearchParams:
-    """How a column's vector index is searched, and how well that does, as it was measured when the index was built."""
+    """Parameters of the search in a column's vector index, with the recall that was measured when it was built."""
 
     trained_shots: int
     partitions: int
-    nprobes: int = 0  # partitions that are searched
-    refine: int = 0  # of so many times the wanted results the exact cosines are computed
+    nprobes: int = 0  # partitions to search
+    refine: int = 0  # candidates with exact cosines for each wanted result
     recall: float = 0.0  # recall@10 against exact search
-    queries: int = 0  # that it was measured with
+    queries: int = 0  # number of queries of that measurement
 
 
 @dataclass(frozen=True)
 class ShotFilter:
-    """Which shots may be found."""
+    """A filter on the shots that a search may find."""
 
-    titles: Sequence[str] = ()  # of these titles only; empty = of all
+    titles: Sequence[str] = ()  # only shots of these titles; empty = of all
     without_titles: Sequence[str] = ()
-    start_s: float | None = None  # shots that reach into [start_s, end_s) of their title
+    start_s: float | None = None  # only shots that overlap [start_s, end_s) of their title
     end_s: float | None = None
-    languages: Sequence[str] = ()  # of their text; en finds en-US, too
+    languages: Sequence[str] = ()  # languages of the text; en also finds en-US
 
     def sql(self) -> str:
-        """As a condition on the columns; empty where nothing is asked for."""
+        """Return the filter as an SQL condition on the columns; empty where it allows everything."""
         terms = []
         if self.titles:
             terms.append(f"title_id IN ({', '.join(map(quoted, self.titles))})")
@@ -155,7 +155,7 @@ class ShotFilter:
 
 
 def quoted(text: str) -> str:
-    """Text as a literal of SQL."""
+    """Quote text as an SQL literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -163,31 +163,31 @@ def quoted(text: str) -> str:
 
 
 class ShotIndex:
-    """One version of an index. Whatever goes wrong with the store is a StorageError that says where."""
+    """One version of an index. Every error of the store is a StorageError that names the location."""
 
     def __init__(self, uri: str, dataset: lance.LanceDataset):
         """Raises NoIndex for a Lance dataset of something else, or of another release's format."""
         self.uri, self.dataset = uri, dataset
         found = read_facts(dataset.schema)
         if found.get("format") != FORMAT:
-            what = f"format {found['format']}; this release reads {FORMAT}" if "format" in found else "a Lance dataset of something else"
-            raise NoIndex(f"{uri} is no index of shots that can be read: {what}; choose another index.uri")
+            what = f"its format is {found['format']}, this release reads {FORMAT}" if "format" in found else "it is another Lance dataset"
+            raise NoIndex(f"{uri} is not a readable index of shots: {what}; choose another index.uri")
         self.facts = IndexFacts(**found)
         settings = json.loads((dataset.schema.metadata or {}).get(SETTINGS_KEY.encode(), b"{}"))
         self.settings = {column: SearchParams(**values) for column, values in settings.items()}
 
     @property
     def version(self) -> int:
-        """Lance's number of this version."""
+        """The number that Lance gave to this version."""
         return self.dataset.version
 
     def shots(self, column: str = "") -> int:
-        """How many there are, or how many have a vector in a column."""
+        """Count the shots, or those that have a vector in a column."""
         with explained(self.uri):
             return self.dataset.count_rows(filter=f"{column} IS NOT NULL" if column else None)
 
     def titles(self) -> Mapping[tuple[str, str], int]:
-        """Shots of every title and source that is there."""
+        """Count the shots of every title and source."""
         counts: dict[tuple[str, str], int] = {}
         with explained(self.uri):
             for batch in self.dataset.scanner(columns=["title_id", "source"], batch_size=KEYS_AT_ONCE).to_batches():
@@ -198,7 +198,7 @@ class ShotIndex:
         return counts
 
     def title(self, title_id: str, columns: Sequence[str]) -> pa.Table:
-        """The shots of one title in order: ROW_COLUMNS and these. Empty where the title is not there."""
+        """Return the shots of one title in order, with ROW_COLUMNS and these columns; no rows for an unknown title."""
         with explained(self.uri):
             scanner = self.dataset.scanner(columns=[*ROW_COLUMNS, *columns], filter=f"title_id = {quoted(title_id)}")
             return scanner.to_table().combine_chunks().sort_by("shot_index")
@@ -206,10 +206,10 @@ class ShotIndex:
     def nearest(
         self, column: str, query_D: np.ndarray, count: int, where: str = "", setting: SearchParams | None = None, exact: bool = False
     ) -> pa.Table:
-        """The shots whose vectors are nearest by cosine, at most ``count``, nearest first: ROW_COLUMNS, ``cosine`` and Lance's ``_rowid``.
+        """Return the at most ``count`` shots nearest by cosine, nearest first: ROW_COLUMNS, ``cosine`` and Lance's ``_rowid``.
 
-        ``where``: a condition on the columns (ShotFilter.sql). Through the column's vector index, searched as ``setting`` says (by default
-        as it was found best when the index was built); exactly if asked to, where there is none, and where few shots fulfil the condition.
+        ``where``: a condition on the columns (ShotFilter.sql). The search uses the column's vector index with ``setting`` (by default the
+        one that was chosen when the index was built). It is exact if ``exact``, without a vector index, or where few shots match.
         """
         setting = None if exact else setting or self.settings.get(column)
         with explained(self.uri):
@@ -219,7 +219,7 @@ class ShotIndex:
             asked = {"column": column, "q": np.asarray(query_D, np.float32), "k": spare, "metric": "cosine", "use_index": bool(setting)}
             if setting:
                 asked |= {"minimum_nprobes": setting.nprobes, "refine_factor": setting.refine}
-                asked |= {} if where else {"maximum_nprobes": setting.nprobes}  # more only where the condition leaves too few
+                asked |= {} if where else {"maximum_nprobes": setting.nprobes}  # Lance searches more where the condition leaves too few.
             columns = [*ROW_COLUMNS, column, "_distance"]
             scanner = self.dataset.scanner(columns=columns, nearest=asked, filter=where or None, prefilter=bool(where), with_row_id=True)
             found = scanner.to_table()
@@ -227,14 +227,14 @@ class ShotIndex:
         return found.sort_by([("cosine", "descending"), ("title_id", "ascending"), ("shot_index", "ascending")]).slice(0, count)
 
     def blocks(self, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Lance's row ids (N,) int64 and the vectors (N, D) float16 of a column, block by block; shots without one are left out."""
+        """Yield blocks of a column: Lance's row ids (N,) int64 and vectors (N, D) float16. Shots without a vector are left out."""
         with explained(self.uri):
             for batch in self.dataset.scanner(columns=[column], batch_size=BLOCK_SHOTS, with_row_id=True).to_batches():
                 present = batch.filter(batch[column].is_valid())
                 yield present["_rowid"].to_numpy().astype(np.int64), embedding_values(present[column])
 
     def sample(self, column: str, count: int, seed: int) -> np.ndarray:
-        """(Q, D) float16 vectors of a column, drawn at random: ``count``, or fewer where few shots have one."""
+        """Draw (Q, D) float16 vectors of a column at random: ``count``, or fewer where few shots have one."""
         random = np.random.default_rng(seed)
         with explained(self.uri):
             drawn = random.permutation(self.dataset.count_rows())[: DRAWN_FOR_ONE * count]
@@ -244,28 +244,28 @@ class ShotIndex:
 
 
 def _cosines(vectors_SD: np.ndarray, query_D: np.ndarray) -> pa.Array:
-    """Cosines of stored vectors with a query, at double precision: Lance's own have the few digits of half precision."""
+    """Compute cosines with a query at double precision, because Lance's own have only half precision."""
     exact_SD, exact_D = vectors_SD.astype(np.float64), np.asarray(query_D, np.float64)
     return pa.array(exact_SD @ exact_D / np.maximum(np.linalg.norm(exact_SD, axis=1) * np.linalg.norm(exact_D), MIN_NORM))
 
 
 def open_index(uri: str, config: StorageConfig) -> ShotIndex:
-    """The published version of an index. Raises NoIndex, saying what is there instead, and StorageError."""
+    """Open the published version of an index. Raises NoIndex, which says what exists instead, and StorageError."""
     there = lance_at(uri, config)
     if there is None:
         found = contents_of(uri, config)
-        said = f"there is: {found}" if found else "there is nothing"
-        raise NoIndex(f"{uri} has no index of shots; {said}: run python -m jobs.build_index output.uri=... index.uri={uri}")
+        instead = f"there is: {found}" if found else "there is nothing"
+        raise NoIndex(f"{uri} has no index of shots; {instead}: run mediafm index output.uri=... index.uri={uri}")
     with explained(uri):
         tags: Any = there.tags.list()
         published = tags.get(PUBLISHED)
         if published is None:
-            raise NoIndex(f"{uri}: the index has not been built to its end yet: run python -m jobs.build_index again")
+            raise NoIndex(f"{uri}: the first build of the index is not finished: run mediafm index again")
         return ShotIndex(uri, there.checkout_version(published["version"]))
 
 
 def lance_at(uri: str, config: StorageConfig) -> lance.LanceDataset | None:
-    """The latest version of the Lance dataset at a URI; None where there is none. Raises StorageError, soon, where nothing can be read."""
+    """Open the latest version of the Lance dataset at a URI; None where there is none. Raises StorageError within seconds."""
     store = Store(uri, config)
     store.check_readable()
     if LANCE_FOLDER not in store.folders():
@@ -277,7 +277,7 @@ def lance_at(uri: str, config: StorageConfig) -> lance.LanceDataset | None:
 
 
 def contents_of(uri: str, config: StorageConfig) -> str:
-    """What is at a URI that is no Lance dataset, for a message."""
+    """List the objects at a URI without a Lance dataset, for a message."""
     store = Store(uri, config)
     names = [*store.folders(), *sorted(store.children())]
     names = [name for name in names if name != LEASE.split("/")[0]]
@@ -288,7 +288,7 @@ def contents_of(uri: str, config: StorageConfig) -> str:
 
 
 def storage_options(uri: str, config: StorageConfig) -> dict[str, str]:
-    """What Lance's own client is told of an S3 server, so that it does as the others here; it has the standard AWS chain of credentials."""
+    """Return the options of Lance's own S3 client, equal to those of the other clients; it reads the standard AWS credentials itself."""
     if scheme_of(uri) != "s3":
         return {}
     endpoint = config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
@@ -307,7 +307,7 @@ def storage_options(uri: str, config: StorageConfig) -> dict[str, str]:
 
 @contextlib.contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """What Lance raises inside as a StorageError of one line."""
+    """Turn Lance's errors into a StorageError of one line."""
     try:
         yield
     except LANCE_ERRORS as error:

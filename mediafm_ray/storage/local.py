@@ -1,4 +1,4 @@
-"""Objects in a local folder: a file is written beside its place and renamed into it, so that a file that can be seen is whole."""
+"""Objects in a local folder: a file is written under another name and renamed, so that a visible file is whole."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 from mediafm_ray.storage.base import PROBE_BYTES, ObjectInfo, object_path
 
-PARTIAL_FOLDER = ".partial"  # of a root: files that are being written (local stores), and what tries whether it can be written to
+PARTIAL_FOLDER = ".partial"  # below a root: files that are being written (local stores), and probes of check_writable
 PARTIAL_ATTEMPTS = 3
 NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-FILE_MODE = 0o644  # before the umask
+FILE_MODE = 0o644  # The umask still applies.
 
 
 class LocalObjects:
@@ -27,14 +27,14 @@ class LocalObjects:
         self.root = root
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every file below ``prefix``, through symbolic links, too; one whose link leads nowhere has no size and no version.
+        """Yield every file below ``prefix``, following symbolic links; a broken link has no size and no version.
 
-        Raises OSError where a folder cannot be read: what is in it is not gone.
+        Raises OSError where a folder cannot be read: its files are not gone.
         """
         yield from self._walk(object_path(self.root, prefix).rstrip("/") or "/", len(self.root.rstrip("/")) + 1, ())
 
     def _walk(self, folder: str, base: int, above: tuple[tuple[int, int], ...]) -> Iterator[ObjectInfo]:
-        """``base``: characters of the root in a path; ``above``: device and inode of the folders around, which a link may lead back to."""
+        """``base``: length of the root's part of a path; ``above``: device and inode of each parent folder, against loops of links."""
         try:
             status = os.stat(folder)
             here = status.st_dev, status.st_ino
@@ -42,7 +42,7 @@ class LocalObjects:
                 return
             with os.scandir(folder) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
-        except (FileNotFoundError, NotADirectoryError):  # nothing is there (any more)
+        except (FileNotFoundError, NotADirectoryError):  # It is not a folder, or was removed.
             return
         for entry in entries:
             path = f"{folder.rstrip('/')}/{entry.name}"
@@ -79,13 +79,13 @@ class LocalObjects:
                     os.fsync(descriptor)
                     os.rename(partial, path)
                     return
-                except FileNotFoundError:  # a starting job took the file for a dead writer's, before it was locked
+                except FileNotFoundError:  # A starting job removed the file before it was locked.
                     if attempt == PARTIAL_ATTEMPTS - 1:
                         raise
                 finally:
-                    with contextlib.suppress(FileNotFoundError):  # renamed
+                    with contextlib.suppress(FileNotFoundError):  # It was renamed.
                         os.unlink(partial)
-                    with contextlib.suppress(OSError):  # not empty: another writer is at work in it
+                    with contextlib.suppress(OSError):  # It is not empty: another writer uses it.
                         os.rmdir(os.path.dirname(partial))
 
     def delete(self, name: str) -> None:
@@ -95,7 +95,7 @@ class LocalObjects:
     def check_readable(self, name: str = "") -> bool:
         path = object_path(self.root, name) if name else self.root
         if os.path.isdir(path):
-            next(os.scandir(path), None)  # raises where it may not be read
+            next(os.scandir(path), None)  # raises PermissionError where it may not be read
         return os.path.exists(path)
 
     def check_writable(self, name: str) -> None:
@@ -115,13 +115,13 @@ class LocalObjects:
                     continue
                 path.unlink()
                 removed += 1
-        with contextlib.suppress(OSError):  # another writer is at work in it
+        with contextlib.suppress(OSError):  # It is not empty: another writer uses it.
             folder.rmdir()
         return removed
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Tell a folder, or a link to one, from all else. Raises OSError where that cannot be told."""
+    """Return True for a folder or a link to one. Raises OSError where that cannot be determined."""
     try:
         return entry.is_dir()
     except OSError as error:
@@ -131,9 +131,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _stat(path: str, name: str) -> ObjectInfo | None:
-    """A regular file, or a link that leads nowhere: that is a file which cannot be read, not one that is gone.
+    """Describe a regular file, or a broken link, which is a file that cannot be read and not one that is gone.
 
-    None for anything else, and where there is nothing (any more).
+    None for anything else, and where nothing exists.
     """
     try:
         status = os.stat(path)
@@ -145,21 +145,21 @@ def _stat(path: str, name: str) -> ObjectInfo | None:
 
 
 def _create_partial(folder: str) -> tuple[int, str]:
-    """A new file in the folder of partial files: its descriptor and path."""
+    """Create a file in the folder of partial files; return its descriptor and path."""
     path = os.path.join(folder, f"{os.getpid()}-{secrets.token_hex(8)}")
     while True:
         try:
             os.makedirs(folder, exist_ok=True)
             return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, FILE_MODE), path
-        except FileNotFoundError:  # another writer removed the empty folder just now
+        except FileNotFoundError:  # Another writer has just removed the empty folder.
             continue
-        except FileExistsError:  # ... while makedirs looked whether what exists is a folder
+        except FileExistsError:  # ... while makedirs checked whether the existing path is a folder.
             if os.path.exists(folder) and not os.path.isdir(folder):
                 raise
 
 
 def _write_all(stream: Any, content: bytes) -> None:
-    """Unbuffered: on a full disk the error comes here, not a second time when the stream is closed."""
+    """Write without a buffer, so that a full disk raises here and not a second time when the stream is closed."""
     left = memoryview(content)
     while left:
         left = left[stream.write(left) :]

@@ -1,8 +1,8 @@
-"""Objects in an S3 bucket, through botocore: every request is tried again while its error can pass, listings are paged.
+"""Objects in an S3 bucket, through botocore: requests are retried while their errors are transient, and listings are paged.
 
-Nothing here is written twice or half: a PUT is atomic, larger objects are uploaded in parts that no one sees before the last request,
-and an upload that fails is aborted. What a killed process leaves open is aborted by a later run (``remove_partial``), or by the bucket's
-lifecycle rule AbortIncompleteMultipartUpload.
+Writes are atomic: a PUT is, larger objects are uploaded in parts that become visible with the last request, and an upload that fails is
+aborted. An upload that a killed process left open is aborted by a later run (``remove_partial``), or by the bucket's lifecycle rule
+AbortIncompleteMultipartUpload.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from mediafm_ray.storage.errors import DENIED, StorageError, code_of, explain, r
 log = logging.getLogger(__name__)
 
 MB = 1 << 20
-PAGE_KEYS = 1000  # objects that one listing request tells of: S3's own limit
-THREADS = 16  # requests under way while many objects are looked up
+PAGE_KEYS = 1000  # objects in the answer to one listing request: S3's own limit
+THREADS = 16  # parallel requests of a look-up of many objects
 MIN_KEYS_PER_THREAD = 100
-MAX_SINGLE_LOOKUPS = 2  # so many objects are asked for one by one
-# Of the first contact: who mistyped an address hears of it within 30 s, and a server that fails now and then is asked often enough.
+MAX_SINGLE_LOOKUPS = 2  # So few objects are looked up one by one.
+# The first requests to a server fail within 30 s if the address is wrong, but are retried if the server fails now and then.
 CHECK_CONNECT_S, CHECK_READ_S, CHECK_PATIENCE_S = 5.0, 7.0, 10.0
-ABANDONED_AFTER_S = 24 * 3600  # an upload that was begun so long ago is nobody's any more
-UPLOAD_STARTS = 3  # of an upload that someone else aborts
+ABANDONED_AFTER_S = 24 * 3600  # An upload that began so long ago has no writer any more.
+UPLOAD_ATTEMPTS = 3  # attempts at an upload that another process aborts
 MISSING = ("NoSuchKey", "NoSuchVersion", "404")
 
 
 def s3_config_options(config: StorageConfig) -> dict[str, Any]:
-    """What botocore's Config, and so s3fs's ``config_kwargs``, is given: the same for every client that reaches a bucket.
+    """Return the arguments of botocore's Config, which are also s3fs's ``config_kwargs``: the same for every client.
 
-    Checksums only where S3 demands them: older servers refuse the trailing ones that botocore sends by default.
+    Checksums are sent only where S3 demands them: older servers refuse the trailing ones that botocore sends by default.
     """
-    elsewhere = config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    style = ("path" if elsewhere else "auto") if config.addressing == "auto" else config.addressing
+    endpoint = config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    style = ("path" if endpoint else "auto") if config.addressing == "auto" else config.addressing
     return {
         "connect_timeout": config.connect_timeout_s,
         "read_timeout": config.read_timeout_s,
@@ -58,7 +58,7 @@ def s3_config_options(config: StorageConfig) -> dict[str, Any]:
 
 
 def with_short_timeouts(config: StorageConfig) -> StorageConfig:
-    """A configuration for the first contact: an address that is wrong fails soon."""
+    """Return a configuration for the first requests to a server: a wrong address fails soon."""
     timeouts = {
         "connect_timeout_s": min(config.connect_timeout_s, CHECK_CONNECT_S),
         "read_timeout_s": min(config.read_timeout_s, CHECK_READ_S),
@@ -68,13 +68,13 @@ def with_short_timeouts(config: StorageConfig) -> StorageConfig:
 
 @dataclass(frozen=True)
 class FirstContactConfig(StorageConfig):
-    """A configuration whose attempts all begin within seconds."""
+    """A configuration with which every attempt begins within seconds."""
 
     patience_s: ClassVar[float] = CHECK_PATIENCE_S
 
 
 class S3Objects:
-    """The objects below one ``s3://`` URI. Holds no connection, so that it can be sent to another process."""
+    """The objects below one ``s3://`` URI. It holds no connection, so that it can be pickled."""
 
     def __init__(self, uri: str, config: StorageConfig):
         self.uri, self.config = uri, config
@@ -82,37 +82,33 @@ class S3Objects:
         self.prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every object below ``prefix``; one request for every PAGE_KEYS."""
+        """Yield every object below ``prefix``, with one request for each PAGE_KEYS objects."""
         top = self.prefix + prefix.strip("/")
         for page in self._pages(Prefix=f"{top.rstrip('/')}/" if top else ""):
             for entry in page.get("Contents", ()):
-                if not entry["Key"].endswith("/"):  # the mark of an empty folder that some consoles put
+                if not entry["Key"].endswith("/"):  # Some consoles write such a marker of an empty folder.
                     yield self._info(entry["Key"].removeprefix(self.prefix), entry)
 
     def children(self) -> tuple[Sequence[str], Mapping[str, ObjectInfo]]:
-        """The folders and the objects directly below the URI."""
-        folders: Sequence[str] = []
-        objects: Mapping[str, ObjectInfo] = {}
-        for page in self._pages(Prefix=self.prefix, Delimiter="/"):
-            found = [entry["Prefix"].removeprefix(self.prefix).rstrip("/") for entry in page.get("CommonPrefixes", ())]
-            folders = [*folders, *found]
-            names = {entry["Key"].removeprefix(self.prefix): entry for entry in page.get("Contents", ())}
-            objects = {**objects, **{name: self._info(name, entry) for name, entry in names.items() if name and not name.endswith("/")}}
-        return folders, objects
+        """Return the folders and the objects directly below the URI."""
+        pages = [*self._pages(Prefix=self.prefix, Delimiter="/")]
+        folders = [entry["Prefix"].removeprefix(self.prefix).rstrip("/") for page in pages for entry in page.get("CommonPrefixes", ())]
+        entries = {entry["Key"].removeprefix(self.prefix): entry for page in pages for entry in page.get("Contents", ())}
+        return folders, {name: self._info(name, entry) for name, entry in entries.items() if name and not name.endswith("/")}
 
     def info(self, name: str) -> ObjectInfo | None:
-        """One object, or None when it is not there."""
+        """Look up one object; None where it does not exist."""
         try:
-            answer = self._ask("head_object", Key=self.prefix + name)
+            answer = self._request("head_object", Key=self.prefix + name)
         except FileNotFoundError:
             return None
         return self._info(name, {**answer, "Size": answer["ContentLength"]})
 
     def find(self, names: Sequence[str]) -> Mapping[str, ObjectInfo | Unknown]:
-        """Those of the named objects that are there: by listings that jump from one to the next, never more requests than names.
+        """Look up objects with listings that jump from one name to the next, which never needs more requests than names.
 
-        Where the bucket may not be listed, every object is asked for by itself, and one that may not be looked at is Unknown. Raises
-        StorageError where none may be.
+        Objects that do not exist are left out. Without permission to list the bucket, every object is looked up with a request of its own,
+        and one for which that is refused is Unknown. Raises StorageError where it is refused for all of them.
         """
         wanted = sorted(set(names))
         if len(wanted) <= MAX_SINGLE_LOOKUPS:
@@ -129,18 +125,18 @@ class S3Objects:
             return self._find_singly(wanted)
 
     def _find_listed(self, wanted: Sequence[str]) -> dict[str, ObjectInfo]:
-        """Sorted names, looked up in a listing: keys stand in it in the order of their UTF-8 bytes, which is that of Python's strings."""
+        """Look up sorted names in a listing, whose keys are in the order of their UTF-8 bytes, which is that of Python's strings."""
         prefix = self.prefix + _common_folder(wanted[0], wanted[-1])
         found: dict[str, ObjectInfo] = {}
         position, last = 0, prefix
         token: dict[str, str] = {}
-        jumps = True  # some servers know no StartAfter: then page after page is read
+        jumps = True  # Some servers ignore StartAfter: then every page is read.
         while position < len(wanted):
-            start = max(last, self.prefix + wanted[position][:-1])  # sorts before the name itself, with little in between
-            page = self._ask("list_objects_v2", Prefix=prefix, MaxKeys=PAGE_KEYS, **(token or {"StartAfter": start}))
+            start = max(last, self.prefix + wanted[position][:-1])  # a prefix, which sorts shortly before the name itself
+            page = self._request("list_objects_v2", Prefix=prefix, MaxKeys=PAGE_KEYS, **(token or {"StartAfter": start}))
             contents, more = page.get("Contents", ()), page.get("IsTruncated", False)
             jumps = jumps and (bool(token) or not contents or contents[0]["Key"] > start)
-            token = {"ContinuationToken": page["NextContinuationToken"]} if more and not (contents and jumps) else {}  # pages may be empty
+            token = {"ContinuationToken": page["NextContinuationToken"]} if more and not (contents and jumps) else {}  # It may be empty.
             last = contents[-1]["Key"] if contents else last
             entries = {entry["Key"].removeprefix(self.prefix): entry for entry in contents}
             while position < len(wanted) and (not more or self.prefix + wanted[position] <= last):
@@ -178,42 +174,42 @@ class S3Objects:
         return found
 
     def read(self, name: str) -> bytes:
-        """The whole object; an answer that ends early is asked for again. Raises FileNotFoundError."""
+        """Read a whole object; a truncated answer is retried. Raises FileNotFoundError."""
         key = self.prefix + name
 
         def get() -> bytes:
             answer = _client(self.config).get_object(Bucket=self.bucket, Key=key)
             with contextlib.closing(answer["Body"]) as body:
-                return body.read()  # checks the length
+                return body.read()  # raises where the length is wrong
 
-        return self._tried(get, key)
+        return self._retried(get, key)
 
     def write(self, name: str, content: bytes) -> None:
-        """Put an object whole, in parts where it is large."""
+        """Write an object atomically, in parts if it is large."""
         key = self.prefix + name
         if len(content) <= self.config.part_mb * MB:
-            self._ask("put_object", Key=key, Body=content)
+            self._request("put_object", Key=key, Body=content)
         else:
-            self._write_in_parts(key, content, UPLOAD_STARTS)
+            self._write_in_parts(key, content, UPLOAD_ATTEMPTS)
 
-    def _write_in_parts(self, key: str, content: bytes, starts: int) -> None:
+    def _write_in_parts(self, key: str, content: bytes, attempts: int) -> None:
         upload = self._begin_upload(key)
         try:
             size = self.config.part_mb * MB
             parts = []
             for number, start in enumerate(range(0, len(content), size), start=1):
                 part = content[start : start + size]
-                answer = self._ask("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=part)
+                answer = self._request("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=part)
                 parts.append({"PartNumber": number, "ETag": answer["ETag"]})
             self._complete_upload(key, upload, parts, content)
         except BaseException as error:
             self._abort_upload(key, upload)
-            if code_of(error) != "NoSuchUpload" or starts == 1:
+            if code_of(error) != "NoSuchUpload" or attempts == 1:
                 raise
-            self._write_in_parts(key, content, starts - 1)  # a second writer of the same title took our upload for a leftover
+            self._write_in_parts(key, content, attempts - 1)  # Another writer of the same title took this upload for a leftover.
 
     def _begin_upload(self, key: str) -> str:
-        """The id of a new upload. Where the answer to a first attempt was lost, what that one began is aborted: nobody knows its id."""
+        """Begin an upload; return its id. Abort the uploads of earlier attempts, whose answers with their ids were lost."""
         attempts = 0
 
         def begin() -> str:
@@ -221,40 +217,40 @@ class S3Objects:
             attempts += 1
             return _client(self.config).create_multipart_upload(Bucket=self.bucket, Key=key)["UploadId"]
 
-        upload = self._tried(begin, key)
+        upload = self._retried(begin, key)
         if attempts > 1:
             try:
                 for other in self._uploads(key):
                     if other["Key"] == key and other["UploadId"] != upload:
                         self._abort_upload(key, other["UploadId"])
-            except StorageError as error:  # needs a permission of its own, and not every server offers it
+            except StorageError as error:  # Listing uploads needs a permission of its own, and not every server offers it.
                 log.warning("an unfinished upload of %s may be left in %s: %s", key, self.bucket, error)
         return upload
 
     def _complete_upload(self, key: str, upload: str, parts: Sequence[Mapping[str, Any]], content: bytes) -> None:
         try:
-            self._ask("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
+            self._request("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
         except (StorageError, FileNotFoundError):
-            # the first attempt may have done it and its answer been lost, and what servers say of the second differs: look what is there
+            # The first attempt may have succeeded although its answer was lost. Servers answer the second differently: read the object.
             try:
-                there = self.read(key.removeprefix(self.prefix)) == content
+                is_written = self.read(key.removeprefix(self.prefix)) == content
             except (StorageError, FileNotFoundError):
-                there = False
-            if not there:
+                is_written = False
+            if not is_written:
                 raise
 
     def _abort_upload(self, key: str, upload: str) -> None:
         try:
-            self._ask("abort_multipart_upload", Key=key, UploadId=upload)
+            self._request("abort_multipart_upload", Key=key, UploadId=upload)
         except StorageError as error:
-            if code_of(error) != "NoSuchUpload":  # it is done or gone
+            if code_of(error) != "NoSuchUpload":  # The upload is completed or gone.
                 log.warning("an unfinished upload of %s is left in %s: %s", key, self.bucket, error)
 
     def _uploads(self, prefix: str) -> Iterator[Mapping[str, Any]]:
-        """The multipart uploads under way below a key prefix."""
+        """List the unfinished multipart uploads below a key prefix."""
         marks: dict[str, Any] = {}
         while True:
-            page = self._ask("list_multipart_uploads", Prefix=prefix, **marks)
+            page = self._request("list_multipart_uploads", Prefix=prefix, **marks)
             yield from page.get("Uploads", ())
             following = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
             if not page.get("IsTruncated") or not all(following.values()) or following == marks:
@@ -262,15 +258,15 @@ class S3Objects:
             marks = following
 
     def delete(self, name: str) -> None:
-        """Remove an object; one that is not there is fine."""
+        """Remove an object; a missing one is no error."""
         with contextlib.suppress(FileNotFoundError):
-            self._ask("delete_object", Key=self.prefix + name)
+            self._request("delete_object", Key=self.prefix + name)
 
     def check_readable(self, name: str = "") -> bool:
-        """Whether there is such an object, or anything below the URI. Raises StorageError within seconds when nothing can be asked."""
+        """Return True if there is such an object or, without a name, anything below the URI. Raises StorageError within seconds."""
         quick = S3Objects(self.uri, with_short_timeouts(self.config))
         if not name:
-            return bool(quick._ask("list_objects_v2", Prefix=self.prefix, MaxKeys=1).get("Contents"))
+            return bool(quick._request("list_objects_v2", Prefix=self.prefix, MaxKeys=1).get("Contents"))
         try:
             quick._first_byte(name)
         except FileNotFoundError:
@@ -278,12 +274,12 @@ class S3Objects:
         return True
 
     def _first_byte(self, name: str) -> Mapping[str, Any]:
-        """Ask for the beginning of an object: a HEAD would be refused without a reason. The answer is empty where the object is.
+        """Request the first byte of an object, because a HEAD would be refused without a reason. An empty object gives an empty answer.
 
         Raises FileNotFoundError, StorageError.
         """
         try:
-            answer = self._ask("get_object", Key=self.prefix + name, Range="bytes=0-0")
+            answer = self._request("get_object", Key=self.prefix + name, Range="bytes=0-0")
         except StorageError as error:
             if code_of(error) != "InvalidRange":
                 raise
@@ -292,37 +288,37 @@ class S3Objects:
         return answer
 
     def check_writable(self, name: str) -> None:
-        """Put and remove an object. Raises StorageError within seconds when that is not possible."""
+        """Write and remove an object. Raises StorageError within seconds where that is not possible."""
         quick = S3Objects(self.uri, with_short_timeouts(self.config))
         quick.write(name, b"probe")
         quick.delete(name)
 
     def remove_partial(self) -> int:
-        """Abort the uploads that killed writers left, a day ago or more; those still being written stay."""
+        """Abort the uploads that killed writers left a day ago or earlier; those that are being written stay. Return how many."""
         removed = 0
         try:
             for upload in self._uploads(self.prefix):
                 if time.time() - upload["Initiated"].timestamp() > ABANDONED_AFTER_S:
                     self._abort_upload(upload["Key"], upload["UploadId"])
                     removed += 1
-        except StorageError as error:  # needs a permission of its own, and is a service to the bucket's owner
+        except StorageError as error:  # Listing uploads needs a permission of its own, and the job does not depend on it.
             log.info("unfinished uploads of killed runs cannot be listed: %s", error)
         return removed
 
     def _pages(self, **parameters: Any) -> Iterator[Mapping[str, Any]]:
         token: dict[str, str] = {}
         while True:
-            page = self._ask("list_objects_v2", MaxKeys=PAGE_KEYS, **parameters, **token)
+            page = self._request("list_objects_v2", MaxKeys=PAGE_KEYS, **parameters, **token)
             yield page
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def _ask(self, operation: str, **parameters: Any) -> Any:
-        """One request. Raises FileNotFoundError for a key that is not there, StorageError for all else."""
-        return self._tried(lambda: getattr(_client(self.config), operation)(Bucket=self.bucket, **parameters), parameters.get("Key", ""))
+    def _request(self, operation: str, **parameters: Any) -> Any:
+        """Send one request. Raises FileNotFoundError for a missing key, StorageError for every other error."""
+        return self._retried(lambda: getattr(_client(self.config), operation)(Bucket=self.bucket, **parameters), parameters.get("Key", ""))
 
-    def _tried(self, request: Callable[[], Any], key: str) -> Any:
+    def _retried(self, request: Callable[[], Any], key: str) -> Any:
         try:
             return retrying(request, self.config.retries, self.config.patience_s)
         except Exception as error:
@@ -338,7 +334,7 @@ class S3Objects:
 
 
 def _common_folder(first: str, last: str) -> str:
-    """What two names share up to a '/'."""
+    """Return the longest common prefix of two names that ends in '/'."""
     folder = first[: first.rfind("/") + 1]
     while not last.startswith(folder):
         folder = folder[: folder.rfind("/", 0, -1) + 1]
@@ -346,17 +342,17 @@ def _common_folder(first: str, last: str) -> str:
 
 
 def identity() -> str:
-    """Whose credentials the standard chain gives, for messages: where they come from and the end of the access key's id."""
+    """Describe the credentials of the standard chain for messages: their origin and the end of the access key's id."""
     try:
         credentials = botocore.session.Session().get_credentials()
         return f" ({credentials.method}, access key ...{credentials.access_key[-4:]})" if credentials else ""
-    except (BotoCoreError, RuntimeError):  # they cannot be had: the error that is being explained says so
+    except (BotoCoreError, RuntimeError):  # They cannot be loaded, which the explained error says.
         return ""
 
 
 @functools.cache
 def _client(config: StorageConfig) -> Any:
-    """botocore's client, one for each process and configuration; threads may share it. Its own retries are off: they are ours."""
+    """Return botocore's client, one for each process and configuration, which threads share. Its own retries are off: see ``retrying``."""
     options = s3_config_options(config) | {"retries": {"total_max_attempts": 1, "mode": "standard"}, "max_pool_connections": 2 * THREADS}
     session = botocore.session.Session()
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
@@ -364,9 +360,9 @@ def _client(config: StorageConfig) -> Any:
 
 
 def _timestamp(value: Any) -> datetime:
-    """The times of a listing, which botocore's own parser takes most of a listing's time for; other formats are left to it."""
+    """Parse the time of a listed object. botocore's own parser takes most of the time of a listing; it parses the other formats."""
     try:
         parsed = datetime.fromisoformat(value)
-    except (TypeError, ValueError):  # of a header, or a number
+    except (TypeError, ValueError):  # a header's format, or a number
         return parse_timestamp(value)
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)

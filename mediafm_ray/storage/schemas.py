@@ -1,7 +1,7 @@
 """The columns of the datasets, and the Parquet file of one title. pyarrow and numpy only.
 
-The files are plain Parquet: zstd, byte-stream-split for floats, no dictionary on them; the facts of the title and of the
-model stand as JSON in the file's key-value metadata under ``mediafm_ray``.
+The files are plain Parquet: zstd, byte-stream-split for floats, which have no dictionary. The facts of the title and of the
+model are JSON in the file's key-value metadata under ``mediafm_ray``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROW_GROUP_ROWS = 1024  # shots
 
 
 def shots_schema(fused_dim: int) -> pa.Schema:
-    """Columns of the dataset ``shots``: one row a shot. ``fused_dim``: numbers in a fused embedding."""
+    """Columns of the dataset ``shots``: one row for each shot. ``fused_dim``: dimension of a fused embedding."""
     return pa.schema(
         [
             pa.field("title_id", pa.string(), nullable=False),
@@ -45,7 +45,7 @@ def shots_schema(fused_dim: int) -> pa.Schema:
             pa.field("has_audio", pa.bool_(), nullable=False),
             pa.field("has_text", pa.bool_(), nullable=False),
             pa.field("thumbnail", pa.binary(), nullable=False),
-            pa.field("audio_levels", pa.list_(pa.field("element", pa.int8(), nullable=False))),  # null in files from before there were any
+            pa.field("audio_levels", pa.list_(pa.field("element", pa.int8(), nullable=False))),  # null in older files
             pa.field("fused_embedding", embedding_type(fused_dim), nullable=False),
             pa.field("fused_norm", pa.float32(), nullable=False),
         ]
@@ -53,7 +53,7 @@ def shots_schema(fused_dim: int) -> pa.Schema:
 
 
 def contextual_schema(contextual_dim: int) -> pa.Schema:
-    """Columns of a dataset ``contextual-<checkpoint>``: one row a shot."""
+    """Columns of a dataset ``contextual-<checkpoint>``: one row for each shot."""
     return pa.schema(
         [
             pa.field("title_id", pa.string(), nullable=False),
@@ -66,7 +66,7 @@ def contextual_schema(contextual_dim: int) -> pa.Schema:
 
 
 def scenes_schema() -> pa.Schema:
-    """Columns of a dataset ``scenes-...``: one row a scene. The scenes of a title tile its shots, in order."""
+    """Columns of a dataset ``scenes-...``: one row for each scene. The scenes of a title tile its shots, in order."""
     return pa.schema(
         [
             pa.field("title_id", pa.string(), nullable=False),
@@ -75,13 +75,13 @@ def scenes_schema() -> pa.Schema:
             pa.field("last_shot", pa.int32(), nullable=False),  # shot_index, inclusive
             pa.field("start_s", pa.float64(), nullable=False),
             pa.field("end_s", pa.float64(), nullable=False),
-            pa.field("score", pa.float32(), nullable=False),  # of the boundary at its start: see downstream/scenes.py
+            pa.field("score", pa.float32(), nullable=False),  # score of the boundary at its start: see downstream/scenes.py
         ]
     )
 
 
 def titles_schema(dim: int) -> pa.Schema:
-    """Columns of a dataset ``titles-...``: one row a title. ``dim``: numbers in an embedding of a shot."""
+    """Columns of a dataset ``titles-...``: one row for each title. ``dim``: dimension of a shot's embedding."""
     return pa.schema(
         [
             pa.field("title_id", pa.string(), nullable=False),
@@ -89,35 +89,35 @@ def titles_schema(dim: int) -> pa.Schema:
             pa.field("shots", pa.int32(), nullable=False),
             pa.field("scenes", pa.int32(), nullable=False),
             pa.field("shots_per_minute", pa.float64(), nullable=False),
-            pa.field("audio_share", pa.float64(), nullable=False),  # of the duration, in shots that have audio
-            pa.field("text_share", pa.float64(), nullable=False),  # of the duration, in shots that have timed text
-            pa.field("speech_share", pa.float64(), nullable=False),  # ... whose text has words that are spoken
+            pa.field("audio_share", pa.float64(), nullable=False),  # share of the duration in shots that have audio
+            pa.field("text_share", pa.float64(), nullable=False),  # share of the duration in shots that have timed text
+            pa.field("speech_share", pa.float64(), nullable=False),  # ... whose text has spoken words
             pa.field("pooled_embedding", embedding_type(dim), nullable=False),  # unit norm, shots weighted by duration
-            pa.field("cls_embedding", embedding_type(dim), nullable=True),  # of the contextualiser; null where vectors are fused
+            pa.field("cls_embedding", embedding_type(dim), nullable=True),  # the contextualiser's; null for fused vectors
         ]
     )
 
 
 def embedding_type(dim: int) -> pa.DataType:
-    """The type of a column of vectors. Its elements are not null."""
+    """Type of a column of vectors, whose elements are not null."""
     return pa.list_(pa.field("element", pa.float32(), nullable=False), dim)
 
 
 def embedding_array(vectors_SD: np.ndarray) -> pa.FixedSizeListArray:
-    """(S, D) float32 vectors as an Arrow array of S fixed-size lists."""
+    """Convert (S, D) float32 vectors to an Arrow array of S fixed-size lists."""
     values = pa.array(np.ascontiguousarray(vectors_SD, dtype=np.float32).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(values, type=embedding_type(vectors_SD.shape[1]))
 
 
 def embedding_values(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """The (S, D) float32 vectors of a column of fixed-size lists; a view of Arrow's memory where the column is one chunk."""
+    """Convert a column of fixed-size lists to (S, D) float32 vectors: a view of Arrow's memory where the column is one chunk."""
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
 
 def encode_parquet(table: pa.Table, facts: Mapping[str, Any]) -> bytes:
-    """The Parquet file of one title: the same bytes for the same rows and facts."""
+    """Encode the Parquet file of one title: the same bytes for the same rows and facts."""
     paths = {field.name: f"{field.name}.list.element" if _is_list(field.type) else field.name for field in table.schema}
     floats = [paths[field.name] for field in table.schema if _is_float(field.type)]
     others = [path for path in paths.values() if path not in floats and path != "thumbnail"]
@@ -131,30 +131,30 @@ def encode_parquet(table: pa.Table, facts: Mapping[str, Any]) -> bytes:
         use_dictionary=others,
         use_byte_stream_split=floats,
         row_group_size=ROW_GROUP_ROWS,
-        write_page_checksum=True,  # zstd stores what it cannot compress as it is: without it a changed byte is a changed number
+        write_page_checksum=True,  # zstd stores incompressible data as it is, where a flipped bit would go unnoticed.
         write_statistics=others,
     )
     return sink.getvalue()
 
 
 def read_facts(schema: pa.Schema) -> dict[str, Any]:
-    """The facts of the title and the model that stand in a file's metadata; empty where there are none.
+    """Read the facts of the title and the model from a file's metadata; empty where there are none.
 
-    Raises ValueError where something else stands there.
+    Raises ValueError for anything else there.
     """
     facts = parse_json((schema.metadata or {}).get(METADATA_KEY, b"{}"))
     if not isinstance(facts, dict):
-        raise ValueError("its facts are no JSON object")
+        raise ValueError("its facts are not a JSON object")
     return facts
 
 
 def vector_fact(facts: Mapping[str, Any], name: str) -> np.ndarray | None:
-    """A vector among the facts (float32, little-endian, base64); None where there is none. Raises ValueError for anything else."""
+    """Decode a vector of the facts (float32, little-endian, base64); None where it is absent. Raises ValueError for anything else."""
     encoded = facts.get(name)
     if encoded is None:
         return None
     if not isinstance(encoded, str):
-        raise ValueError(f"its {name} is no vector")
+        raise ValueError(f"its {name} is not a vector")
     return np.frombuffer(base64.b64decode(encoded, validate=True), "<f4")
 
 

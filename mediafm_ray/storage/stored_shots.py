@@ -1,4 +1,4 @@
-"""Committed objects of ``shots``, checked as they are read.
+"""Read committed objects of ``shots`` and check them.
 
 Shapes
     S  shots of the title
@@ -17,21 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.errors import TitleError
-from mediafm_ray.storage.dataset import (
-    Model,
-    Output,
-    encode_title,
-    object_key,
-)
+from mediafm_ray.storage.dataset import Model, Output, encode_title, object_key
 from mediafm_ray.storage.schemas import embedding_type, embedding_values, read_facts, shots_schema, vector_fact
 
-FACTS = ("title_id", "source", "video", "dataset_version", "dims", "spans")  # that the objects of a title share
-COLUMNS = ("shot_index", "start_s", "end_s", "fused_embedding")  # of shots, that the contextualiser needs
+FACTS = ("title_id", "source", "video", "dataset_version", "dims", "spans")  # keys that all objects of a title have
+COLUMNS = ("shot_index", "start_s", "end_s", "fused_embedding")  # the columns that the contextualiser needs
 
 
 @dataclass(frozen=True, eq=False)
 class StoredShots:
-    """What a committed object of ``shots`` holds for the contextualiser."""
+    """The part of a committed object of ``shots`` that the contextualiser needs."""
 
     fused_SD: np.ndarray  # float32
     start_S: np.ndarray  # float64, seconds
@@ -41,18 +36,18 @@ class StoredShots:
 
 
 def read_shots(output: Output, name: str, model: Model) -> StoredShots:
-    """Read a committed object of ``shots``. Raises TitleError where it is gone, damaged or not what its name says."""
+    """Read a committed object of ``shots``. Raises TitleError where it is gone, damaged or does not match its name."""
     try:
         content = output.store.read(name)
     except FileNotFoundError as error:
-        raise TitleError(f"{name} is gone: another job replaced it meanwhile; run this one again") from error
+        raise TitleError(f"{name} is gone: another job has replaced it; run this one again") from error
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
         table = file.read(columns=[column for column in COLUMNS if column not in missing], use_threads=False)
         facts = read_facts(table.schema)
-    except (pa.ArrowException, OSError, ValueError) as error:  # what Arrow raises depends on which byte is wrong
-        raise _damaged(name, f"it is no readable Parquet file ({type(error).__name__}: {error})") from error
+    except (pa.ArrowException, OSError, ValueError) as error:  # Arrow's error depends on the damaged byte.
+        raise _damaged(name, f"it is not a readable Parquet file ({type(error).__name__}: {error})") from error
     if missing or not {*FACTS, "media"} <= facts.keys():
         raise _damaged(name, f"it has no {', '.join(missing) or 'facts of its title'}")
     if table.num_rows == 0:
@@ -60,14 +55,14 @@ def read_shots(output: Output, name: str, model: Model) -> StoredShots:
     vectors, written = table.schema.field("fused_embedding").type, shots_schema(model.dims["fused"])
     wrong = any(table.schema.field(column).type != written.field(column).type for column in COLUMNS if column != "fused_embedding")
     if wrong or not _is_embedding(vectors) or any(column.null_count for column in table.columns):
-        raise _damaged(name, "its columns are not of the types that were written")
+        raise _damaged(name, "its columns have other types than the written ones")
     media = facts["media"]
     try:
         key = encode_title(facts["title_id"]), facts["source"]
         metadata_M = vector_fact(facts, "metadata_embedding")
         float(media["duration_s"])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise _damaged(name, f"its facts are not those that were written ({type(error).__name__}: {error})") from error
+        raise _damaged(name, f"its facts are damaged ({type(error).__name__}: {error})") from error
     if key != object_key(name) or facts["dataset_version"] != model.dataset_version:
         raise _damaged(
             name, f"it holds the title {facts['title_id']!r} ({facts['source']}) of the dataset version {facts['dataset_version']}"
@@ -87,4 +82,4 @@ def _is_embedding(kind: pa.DataType) -> bool:
 
 
 def _damaged(name: str, what: str) -> TitleError:
-    return TitleError(f"{name}: {what}; delete the object and run jobs.embed_catalog (jobs.verify_dataset finds all that are damaged)")
+    return TitleError(f"{name}: {what}; delete the object and run mediafm embed (mediafm verify finds all damaged objects)")

@@ -1,4 +1,4 @@
-"""Single objects at URIs of their own: tables that people bring, with every problem reported at once, and tables of results."""
+"""Tables at URIs of their own: read those of the user, reporting every problem at once, and write results."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class TableError(DatasetError):
 
 
 def read_object(uri: str, config: StorageConfig | None = None) -> bytes:
-    """The object at a URI. Raises FileNotFoundError, StorageError."""
+    """Read the object at a URI. Raises FileNotFoundError, StorageError."""
     folder, _, name = Store(uri, config).uri.rpartition("/")
     return Store(folder or "/", config).read(name)
 
 
 def write_object(uri: str, content: bytes, config: StorageConfig | None = None) -> None:
-    """Put an object at a URI. Raises StorageError."""
+    """Write an object at a URI. Raises StorageError."""
     folder, _, name = Store(uri, config).uri.rpartition("/")
     Store(folder or "/", config).write(name, content)
 
 
 def write_table(table: pa.Table, uri: str, config: StorageConfig | None = None, without: Sequence[str] = ()) -> None:
-    """Put a table as one object: Parquet, or for a URI that ends in .jsonl JSON lines, which leave the columns ``without`` out."""
+    """Write a table as one object: Parquet or, at a URI that ends in .jsonl, JSON lines without the columns ``without``."""
     if uri.endswith(".jsonl"):
         rows = table.drop_columns([column for column in without if column in table.column_names]).to_pylist()
         write_object(uri, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), config)
@@ -48,9 +48,9 @@ def write_table(table: pa.Table, uri: str, config: StorageConfig | None = None, 
 
 
 def read_table(uri: str, required: Mapping[str, pa.DataType], config: StorageConfig | None = None) -> pa.Table:
-    """A table whose ``required`` columns have these types and no empty cell; other columns are as they come.
+    """Read a table whose ``required`` columns have these types and no empty cell; other columns keep theirs.
 
-    Raises TableError with every problem found, and StorageError when it cannot be opened.
+    Raises TableError with every problem found, and StorageError where it cannot be opened.
     """
     ending = PurePosixPath(uri).suffix.lower()
     if ending not in TABLE_ENDINGS:
@@ -87,6 +87,6 @@ def read_table(uri: str, required: Mapping[str, pa.DataType], config: StorageCon
 def _parse(content: pa.BufferReader, kind: str, required: Mapping[str, pa.DataType]) -> pa.Table:
     if kind == "parquet":
         return pq.read_table(content)
-    if kind == "csv":  # ids that look like numbers stay what they are
+    if kind == "csv":  # Given types keep ids that look like numbers strings.
         return pyarrow.csv.read_csv(content, convert_options=pyarrow.csv.ConvertOptions(column_types=dict(required)))
     return pyarrow.json.read_json(content, parse_options=pyarrow.json.ParseOptions(explicit_schema=pa.schema(list(required.items()))))

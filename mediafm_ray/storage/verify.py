@@ -1,4 +1,4 @@
-"""Checks of what is stored: every object of a dataset version, read whole, against what the design promises of it.
+"""Check the objects of a dataset version, each read whole, against their schemas and invariants.
 
 Shapes
     S  shots of the title
@@ -43,27 +43,27 @@ from mediafm_ray.storage.schemas import (
 )
 from mediafm_ray.storage.store import ObjectInfo
 
-NORM_TOLERANCE = 1e-3  # of a unit vector's norm
-TIMES = ("shot_index", "start_s", "end_s")  # what the contextual rows of a title have in common with its shots
+NORM_TOLERANCE = 1e-3
+TIMES = ("shot_index", "start_s", "end_s")  # columns that contextual rows have in common with shots
 
 
 class BrokenObject(Exception):
-    """What is wrong with one object, in one line for a person."""
+    """A broken object; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One object that is not as it must be."""
+    """One problem of an object."""
 
     name: str  # below the dataset version
     reason: str
-    removable: bool = True  # the next run computes it anew; False: not this program's, or not known to be broken
-    refused: bool = False  # the store did not give it
+    removable: bool = True  # The next run computes the object again. False: not written by this program, or not known to be broken.
+    refused: bool = False  # The store could not be read.
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One title from one source, with all its objects."""
+    """The result for all objects of one title and source."""
 
     objects: int
     size: int  # bytes
@@ -71,20 +71,17 @@ class Checked:
 
 
 def check_model(output: Output) -> tuple[Model | None, list[Finding]]:
-    """model.json as it can be read, and what is wrong with it: the digest, the dimensions and the spans have to agree."""
+    """Read and check model.json: its digest, dimensions and spans must agree."""
     try:
         model = Model.from_json(output.store.read(MODEL))
-    except FileNotFoundError:
-        return None, [Finding(MODEL, "is not there: any job on this dataset version puts it", removable=False)]
-    except ValueError as error:
-        return None, [
-            Finding(MODEL, f"cannot be read ({type(error).__name__}: {error}): any job on this dataset version puts it anew", False)
-        ]
+    except (FileNotFoundError, ValueError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({type(error).__name__}: {error})"
+        return None, [Finding(MODEL, f"{reason}: embedding any title of this dataset version writes it", removable=False)]
     wrong = []
     if model.dataset_version != output.dataset_version:
         wrong.append(f"is of dataset version {model.dataset_version}")
     if digest_of(model.recipe)[: len(output.dataset_version)] != output.dataset_version:
-        wrong.append("its recipe is not what the dataset version is the digest of")
+        wrong.append("the dataset version is not the digest of its recipe")
     ends = [0, *np.cumsum([model.dims[name] for name in MODALITIES]).tolist()]
     if model.spans != dict(zip(MODALITIES, itertools.pairwise(ends), strict=True)) or model.dims["fused"] != ends[-1]:
         wrong.append(f"dimensions {dict(model.dims)} and spans {dict(model.spans)} do not agree")
@@ -92,7 +89,7 @@ def check_model(output: Output) -> tuple[Model | None, list[Finding]]:
 
 
 def list_titles(output: Output) -> tuple[list[Sequence[tuple[str, ObjectInfo]]], list[Finding]]:
-    """The objects of a dataset version with their datasets, together for each title and source; and what else lies among them."""
+    """List the objects and datasets of each title and source, and findings for all other objects."""
     titles: dict[tuple[str, str], list[tuple[str, ObjectInfo]]] = {}
     strangers = []
     for dataset in output.datasets():
@@ -101,22 +98,22 @@ def list_titles(output: Output) -> tuple[list[Sequence[tuple[str, ObjectInfo]]],
             if match and info.name.endswith(".json" if dataset == FAILURES else ".parquet"):
                 titles.setdefault((match["title"], match["source"]), []).append((dataset, info))
             else:
-                strangers.append(Finding(info.name, "no object of this program: readers of the folder may trip over it", removable=False))
+                strangers.append(Finding(info.name, "not an object of this program: readers of the folder may fail on it", removable=False))
     return [titles[key] for key in sorted(titles)], strangers
 
 
 def check_title(output: Output, model: Model | None, objects: Sequence[tuple[str, ObjectInfo]]) -> Checked:
-    """All objects of one title from one source. Whatever is wrong with one is a finding, also that the store does not give it."""
+    """Check all objects of one title and source. Every problem is a finding, also an error of the store."""
     findings = []
     shots: pa.Table | None = None
-    for dataset, info in sorted(objects, key=lambda pair: pair[0] != SHOTS):  # the shots first: the others are compared with them
+    for dataset, info in sorted(objects, key=lambda pair: pair[0] != SHOTS):  # The others are compared with the shots.
         try:
             content = output.store.read(info.name)
-        except FileNotFoundError:  # superseded meanwhile
+        except FileNotFoundError:  # A newer source has superseded it.
             continue
-        except Exception as error:  # fsspec implementations raise many kinds; none says that the object is broken
+        except Exception as error:  # fsspec's implementations raise many types, which do not show that the object is broken.
             findings.append(Finding(info.name, f"it could not be read ({type(error).__name__}: {error})", removable=False, refused=True))
-            if dataset == SHOTS:  # nothing to judge the others by
+            if dataset == SHOTS:  # The others cannot be checked without them.
                 break
             continue
         try:
@@ -137,7 +134,7 @@ def check_title(output: Output, model: Model | None, objects: Sequence[tuple[str
 
 
 def check_shots(content: bytes, name: str, version: str, model: Model | None) -> pa.Table:
-    """The shots of one title, as an object of the dataset ``shots``; returns them. Raises BrokenObject."""
+    """Check an object of the dataset ``shots`` and return its rows. Raises BrokenObject."""
     table, facts = _read(content, name, SHOTS, version)
     dims, spans = _spaces(facts, model)
     _check_schema(table, shots_schema(_dim(dims, "fused")))
@@ -151,7 +148,7 @@ def check_shots(content: bytes, name: str, version: str, model: Model | None) ->
     fused_SD = embedding_values(table["fused_embedding"])
     norm_S = table["fused_norm"].to_numpy()
     if not np.isfinite(norm_S).all() or (norm_S < 0).any():
-        raise BrokenObject("fused_norm has values that are no norm")
+        raise BrokenObject("fused_norm has values that are not norms")
     _check_vectors(fused_SD, norm_S > 0, "fused_embedding")
     for modality in MODALITIES:
         start, end = spans[modality]
@@ -164,7 +161,7 @@ def check_shots(content: bytes, name: str, version: str, model: Model | None) ->
 
 
 def check_contextual(content: bytes, name: str, version: str, dataset: str, model: Model | None, shots: pa.Table | None) -> None:
-    """The contextual embeddings of one title; ``shots``: what they belong to, None where it is not there or broken. Raises BrokenObject."""
+    """Check the contextual embeddings of one title. ``shots``: its shots; None where they are missing or broken. Raises BrokenObject."""
     table, facts = _read(content, name, dataset, version)
     dims, _ = _spaces(facts, model)
     dim = _dim(dims, "fused")
@@ -183,11 +180,11 @@ def check_contextual(content: bytes, name: str, version: str, dataset: str, mode
 
 
 def check_derived(content: bytes, name: str, version: str, dataset: str, shots: pa.Table | None) -> None:
-    """The scenes of one title, or its row among the titles; ``shots``: what they are made from. Raises BrokenObject."""
+    """Check the scenes or the row of one title. ``shots``: the shots that it is made from. Raises BrokenObject."""
     kind = dataset.split("-")[0]
     table, facts = _read(content, name, dataset, version)
     if derived(kind, _fact(facts, "vectors", str), _fact(facts, "recipe", dict)) != dataset:
-        raise BrokenObject("its vectors and recipe are not those that the dataset's name is the digest of")
+        raise BrokenObject("the dataset's name is not the digest of its vectors and recipe")
     shots = _present(shots)
     duration_s = shots["end_s"][-1].as_py()
     if kind == SCENES:
@@ -201,21 +198,21 @@ def check_derived(content: bytes, name: str, version: str, dataset: str, shots: 
         return
     _check_schema(table, titles_schema(table.schema.field("pooled_embedding").type.list_size) if _has_vectors(table) else titles_schema(1))
     if len(table) != 1 or table["title_id"][0].as_py() != facts["title_id"]:
-        raise BrokenObject("it is not the one row of its title")
+        raise BrokenObject("it is not exactly one row of its title")
     if table["shots"][0].as_py() != len(shots) or table["duration_s"][0].as_py() != duration_s:
         raise BrokenObject(f"it says {table['shots'][0]} shots in {table['duration_s'][0]} s; there are {len(shots)} in {duration_s} s")
     _check_vectors(embedding_values(table["pooled_embedding"]), np.ones(1), "pooled_embedding")
 
 
 def check_failure(content: bytes, name: str, version: str) -> None:
-    """A failure record. Raises BrokenObject."""
+    """Check a failure record. Raises BrokenObject."""
     try:
         record = parse_failure(content)
         named = object_name(FAILURES, record["title_id"], record["source"])
         complete = record["message"] and record["stage"]
         written_by = record["dataset_version"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BrokenObject(f"no failure record: {type(error).__name__}: {error}") from error
+        raise BrokenObject(f"not a failure record: {type(error).__name__}: {error}") from error
     if named != name:
         raise BrokenObject(f"it is the record of title {record['title_id']!r} from source {record['source']}")
     if not complete:
@@ -225,18 +222,18 @@ def check_failure(content: bytes, name: str, version: str) -> None:
 
 
 def _read(content: bytes, name: str, dataset: str, version: str) -> tuple[pa.Table, Mapping[str, Any]]:
-    """A title's file whole, and its facts, which agree with its name."""
+    """Read a title's file and its facts, and check that they agree with its name. Raises BrokenObject."""
     try:
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
         table.validate(full=True)
         facts = read_facts(table.schema)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise BrokenObject(f"no readable Parquet file: {' '.join(str(error).split())}") from error
+        raise BrokenObject(f"not a readable Parquet file: {' '.join(str(error).split())}") from error
     title_id, source = _fact(facts, "title_id", str), _fact(facts, "source", str)
     try:
         named = object_name(dataset, title_id, source)
-    except ValueError as error:  # half a surrogate pair, which JSON may hold
-        raise BrokenObject(f"it holds title {title_id!r}, which is no valid Unicode") from error
+    except ValueError as error:  # JSON may hold half a surrogate pair.
+        raise BrokenObject(f"it holds title {title_id!r}, which is not valid Unicode") from error
     if named != name:
         raise BrokenObject(f"it holds title {title_id!r} from source {source}, whose name would be {named}")
     if _fact(facts, "dataset_version", str) != version:
@@ -245,7 +242,7 @@ def _read(content: bytes, name: str, dataset: str, version: str) -> tuple[pa.Tab
 
 
 def _spaces(facts: Mapping[str, Any], model: Model | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The dimensions and spans of a title's vectors, which are those of model.json."""
+    """Return the dimensions and spans of a title's vectors, and check that they are those of model.json."""
     dims, spans = _fact(facts, "dims", dict), _fact(facts, "spans", dict)
     if set(spans) != set(MODALITIES) or not all(map(is_span, spans.values())):
         raise BrokenObject(f"its facts have spans of {sorted(spans)}")
@@ -255,7 +252,7 @@ def _spaces(facts: Mapping[str, Any], model: Model | None) -> tuple[Mapping[str,
 
 
 def _check_schema(table: pa.Table, schema: pa.Schema) -> None:
-    """The promised columns with their types; there may be more, and those that may be null may be missing."""
+    """Check that the columns of a schema are there with their types. Others may exist, and nullable ones may be missing."""
     for field in schema:
         if field.name not in table.column_names:
             if field.nullable:
@@ -269,7 +266,7 @@ def _check_schema(table: pa.Table, schema: pa.Schema) -> None:
 
 
 def _check_rows(table: pa.Table, facts: Mapping[str, Any], index: str) -> None:
-    """At least one row, all of one title, counted in order by the column ``index``, tiling its time from 0."""
+    """Check for at least one row, all of one title, numbered in order by the column ``index``, that tile its time from 0."""
     if not len(table):
         raise BrokenObject("it has no rows")
     if set(table["title_id"].to_pylist()) != {facts["title_id"]}:
@@ -280,7 +277,7 @@ def _check_rows(table: pa.Table, facts: Mapping[str, Any], index: str) -> None:
 
 
 def _check_tiling(table: pa.Table, start: str, end: str) -> None:
-    """Every shot starts where the one before it ends, the first at 0, and none is empty."""
+    """Check that every shot starts where the previous one ends, the first at 0, and that none is empty."""
     starts_S, ends_S = table[start].to_numpy(), table[end].to_numpy()
     wrong_S = ~(ends_S > starts_S) | ~np.isfinite(ends_S) | (starts_S != np.concatenate([[0], ends_S[:-1]]))
     if wrong_S.any():
@@ -295,12 +292,12 @@ def _has_vectors(table: pa.Table) -> bool:
 
 def _present(shots: pa.Table | None) -> pa.Table:
     if shots is None:
-        raise BrokenObject("the shots that it belongs to are not there, or broken")
+        raise BrokenObject("the shots that it belongs to are missing or broken")
     return shots
 
 
 def _check_vectors(vectors_SD: np.ndarray, unit_S: np.ndarray | None, column: str) -> None:
-    """Finite; of unit norm where ``unit_S``, zero elsewhere; without it, finite and not zero."""
+    """Check that vectors are finite, of unit norm where ``unit_S`` and zero elsewhere; without ``unit_S``, that none is zero."""
     finite_S = np.isfinite(vectors_SD).all(axis=1)
     if not finite_S.all():
         raise BrokenObject(f"{column} of shot {_first(~finite_S)} is not finite")
@@ -311,17 +308,17 @@ def _check_vectors(vectors_SD: np.ndarray, unit_S: np.ndarray | None, column: st
 
 
 def _check_base64(facts: Mapping[str, Any], name: str, dim: int, optional: bool) -> None:
-    """A vector among the facts: float32, little-endian, base64."""
+    """Check a vector of the facts: float32, little-endian, base64."""
     if name not in facts or (facts[name] is None and not optional):
         raise BrokenObject(f"its facts lack {name}")
     try:
         vector = vector_fact(facts, name)
     except ValueError as error:
-        raise BrokenObject(f"the {name} of its facts is no vector: {error}") from error
+        raise BrokenObject(f"the {name} of its facts is not a vector: {error}") from error
     if vector is None:
         return
     if vector.shape != (dim,) or not np.isfinite(vector).all():
-        raise BrokenObject(f"the {name} of its facts is not {dim} finite numbers")
+        raise BrokenObject(f"the {name} of its facts does not have {dim} finite numbers")
 
 
 def _fact(facts: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -141,8 +141,8 @@ def test_all_that_is_wrong_with_a_table_is_said_at_once(folders, tmp_path, capsy
     error = capsys.readouterr().err
     assert "4 problems" in error
     lines = (
-        "row 2 (03): no such title is committed; close to it: 003",
-        "row 3 (nothing like it): no such title is committed (12 are)",
+        "row 2 (03): no such title is committed; similar: 003",
+        "row 3 (nothing like it): no such title is committed; there are 12 others",
         "row 4 (001): the clip [5, 5) s is empty",
         "row 5 (001): the clip [90, 99) s lies outside the title, which is [0, 20) s",
     )
@@ -231,7 +231,7 @@ def test_what_probes_cannot_do_is_said_before_anything_starts(folders, tmp_path,
         ([f"output.uri={bare}", "labels.inputs=[fused,contextual]"], "no contextual embeddings; there are: shots"),
         (
             ["labels.inputs=[smell]"],
-            "no kind of clip vectors smell: there are video, audio, text, fused, neighbours, contextual_alone, contextual",
+            "unknown kind of clip vectors: smell; there are video, audio, text, fused, neighbours, contextual_alone, contextual",
         ),
         (["labels.inputs=[]"], "none given"),
         (["labels.inputs=[fused]", "labels.columns=[genre]"], "has no genre; there are: title_id, start_s, end_s, label, score"),

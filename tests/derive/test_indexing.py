@@ -191,7 +191,7 @@ def test_a_process_that_is_killed_holds_the_next_build_up_for_as_long_as_its_lea
     assert contents(index) == before
     capsys.readouterr()
     assert build(output, index) == 2
-    assert "jobs.build_index (process" in capsys.readouterr().err
+    assert "mediafm index (process" in capsys.readouterr().err
     deadline = time.monotonic() + 30
     while build(output, index) != 0:
         assert time.monotonic() < deadline
@@ -213,7 +213,7 @@ def test_a_title_that_cannot_be_read_is_that_titles_failure_and_keeps_its_older_
     capsys.readouterr()
     assert build(output, index) == 1
     printed = capsys.readouterr().out
-    assert "FAILED shots/" in printed
+    assert "FAILED film: shots/" in printed
     assert "1 titles added with 6 shots, 0 removed, 1 failed" in printed
     assert "failures:\n  film: shots/" in printed
     assert sum(row["title_id"] == "film" for row in contents(index)) == 12
@@ -229,7 +229,7 @@ def test_an_index_of_other_things_is_refused_unless_it_is_to_be_replaced(output,
     assert build(output, index) == 2
     error = capsys.readouterr().err
     assert "it holds fused vectors of dataset version 0123456789ab, parts: text" in error
-    assert "asked for are fused vectors of dataset version 0123456789ab, parts: video, audio, text" in error
+    assert "not fused vectors of dataset version 0123456789ab, parts: video, audio, text" in error
     assert contents(index) == before
     with monkeypatch.context() as patch:  # the old one is there until the new one is whole
 

@@ -227,7 +227,7 @@ def test_damaged_contextual_embeddings_are_no_vectors(folder, tmp_path, damage):
     assert read_vectors(dataset, shots, checkpoint).title_id == "drama"
     name = matching_object(shots, checkpoint)
     dataset.output.store.write(name, damage(dataset.output.store.read(name)))
-    with pytest.raises(TitleError, match=r"cannot be read .* delete it and run jobs\.contextualise_catalog"):
+    with pytest.raises(TitleError, match=r"cannot be read .* delete it and run mediafm contextualise"):
         read_vectors(dataset, shots, checkpoint)
 
 

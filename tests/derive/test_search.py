@@ -130,7 +130,7 @@ def test_contextual_vectors_are_searched_with_the_parts_of_the_fused(output, tmp
     assert search(index, "shot=film:4", "index.vectors=fused") == 2
     assert f"has no fused vectors: it holds contextual-{plan.checkpoint} of dataset version" in capsys.readouterr().err
     assert build(output, index) == 2
-    assert "is an index of other things: it holds contextual-" in capsys.readouterr().err
+    assert "is another index: it holds contextual-" in capsys.readouterr().err
 
 
 def test_what_cannot_be_searched_is_said(output, tmp_path, capsys):
@@ -140,8 +140,8 @@ def test_what_cannot_be_searched_is_said(output, tmp_path, capsys):
         ([], "one of shot=TITLE:INDEX, clip=TITLE:START-END and query=WORDS is required; none is given"),
         (["shot=film:1", "clip=film:1-2"], "given are shot and clip"),
         (["shot=film"], "expected TITLE:INDEX"),
-        (["shot=flim:3"], "the index has no title 'flim'; close to it: film"),
-        (["shot=xyzzy:3"], "the index has no title 'xyzzy' (4 are)"),
+        (["shot=flim:3"], "the index has no title 'flim'; similar: film"),
+        (["shot=xyzzy:3"], "the index has no title 'xyzzy'; there are 4 others"),
         (["shot=film:12"], "'film' has no shot 12: it has 12, from 0 to 11"),
         (["shot=film:1", "by=text"], "shot 1 of 'film' has no text vector"),
         (["shot=film:1", "by=video"], "the index has no video vectors, there are: all, text; build it with index.parts"),
@@ -151,14 +151,14 @@ def test_what_cannot_be_searched_is_said(output, tmp_path, capsys):
         (["clip=film:soon"], "expected TITLE:START-END in seconds"),
         (
             ["shot=film:1", "filter.titles=[series/s01e1]"],
-            "filter.titles: the index has no title 'series/s01e1'; close to it: series/s01e01",
+            "filter.titles: the index has no title 'series/s01e1'; similar: series/s01e01",
         ),
         (["shot=film:1", "filter.start_s=9", "filter.end_s=3"], "filter.end_s (3) must come after filter.start_s (9)"),
-        (["query=hello", "filter.other_titles=true"], "the index does not say which encoder its text vectors are from"),
+        (["query=hello", "filter.other_titles=true"], "the index does not record the encoder of its text vectors"),
         (["query=hello", "by=audio"], "words are compared with the text of shots"),
         (["shot=film:1", "index.version=ffffffffffff"], "is of dataset version 0123456789ab, not ffffffffffff"),
         (["shot=film:1", "index.uri="], "index.uri is required"),
-        (["shot=film:1", f"index.uri={tmp_path}/nowhere"], "has no index of shots; there is nothing: run python -m jobs.build_index"),
+        (["shot=film:1", f"index.uri={tmp_path}/nowhere"], "has no index of shots; there is nothing: run mediafm index"),
         (["shot=film:1", f"index.uri={output}"], "has no index of shots; there is: 0123456789ab"),
         (["shot=film:1", "count=0"], "count must be from 1 to"),
         (["shot=film:1", "format=xml"], "format must be table or json"),

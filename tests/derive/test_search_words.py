@@ -76,8 +76,8 @@ def test_an_encoder_that_did_not_make_the_vectors_is_refused(made, capsys):
     index = made / "index"
     for overrides, reason in (
         (["query=run!"], "configured encoder is not that of the index: text.weights_sha256 is"),  # the default profile
-        (["query=run!", "text.encoder=openai"], "are those of text.encoder=sentence_transformer, configured is openai: give the profile"),
-        (["query=run!", "by=video"], "are those of video.encoder=clip, configured is efficientnet_lite0: give the profile"),
+        (["query=run!", "text.encoder=openai"], "are from text.encoder=sentence_transformer, configured is openai: give the profile"),
+        (["query=run!", "by=video"], "are from video.encoder=clip, configured is efficientnet_lite0: give the profile"),
         (["query=run!", "by=video", "video.encoder=clip", f"video.weights={made}/siglip"], "video.weights_sha256 is"),
         (["query=run!", "by=audio"], "words are compared with the text of shots (by=text)"),
         (["query=run!", "by=all"], "words are compared with the text of shots (by=text)"),

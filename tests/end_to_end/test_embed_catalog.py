@@ -134,7 +134,7 @@ def test_contextualising_what_is_stored_gives_the_same_bytes_without_a_video(und
     first = run_job("contextualise_catalog", *PROFILE, f"output.uri={output}", checkpoint)
     assert first.returncode == 1, first.stdout + first.stderr
     assert "3 titles with committed shots, 1 contextualised before, 2 to compute" in first.stdout
-    assert "no readable Parquet file" in first.stdout
+    assert "not a readable Parquet file" in first.stdout
     assert "Traceback" not in first.stdout + first.stderr
     summary = json.loads((output / "contextualise-summary.json").read_text())
     assert summary["titles"] | {"with_committed_shots": 3, "skipped": 1, "planned": 2, "ok": 1, "failed": 1, "lost": 0} == summary["titles"]

@@ -304,7 +304,7 @@ def test_one_title_can_be_written_where_the_user_says(pages, tmp_path, visit):
 
 
 @pytest.mark.parametrize(
-    ("title_id", "said"), [("broken", "it failed in detect_shots: broken"), ("unheard of", "there are: "), ("", "title_id")]
+    ("title_id", "said"), [("broken", "it failed in detect_shots: broken"), ("unheard of", "; there are "), ("", "title_id")]
 )
 def test_a_title_that_is_not_there_is_named_with_what_is(pages, capsys, title_id, said):
     assert run_job("", ReportTitleConfig, report_title.main, [f"output.uri={pages.parents[1]}", f"title_id={title_id}"]) == EXIT_BAD_INPUT

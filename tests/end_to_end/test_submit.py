@@ -118,7 +118,7 @@ def test_after_dropped_connections_the_log_is_whole_and_the_exit_code_is_the_job
     assert [line for line in said.splitlines(keepends=True) if line.startswith("line")] == LOG
     lines = wrong.strip().splitlines()
     assert len(lines) == 2, wrong  # the second connection brought nothing new
-    assert all("the connection to the job's log broke" in line and "the job goes on" in line for line in lines)
+    assert all("the connection to the job's log broke" in line and "the job continues" in line for line in lines)
 
 
 def test_a_connection_that_is_dead_without_a_word_does_not_outlast_the_job(run, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_cluster_that_is_gone_is_one_line_and_the_command_that_looks(tmp_path)
     wrong = process.stderr.read()
     assert "Traceback" not in wrong
     assert f"the cluster at {server.url} does not answer any more" in wrong.splitlines()[-1]
-    assert f"to look: ray job status {JOB} --address {server.url}" in wrong.splitlines()[-1]
+    assert f"to see its state: ray job status {JOB} --address {server.url}" in wrong.splitlines()[-1]
 
 
 def test_interrupting_it_says_that_the_job_goes_on(tmp_path):
@@ -156,5 +156,5 @@ def test_interrupting_it_says_that_the_job_goes_on(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     (line,) = process.stderr.read().strip().splitlines()
-    assert line.startswith("interrupted: the job goes on; to look: ray job status")
+    assert line.startswith("interrupted: the job continues; to see its state: ray job status")
     server.close()

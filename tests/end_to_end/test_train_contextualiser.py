@@ -329,7 +329,7 @@ def test_titles_that_cannot_be_used_are_named_and_passed_over(tmp_path):
     reasons = {line.split()[1].rstrip(":"): line for line in said}
     assert set(reasons) == {"title-4", "title-6", "title-9"}
     assert "shot 8 is not finite" in reasons["title-4"]
-    assert "no readable Parquet file" in reasons["title-6"]
+    assert "not a readable Parquet file" in reasons["title-6"]
     assert "is gone" in reasons["title-9"]
     assert all(np.isfinite(list(row.values())).all() for row in memory.rows)
     assert all(tensor.isfinite().all() for tensor in memory.models[-1].values())

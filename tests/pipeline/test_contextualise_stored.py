@@ -229,9 +229,9 @@ def with_raw_facts(path, facts):
 
 
 DAMAGE = {
-    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "no readable Parquet"),
-    "empty": (lambda path: path.write_bytes(b""), "no readable Parquet"),
-    "garbled": (lambda path: path.write_bytes(garbled(path.read_bytes())), "no readable Parquet"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a readable Parquet"),
+    "empty": (lambda path: path.write_bytes(b""), "not a readable Parquet"),
+    "garbled": (lambda path: path.write_bytes(garbled(path.read_bytes())), "not a readable Parquet"),
     "NaN": (lambda path: rewrite(path, with_nan), "fused embedding of shot 2 is not finite"),
     "other dimensions": (lambda path: rewrite(path, shorter), "not of 48 dimensions"),
     "no vectors": (lambda path: rewrite(path, lambda table: table.drop_columns(["fused_embedding"])), "has no fused_embedding"),
@@ -242,17 +242,17 @@ DAMAGE = {
     "another title": (lambda path: rewrite(path, lambda table: table, title_id="other"), "holds the title 'other'"),
     "another version": (lambda path: rewrite(path, lambda table: table, dataset_version="f" * 12), "dataset version ffffffffffff"),
     "metadata": (lambda path: rewrite(path, lambda table: table, metadata_embedding="AAAAAA=="), "metadata embeddings of 16 dimensions"),
-    "facts are null": (lambda path: with_raw_facts(path, b"null"), "facts are no JSON object"),
+    "facts are null": (lambda path: with_raw_facts(path, b"null"), "facts are not a JSON object"),
     "facts nest": (lambda path: with_raw_facts(path, b"[" * 100_000), "nested too deeply"),
-    "title is null": (lambda path: rewrite(path, lambda table: table, title_id=None), "facts are not those that were written"),
-    "title is no Unicode": (lambda path: rewrite(path, lambda table: table, title_id="\ud800"), "facts are not those that were written"),
-    "media is null": (lambda path: rewrite(path, lambda table: table, media=None), "facts are not those that were written"),
+    "title is null": (lambda path: rewrite(path, lambda table: table, title_id=None), "facts are damaged"),
+    "title is no Unicode": (lambda path: rewrite(path, lambda table: table, title_id="\ud800"), "facts are damaged"),
+    "media is null": (lambda path: rewrite(path, lambda table: table, media=None), "facts are damaged"),
     "metadata is no base64": (
         lambda path: rewrite(path, lambda table: table, metadata_embedding="A"),
-        "facts are not those that were written",
+        "facts are damaged",
     ),
-    "vectors are text": (lambda path: rewrite(path, as_text("fused_embedding")), "not of the types"),
-    "times are text": (lambda path: rewrite(path, as_text("start_s")), "not of the types"),
+    "vectors are text": (lambda path: rewrite(path, as_text("fused_embedding")), "have other types"),
+    "times are text": (lambda path: rewrite(path, as_text("start_s")), "have other types"),
     "no facts": (lambda path: pq.write_table(pq.read_table(path).replace_schema_metadata(None), path), "facts of its title"),
 }
 
@@ -321,7 +321,7 @@ def test_an_output_without_shots_is_refused(checkpoint, tmp_path):
         make_stored_plan(configured(tmp_path, checkpoint))
     name = commit_title(str(tmp_path / "out"), MODEL, "only", unit_rows(2, 0))
     (tmp_path / "out" / MODEL.dataset_version / name).unlink()
-    with pytest.raises(DatasetError, match=r"no committed shots: run python -m jobs\.embed_catalog"):
+    with pytest.raises(DatasetError, match=r"no committed shots: run mediafm embed"):
         make_stored_plan(configured(tmp_path / "out", checkpoint))
     (tmp_path / "out" / MODEL.dataset_version / "model.json").write_text('{"dims"')
     with pytest.raises(DatasetError, match=r"model\.json cannot be read"):

@@ -14,7 +14,7 @@ import pytest
 
 from mediafm_ray.config.jobs import BackfillCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
-from mediafm_ray.derive.runner import say_failures
+from mediafm_ray.derive.runner import log_failures
 from mediafm_ray.derive.titles import describe_titles
 from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.media.options import MediaConfig
@@ -244,7 +244,7 @@ def test_control_characters_reach_neither_terminal_nor_log_and_ids_stay(log_form
 
 def test_titles_and_reasons_inside_longer_texts_stay_in_their_line():
     stream, forged = io.StringIO(), "x\nforged"
-    say_failures([(forged, f"ValueError: {forged} https://host/a?{SIGNED}")], Console(stream))
+    log_failures([(forged, f"ValueError: {forged} https://host/a?{SIGNED}")], Console(stream))
     row = {"title_id": forged, "duration_s": 1.0, "shots": 1, "scenes": 1, "shots_per_minute": 1.0, "text_share": 0.0, "speech_share": 0.0}
     titles = [{**row, "nearest_title_id": [forged], "nearest_cosine": [1.0], "pooled_embedding": [], "cls_embedding": []}]
     Console(stream).say(describe_titles(pa.Table.from_pylist(titles)))

@@ -195,4 +195,4 @@ def test_every_known_refusal_is_explained_in_one_line():
         assert line.startswith("s3://bucket/key: ")
         assert is_transient(error) == (code == "SlowDown")
         assert ("12:00:00 there" in line) == (code == "RequestTimeTooSkewed")
-    assert all("\n" not in words for words in errors.LOCAL.values())
+    assert all("\n" not in words for words in errors.LOCAL_ERRORS.values())

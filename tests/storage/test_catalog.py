@@ -149,7 +149,7 @@ def test_tags_that_are_none(tmp_path, tags):
 @pytest.mark.parametrize(
     ("row", "part"),
     [
-        ({"title_id": "a", "video": "a\x00.mp4"}, "no URI"),
+        ({"title_id": "a", "video": "a\x00.mp4"}, "not a URI"),
         ({"title_id": "a", "video": " "}, "video is empty"),
         ({"title_id": "\ud83d", "video": "a.mp4"}, "not valid Unicode"),
         ({"title_id": "a", "video": "a.mp4", "synopsis": "x \ud83d"}, "not valid Unicode"),

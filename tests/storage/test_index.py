@@ -207,7 +207,7 @@ def test_a_vector_index_finds_what_exact_search_finds_also_after_changes(tmp_pat
 
 
 def test_little_effort_finds_less_and_recall_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_writer, "SHOTS_A_PARTITION", 50)
+    monkeypatch.setattr(index_writer, "SHOTS_PER_PARTITION", 50)
     writer = build(tmp_path, {f"title-{number}": 100 for number in range(10)})
     setting = writer.train(EMBEDDING)
     assert setting.partitions == 19  # of 990 shots that have a vector
@@ -240,14 +240,14 @@ def test_what_is_there_instead_of_an_index_is_said(tmp_path):
     with pytest.raises(NoIndex, match=r"not empty; there is: more, one\.jpg: choose another index\.uri"):
         IndexWriter(str(tmp_path / "photos"), CONFIG)
     lance.write_dataset(pa.table({"x": [1]}), str(tmp_path / "other"))
-    with pytest.raises(NoIndex, match="a Lance dataset of something else"):
+    with pytest.raises(NoIndex, match="it is another Lance dataset"):
         _ = IndexWriter(str(tmp_path / "other"), CONFIG).index
     newer = FACTS.schema().with_metadata({"mediafm_ray": json.dumps({**json.loads(FACTS.to_json()), "format": 2})})
     lance.write_dataset(newer.empty_table(), str(tmp_path / "newer"))
-    with pytest.raises(NoIndex, match="format 2; this release reads 1"):
+    with pytest.raises(NoIndex, match="its format is 2, this release reads 1"):
         _ = IndexWriter(str(tmp_path / "newer"), CONFIG).index
     IndexWriter(str(tmp_path / "begun"), CONFIG).create(FACTS)
-    with pytest.raises(NoIndex, match=r"has not been built to its end yet: run python -m jobs\.build_index again"):
+    with pytest.raises(NoIndex, match=r"first build of the index is not finished: run mediafm index again"):
         open_index(str(tmp_path / "begun"), CONFIG)
 
 

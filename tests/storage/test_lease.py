@@ -239,7 +239,7 @@ class FarStore:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_never_two_holders_on_a_slow_store_with_a_coarse_clock(seed, monkeypatch):
-    monkeypatch.setattr(leases, "LOOK_AGAIN_S", 0.005)
+    monkeypatch.setattr(leases, "MEAN_POLL_S", 0.005)
     store, inside, most, taken = FarStore(seed), [], [], []
 
     def contend(number):

@@ -113,13 +113,13 @@ def test_objects_are_found_on_a_server_that_begins_every_listing_at_the_start(se
     objects = S3Objects(f"s3://{bucket}/films", StorageConfig(endpoint_url=server.url))
     for name in names:
         objects.write(name, name.encode())
-    ask = S3Objects._ask
+    request = S3Objects._request
 
     def without_start_after(self, operation, **parameters):
         parameters.pop("StartAfter", None)
-        return ask(self, operation, **parameters)
+        return request(self, operation, **parameters)
 
-    monkeypatch.setattr(S3Objects, "_ask", without_start_after)
+    monkeypatch.setattr(S3Objects, "_request", without_start_after)
     wanted = [*names[3::4], "absent", "title-12/absent", "title-99/video.mp4"]
     assert sorted(objects.find(wanted)) == names[3::4]
 

@@ -133,5 +133,5 @@ def test_threads_that_write_at_once_do_not_trip_over_each_other(tmp_path):
 
 
 def test_a_location_that_is_no_path_is_refused():
-    with pytest.raises(StorageError, match="is no path"):
+    with pytest.raises(StorageError, match="is not a path"):
         Store("~nobody\0/out")

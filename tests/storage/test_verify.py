@@ -128,14 +128,14 @@ TABLES = {  # of the shots: (table, facts) -> (table, facts), and what the reaso
     "infinity": (lambda table, facts: (vectors(table, put(np.inf, row=2)), facts), "shot 2 is not finite"),
     "no unit norm": (lambda table, facts: (vectors(table, scaled(1.01)), facts), "shot 0 has norm 1.01"),
     "a zero vector": (lambda table, facts: (vectors(table, put(0.0)), facts), "shot 1 has norm 0"),
-    "a norm below zero": (column("fused_norm", [1.0, -1.0, 1.0]), "no norm"),
+    "a norm below zero": (column("fused_norm", [1.0, -1.0, 1.0]), "not norms"),
     "an absent modality": (column("has_video", [True, False, True]), "has no video"),
     "facts of another title": (fact(title_id="two"), "'two'"),
     "facts of another source": (fact(source="ffffffffffffffff"), "ffffffffffffffff"),
     "facts of another version": (fact(dataset_version="ffffffffffff"), "dataset version ffffffffffff"),
     "facts of other dimensions": (fact(dims={**MODEL.dims, "fused": 13}), "model.json"),
     "no facts of the media": (fact(media="gone"), "media"),
-    "a title that is no Unicode": (fact(title_id="\ud800"), "no valid Unicode"),
+    "a title that is no Unicode": (fact(title_id="\ud800"), "not valid Unicode"),
     "a metadata embedding of a number": (fact(metadata_embedding=7), "metadata_embedding"),
     "a metadata embedding cut short": (fact(metadata_embedding="AACAPw=="), "metadata_embedding"),
 }
@@ -258,14 +258,14 @@ def test_an_object_under_another_name_or_in_another_shard(uri, capsys):
     broken = found(uri, capsys)
     assert "'one'" in broken[SHOTS_OF_ONE.replace("one@", "two@")]
     assert "'a/b'" in broken[str(moved.relative_to(version))]
-    assert "not there" in broken[CONTEXTUAL_OF_ONE]
+    assert "missing" in broken[CONTEXTUAL_OF_ONE]
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "JSONDecodeError"),
-        (b"[]", "no JSON object"),
+        (b"[]", "not a JSON object"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"title_id": "lost", "attempts": 1}', "source"),
         ({"attempts": "2"}, "attempts"),
@@ -287,10 +287,10 @@ def test_failure_records(uri, capsys, content, reason):
     ("change", "reason"),
     [
         (lambda model: b"{", "cannot be read"),
-        (lambda model: None, "not there"),
+        (lambda model: None, "is missing"),
         (lambda model: {**model, "dims": None}, "dims"),
         (lambda model: {**model, "spans": {"video": 1}}, "spans"),
-        (lambda model: [], "no JSON object"),
+        (lambda model: [], "not a JSON object"),
         (lambda model: {**model, "recipe": {"other": 1}}, "digest"),
         (lambda model: {**model, "dims": {**model["dims"], "fused": 13}}, "do not agree"),
         (lambda model: {**model, "dataset_version": "ffffffffffff"}, "ffffffffffff"),
@@ -373,7 +373,7 @@ def test_a_store_that_is_down_ends_the_check(tmp_path, monkeypatch):
         return read(store, name)
 
     monkeypatch.setattr(Store, "read", down)
-    with pytest.raises(StorageError, match="look at the store first"):
+    with pytest.raises(StorageError, match="check the store first"):
         verify(tmp_path / "out")
 
 

@@ -51,7 +51,7 @@ def list_titles(dataset: EmbeddingDataset) -> TitleList:
     """The newest object of every committed title, from one listing. Raises DatasetError where there is none."""
     infos = sorted(newest_objects(dataset.output.list(SHOTS)), key=lambda info: object_key(info.name))
     if not infos:
-        raise DatasetError(f"{dataset.output.store.uri} has no committed shots to train on: run jobs.embed_catalog first")
+        raise DatasetError(f"{dataset.output.store.uri} has no committed shots to train on: run mediafm embed first")
     return TitleList(
         dataset.version,
         dataset.model.dims["fused"],
