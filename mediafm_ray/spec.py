@@ -12,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 
@@ -33,21 +35,63 @@ BOUNDARY_SPLIT = "split"  # no transition: a shot longer than the maximum was di
 # ---------------------------------------------------------------------------------------------------------- options
 
 
-def recipe(default: Any, help: str) -> Any:
-    """A configuration field that changes the numbers: it is part of the dataset version."""
-    return _option(default, help, changes_numbers=True)
+class Bounds(TypedDict, total=False):
+    """The values that a configuration field may have; for a list or a mapping, those of its elements."""
+
+    min: float
+    above: float
+    max: float
+    below: float
+    choices: Sequence[str]
 
 
-def resource(default: Any, help: str) -> Any:
-    """A configuration field that changes only cost or place (devices, threads, limits, paths): not in the version."""
-    return _option(default, help, changes_numbers=False)
+COMPARISONS = {
+    "min": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "max": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
-def _option(default: Any, help: str, changes_numbers: bool) -> Any:
-    metadata = {"help": help, "changes_numbers": changes_numbers}
+def recipe(default: Any, help: str, **bounds: Unpack[Bounds]) -> Any:
+    """Return a configuration field that changes the numbers and is part of the dataset version."""
+    return _option(default, help, True, bounds)
+
+
+def resource(default: Any, help: str, **bounds: Unpack[Bounds]) -> Any:
+    """Return a configuration field that changes only cost or place (devices, threads, limits, paths), not the version."""
+    return _option(default, help, False, bounds)
+
+
+def _option(default: Any, help: str, changes_numbers: bool, bounds: Bounds) -> Any:
+    metadata = {"help": help, "changes_numbers": changes_numbers, "bounds": bounds}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def describe_bounds(bounds: Mapping[str, Any]) -> str:
+    """Return the bounds of a field in words; empty if it has none."""
+    if "choices" in bounds:
+        return f"one of {', '.join(filter(None, bounds['choices']))}"
+    found = [(words, bounds[name]) for name, (words, _) in COMPARISONS.items() if name in bounds]
+    return " and ".join("finite" if bound == math.inf else f"{words} {bound}" for words, bound in found)
+
+
+@dataclass(frozen=True)
+class ConfigSection:
+    """A section of a configuration whose fields are checked against their bounds.
+
+    Its errors are ValueErrors that begin with the name of a field; the reader of the configuration puts the name of the section before it.
+    """
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            bounds, value = entry.metadata.get("bounds", {}), getattr(self, entry.name)
+            for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,):
+                kept = item is None or all(compare(item, bounds[name]) for name, (_, compare) in COMPARISONS.items() if name in bounds)
+                if not kept or item not in bounds.get("choices", (item,)):
+                    raise ValueError(f"{entry.name} must be {describe_bounds(bounds)}, is {item!r}")
 
 
 def recipe_of(config: Any) -> dict[str, Any]:

@@ -51,8 +51,6 @@ class ClipEncoder:
 
     def __init__(self, config: VideoEncoderConfig) -> None:
         """Raises ValueError for a wrong option, WeightsError for weights that are missing, damaged or of another kind."""
-        if config.precision not in PRECISIONS:
-            raise ValueError(f"video.precision must be one of {', '.join(PRECISIONS)}, not {config.precision!r}")
         self.device = open_device(config.device)
         self.alone = self.device.type == "cpu"
         self.workers = Workers(config.threads)

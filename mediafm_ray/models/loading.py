@@ -46,9 +46,7 @@ class Workers:
     """
 
     def __init__(self, threads: int) -> None:
-        """``threads`` 0 takes as many as torch would. Raises ValueError where it is negative."""
-        if threads < 0:
-            raise ValueError(f"threads must be 0 (as many as torch would take) or more, not {threads}")
+        """Make ``threads`` threads; 0 = as many as torch would."""
         self.threads = threads or torch.get_num_threads()
 
     def map(self, compute: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -96,9 +94,7 @@ class MicroBatches:
     SHARE = 0.6  # of the memory free after it, which later ones may take
 
     def __init__(self, device: torch.device, size: int, most: int = 512, first: int = FIRST) -> None:
-        """``size`` is fixed, or 0 to measure, with ``first`` at once and ``most`` later. Raises ValueError where it is negative."""
-        if size < 0:
-            raise ValueError(f"micro_batch must be 0 (as many as fit) or more, not {size}")
+        """Use a fixed ``size``, or 0 to measure it on ``first`` items, up to ``most``."""
         self.device = device
         self.measured = size > 0
         self.size = size or first

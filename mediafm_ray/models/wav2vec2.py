@@ -69,8 +69,6 @@ class Wav2Vec2Encoder:
 
     def __init__(self, config: AudioEncoderConfig) -> None:
         """Raises ValueError for a wrong option, WeightsError for weights that are missing, damaged or of another kind."""
-        if config.precision not in PRECISIONS:
-            raise ValueError(f"audio.precision must be one of {', '.join(PRECISIONS)}, not {config.precision!r}")
         self.longest = round(config.chunk_seconds * SAMPLE_RATE)
         if self.longest < SHORTEST:
             raise ValueError(f"audio.chunk_seconds must be at least {SHORTEST / SAMPLE_RATE}, not {config.chunk_seconds}")

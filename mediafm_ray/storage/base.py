@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mediafm_ray.spec import resource
+from mediafm_ray.spec import ConfigSection, resource
 
 PROBE_BYTES = 1 << 20  # what must fit on a disk before a job begins
 ADDRESSING_STYLES = ("auto", "path", "virtual")
@@ -14,28 +14,25 @@ MIN_PART_MB = 5  # S3's own limit for every part but the last
 
 
 @dataclass(frozen=True)
-class StorageConfig:
+class StorageConfig(ConfigSection):
     """How object storage is reached. Credentials come from the environment only (the standard AWS chain)."""
 
     endpoint_url: str = resource("", "URL of an S3-compatible server; empty = AWS, or AWS_ENDPOINT_URL_S3 where it is set")
     addressing: str = resource(
-        "auto", "where the bucket's name stands in a request: path, virtual (in the host name), auto = path with an endpoint_url"
+        "auto",
+        "where the bucket's name stands in a request: path, virtual (in the host name), auto = path with an endpoint_url",
+        choices=ADDRESSING_STYLES,
     )
-    connect_timeout_s: float = resource(10.0, "seconds until a connection attempt to object storage is given up")
-    read_timeout_s: float = resource(60.0, "seconds without a byte until a request to object storage is given up")
-    retries: int = resource(8, "attempts of one request to object storage, where the error can pass; the pauses grow to 20 s")
-    part_mb: int = resource(64, "larger objects are put in parts of so many MB")
+    connect_timeout_s: float = resource(10.0, "seconds until a connection attempt to object storage is given up", above=0)
+    read_timeout_s: float = resource(60.0, "seconds without a byte until a request to object storage is given up", above=0)
+    retries: int = resource(8, "attempts of one request to object storage, where the error can pass; the pauses grow to 20 s", min=1)
+    part_mb: int = resource(64, "larger objects are put in parts of so many MB", min=MIN_PART_MB)
     patience_s: ClassVar[float] = math.inf  # within which an attempt that follows a failed one must begin
 
     def __post_init__(self) -> None:
-        if self.retries < 1 or self.connect_timeout_s <= 0 or self.read_timeout_s <= 0:
-            raise ValueError("storage.retries must be at least 1, and storage timeouts positive")
-        if self.addressing not in ADDRESSING_STYLES:
-            raise ValueError(f"storage.addressing is one of {', '.join(ADDRESSING_STYLES)}, not {self.addressing}")
-        if self.part_mb < MIN_PART_MB:
-            raise ValueError(f"storage.part_mb must be at least {MIN_PART_MB}, is {self.part_mb}")
+        super().__post_init__()
         if self.endpoint_url and not self.endpoint_url.startswith(("http://", "https://")):
-            raise ValueError(f"storage.endpoint_url must begin with http:// or https://, is {self.endpoint_url.rpartition('@')[2]}")
+            raise ValueError(f"endpoint_url must begin with http:// or https://, is {self.endpoint_url.rpartition('@')[2]}")
 
 
 @dataclass(frozen=True)

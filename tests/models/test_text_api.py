@@ -343,9 +343,9 @@ def test_refused_requests_do_not_count_towards_the_cap(server: Server, build: An
 
 
 def test_wrong_limits_are_named() -> None:
-    with pytest.raises(ValueError, match="cannot be negative"):
+    with pytest.raises(ValueError, match="requests_per_minute must be at least 0"):
         allowance_of(TextEncoderConfig(requests_per_minute=-1))
-    with pytest.raises(ValueError, match=r"needs text\.price_per_million_tokens"):
+    with pytest.raises(ValueError, match="needs price_per_million_tokens"):
         allowance_of(TextEncoderConfig(max_cost_usd=1, price_per_million_tokens=0))
 
 
