@@ -379,8 +379,8 @@ def test_tokens_are_counted_where_the_vocabulary_can_be_had(monkeypatch: pytest.
     counter = TokenCounter("text-embedding-3-large")
     assert counter.exact
     assert counter.count("abcde") == 3
-    assert counter.cut("abcde", 2) == "abcd"
-    assert counter.cut("映画映", 4) == "映画"  # eight bytes are two characters and two thirds of one
+    assert counter.truncate("abcde", 2) == "abcd"
+    assert counter.truncate("映画映", 4) == "映画"  # eight bytes are two characters and two thirds of one
     assert not TokenCounter("my-own-model").exact  # its vocabulary is not known
 
 
