@@ -195,8 +195,9 @@ def load_checkpoint(model_class: Any, path: Path, optional: tuple[str, ...] = ("
     mismatched = sorted(str(entry) for entry in report["mismatched_keys"])
     if missing or mismatched:
         gaps = ", ".join((missing + mismatched)[:5])
+        count = len(missing + mismatched)
         raise WeightsError(
-            f"the checkpoint {path} is incomplete for {type(model).__name__}: {len(missing + mismatched)} missing or mismatched weights ({gaps})"
+            f"the checkpoint {path} is incomplete for {type(model).__name__}: {count} weights do not fit or are missing ({gaps})"
         )
     return model.eval()
 
