@@ -147,7 +147,7 @@ def test_what_cannot_be_searched_is_said(output, tmp_path, capsys):
         (["shot=film:1", "by=video"], "the index has no video vectors, there are: all, text; build it with index.parts"),
         (["shot=film:1", "by=smell"], "by must be one of all, video, audio, text"),
         (["clip=film:5-3"], "the clip [5, 3) s is empty"),
-        (["clip=film:90-99"], "lies outside the title, which is [0, 24) s"),
+        (["clip=film:90-99"], "is outside the title, which is [0, 24) s"),
         (["clip=film:soon"], "expected TITLE:START-END in seconds"),
         (
             ["shot=film:1", "filter.titles=[series/s01e1]"],
