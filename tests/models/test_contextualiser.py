@@ -419,7 +419,7 @@ def test_missing_and_damaged_checkpoints(tmp_path: Path) -> None:
     reshaped = make_checkpoint(tmp_path / "reshaped")
     config = json.loads((reshaped / "config.json").read_text())
     (reshaped / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(weights.WeightsError, match=r"not complete for Contextualiser.*layers\.2\."):
+    with pytest.raises(weights.WeightsError, match=r"incomplete for Contextualiser.*layers\.2\."):
         TitleContextualiser(ContextualiserConfig(checkpoint=str(reshaped)))
     (reshaped / "config.json").write_text(json.dumps({**config, "fused_dim": 50}))
     with pytest.raises(weights.WeightsError, match="reshaped"):

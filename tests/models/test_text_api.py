@@ -221,7 +221,7 @@ def with_nan(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (rows(lambda values: values[:, :512]), r"shape \(512,\), not the 768 dimensions asked for.*text\.dimensions"),
+        (rows(lambda values: values[:, :512]), r"shape \(512,\), not the 768 dimensions requested.*text\.dimensions"),
         (rows(with_nan), "NaN or infinity for input 1 of 3"),
         (rows(lambda values: values[:2]), "left out 1 of 3"),
         (rows(lambda values: np.vstack([values, values[:1]])), "for input 3 of 3"),
