@@ -225,8 +225,8 @@ def _batches(texts: Sequence[str], counter: TokenCounter) -> list[tuple[list[str
 class ApiTextEncoder:
     """The text encoder of the MediaFM profile: text-embedding-3-large at 768 dimensions by default.
 
-    ``encode`` may be called from several threads, and ``encode_async`` from any event loop: all share one client, its connections, the
-    limit on concurrent requests and the cached results. A text over ``max_tokens`` is truncated, with a warning.
+    ``encode`` may be called from several threads: all share one client, its connections, the limit on concurrent requests and the cached
+    results. A text over ``max_tokens`` is truncated, with a warning.
     """
 
     def __init__(self, config: TextEncoderConfig, allowance: Allowance | None = None) -> None:
@@ -251,10 +251,6 @@ class ApiTextEncoder:
     def encode(self, texts: Sequence[str]) -> Encoded:
         """See TextEncoder. Raises ApiError if the server refuses, keeps failing or returns something else."""
         return self._run(self._encode(texts)).result()
-
-    async def encode_async(self, texts: Sequence[str]) -> Encoded:
-        """Run ``encode`` for callers with an event loop of their own."""
-        return await asyncio.wrap_future(self._run(self._encode(texts)))
 
     def close(self) -> None:
         """Close the connections. The encoder cannot be used afterwards."""

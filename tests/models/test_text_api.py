@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import email.utils
 import logging
 import time
@@ -95,17 +94,6 @@ def test_calls_at_once_share_what_is_under_way(server: Server, build: Any) -> No
         results = list(pool.map(lambda number: built.encode(["[music]", f"line {number}"]).embeddings_SD[0].tobytes(), range(4)))
     assert len(set(results)) == 1
     assert sorted(server.answered) == ["[music]", "line 0", "line 1", "line 2", "line 3"]
-
-
-def test_from_an_event_loop(server: Server, build: Any) -> None:
-    built = build()
-
-    async def both() -> list[Any]:
-        return await asyncio.gather(built.encode_async(["one"]), built.encode_async(["two"]))
-
-    one, two = asyncio.run(both())
-    assert one.embeddings_SD.tobytes() == built.encode(["one"]).embeddings_SD.tobytes()
-    assert two.present_S.tolist() == [True]
 
 
 def test_requests_keep_within_the_limits_and_are_as_few_as_these_allow(server: Server, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
