@@ -66,7 +66,7 @@ class _StandIn(Stage):
         return self.result()
 
     def result(self) -> Mapping[str, Any]:
-        """What every title gets."""
+        """Return the result of every title."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Configuration: merged in order, and every mistake named before anything starts."""
+"""Configuration: files and overrides merged in order, and errors that name the key before anything starts."""
 
 import re
 from pathlib import Path

@@ -33,7 +33,7 @@ from mediafm_ray.downstream.options import ProbesConfig
 MICRO, MACRO, TAU = "micro_average_precision", "macro_average_precision", "kendall_tau"
 CONFIDENCE = 0.95  # level of the intervals
 INNER_SHARE = 0.25  # Share of the training titles that is held out to choose the strength of the regularisation.
-MAX_ITERATIONS = 200  # of the logistic regression
+MAX_ITERATIONS = 200  # Iterations of the logistic regression.
 BLOCK_VALUES = 4_000_000  # Weights of bootstrap samples in memory at once.
 
 

@@ -61,7 +61,7 @@ class NeighbourAttentionConfig(PreTrainedConfig):
     model_type = "mediafm_neighbour_attention"
 
     fused_dim: int = 0  # D; 0 = any dimension, possible only without corrections
-    metadata_dim: int = 0  # of the dataset that it was trained on; the model does not use metadata
+    metadata_dim: int = 0  # metadata dimension of the training dataset; the model does not use metadata
     spans: dict[str, list[int]] | None = None  # [first, end) of each modality in a fused vector
     relation_size: int = 32  # width of the two networks; 0 = no networks, only the formula
     max_logit: float = MAX_LOGIT

@@ -68,7 +68,7 @@ class PixelRecipe:
     crop: tuple[int, int] | None  # (height, width) of the centre, after resizing
     resample: int  # Pillow's number of the filter
     scale: float  # factor on bytes
-    mean: tuple[float, float, float]  # of RGB, after scaling
+    mean: tuple[float, float, float]  # RGB, after scaling
     deviation: tuple[float, float, float]
 
     def resized(self, height: int, width: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import numpy as np
 MIN_AVERAGE_S = 1.0
 MAX_AVERAGE_S = 60.0
 BLINK_S = 0.25  # About the shortest fixation of the eye.
-MAX_BLINK_SHARE = 0.25  # of all shots
+MAX_BLINK_SHARE = 0.25  # share of all shots
 MIN_SHOTS = 10  # Averages and shares of fewer shots mean little.
 MIN_JUDGED_S = 300.0  # A shorter title may be one shot.
 

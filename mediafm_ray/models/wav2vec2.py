@@ -33,7 +33,7 @@ from mediafm_ray.spec import SAMPLE_RATE
 
 KINDS = ("wav2vec2", "hubert", "wavlm")  # model_type of config.json
 MIN_SAMPLES = SAMPLE_RATE // 5  # These are 9 time steps; the first norm would turn a single step into zeros.
-VARIANCE_FLOOR = 1e-7  # as in the checkpoints' feature extractor
+VARIANCE_FLOOR = 1e-7  # The checkpoints' feature extractor has the same floor.
 INT16_SCALE = 32768.0
 
 

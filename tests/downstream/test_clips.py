@@ -1,4 +1,4 @@
-"""Pooling of a clip: answers worked out by hand, and the errors."""
+"""Pooling of a clip: results computed by hand, and errors."""
 
 import numpy as np
 import pytest

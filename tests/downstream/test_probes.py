@@ -1,4 +1,4 @@
-"""Probes: what is planted is found, what is not there is chance, and the metrics are those of others."""
+"""Probes: planted labels are found, absent ones are at chance, and metrics equal those of other libraries."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Scenes: known joins are found, the optimum is the optimum, and what must not matter does not."""
+"""Scenes: known joins are found, the optimum is exact, and irrelevant changes have no effect."""
 
 import itertools
 import time

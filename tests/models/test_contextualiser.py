@@ -1,4 +1,4 @@
-"""The contextualiser: against transformers' BERT with the same weights, windows by their invariants, checkpoints whole and damaged."""
+"""The contextualiser, against transformers' BERT with the same weights; windows by their invariants; whole and damaged checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: against the reference implementation, against what its weights say of their training, and on real footage."""
+"""EfficientNet-Lite0, against the reference implementation, against statistics in its weights, and on real footage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embeddings API client, against a real HTTP server on loopback that speaks the protocol and misbehaves as told."""
+"""The embeddings API client, against a real HTTP server on loopback that misbehaves on demand."""
 
 from __future__ import annotations
 
