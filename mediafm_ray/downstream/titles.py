@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mediafm_ray.downstream.clips import pool_overlaps
-from mediafm_ray.downstream.similarity import nearest_rows
+from mediafm_ray.downstream.similarity import nearest_rows, unit_vectors
 
 BLOCK_VALUES = 4_000_000  # cosines that are in memory at once
 NOT_SPEECH = re.compile(r"\[[^\]]*\]|\([^)]*\)|[♪♫][^♪♫]*[♪♫]?|[♪♫]")  # Captions write sounds, manner and songs in this way.
@@ -48,9 +48,7 @@ def nearest_titles(vectors_TD: np.ndarray, count: int, queries: Sequence[int] | 
     ``queries`` are rows, all by default; a title is not its own neighbour. N is ``count`` or the number of other titles. The search is
     exact: O(Q T D), in blocks of queries.
     """
-    vectors_TD = np.asarray(vectors_TD, np.float32)
-    norm_T = np.linalg.norm(vectors_TD, axis=1, keepdims=True)
-    unit_TD = np.divide(vectors_TD, norm_T, out=np.zeros_like(vectors_TD), where=norm_T > 0)
+    unit_TD, _ = unit_vectors(np.asarray(vectors_TD, np.float32))
     rows_Q = np.arange(len(unit_TD)) if queries is None else np.asarray(queries, np.int64)
     count = max(0, min(count, len(unit_TD) - 1))
     return nearest_rows(unit_TD, rows_Q, count, max(1, BLOCK_VALUES // max(1, len(unit_TD))))

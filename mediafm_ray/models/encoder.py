@@ -22,6 +22,7 @@ from mediafm_ray.models.options import AudioEncoderConfig, TextEncoderConfig, Vi
 from mediafm_ray.spec import digest_of
 from mediafm_ray.text import PublicError
 
+EncoderConfig = VideoEncoderConfig | AudioEncoderConfig | TextEncoderConfig
 EFFICIENTNET_LITE0_DIM = 1280  # channels of the last convolution
 LOG_MEL_DIM = 192  # three statistics of 64 mel bands
 
@@ -133,16 +134,21 @@ TEXT_ENCODERS: Mapping[str, _Implementation] = {
     "openai": _Implementation("text_api", "ApiTextEncoder", lambda config: config.dimensions, has_weights=False, extra="openai"),
     "sentence_transformer": _Implementation("sentence", "SentenceEncoder", _hidden_size),
 }
+REGISTRIES: Mapping[type[EncoderConfig], tuple[str, Mapping[str, _Implementation]]] = {
+    VideoEncoderConfig: ("video", VIDEO_ENCODERS),
+    AudioEncoderConfig: ("audio", AUDIO_ENCODERS),
+    TextEncoderConfig: ("text", TEXT_ENCODERS),
+}
 
 
 def build_video_encoder(config: VideoEncoderConfig) -> VideoEncoder:
     """Build the configured video encoder and load its weights. Raises ValueError for an unknown name, WeightsError for bad weights."""
-    return _build("video", VIDEO_ENCODERS, config)
+    return _build(config)
 
 
 def build_audio_encoder(config: AudioEncoderConfig) -> AudioEncoder:
     """Build the configured audio encoder and load its weights. Raises ValueError for an unknown name, WeightsError for bad weights."""
-    return _build("audio", AUDIO_ENCODERS, config)
+    return _build(config)
 
 
 def build_text_encoder(config: TextEncoderConfig, allowance: Any = None) -> TextEncoder:
@@ -150,34 +156,17 @@ def build_text_encoder(config: TextEncoderConfig, allowance: Any = None) -> Text
 
     ``allowance`` (see text_api.Allowance) is shared by all API encoders of a job; other encoders ignore it.
     """
-    if config.encoder == "openai":
-        return _build("text", TEXT_ENCODERS, config, allowance)
-    return _build("text", TEXT_ENCODERS, config)
+    return _build(config, allowance) if config.encoder == "openai" else _build(config)
 
 
-def video_dim(config: VideoEncoderConfig) -> int:
-    """Return the dimension of the configured video encoder, without importing torch."""
-    return _find("video", VIDEO_ENCODERS, config.encoder).dim(config)
+def encoder_dim(config: EncoderConfig) -> int:
+    """Return the dimension of the configured encoder, without importing torch."""
+    return _find(config).dim(config)
 
 
-def audio_dim(config: AudioEncoderConfig) -> int:
-    """Return the dimension of the configured audio encoder, without importing torch."""
-    return _find("audio", AUDIO_ENCODERS, config.encoder).dim(config)
-
-
-def text_dim(config: TextEncoderConfig) -> int:
-    """Return the dimension of the configured text encoder, without importing torch."""
-    return _find("text", TEXT_ENCODERS, config.encoder).dim(config)
-
-
-def weights_digest(config: VideoEncoderConfig | AudioEncoderConfig | TextEncoderConfig) -> str:
+def weights_digest(config: EncoderConfig) -> str:
     """Return the SHA-256 of the configured weights (64 hex digits); empty without weights. Raises WeightsError if they are missing."""
-    if isinstance(config, VideoEncoderConfig):
-        implementation = _find("video", VIDEO_ENCODERS, config.encoder)
-    elif isinstance(config, AudioEncoderConfig):
-        implementation = _find("audio", AUDIO_ENCODERS, config.encoder)
-    else:
-        implementation = _find("text", TEXT_ENCODERS, config.encoder)
+    implementation = _find(config)
     if not implementation.has_weights:
         return ""
     if isinstance(config, VideoEncoderConfig) and config.temporal_weights:
@@ -185,16 +174,17 @@ def weights_digest(config: VideoEncoderConfig | AudioEncoderConfig | TextEncoder
     return weights.digest(config.weights)
 
 
-def _build(modality: str, implementations: Mapping[str, _Implementation], config: Any, *more: Any) -> Any:
-    implementation = _find(modality, implementations, config.encoder)
+def _build(config: EncoderConfig, *more: Any) -> Any:
+    implementation = _find(config)
     module = importlib.import_module(f"mediafm_ray.models.{implementation.module}")
     return getattr(module, implementation.factory)(config, *more)
 
 
-def _find(modality: str, implementations: Mapping[str, _Implementation], name: str) -> _Implementation:
-    if name not in implementations:
-        raise ValueError(f"{modality}.encoder: unknown encoder {name!r}; must be one of {', '.join(sorted(implementations))}")
-    found = implementations[name]
+def _find(config: EncoderConfig) -> _Implementation:
+    modality, implementations = REGISTRIES[type(config)]
+    if config.encoder not in implementations:
+        raise ValueError(f"{modality}.encoder: unknown encoder {config.encoder!r}; must be one of {', '.join(sorted(implementations))}")
+    found = implementations[config.encoder]
     if found.extra:
-        need(found.extra, f"{modality}.encoder={name}")
+        need(found.extra, f"{modality}.encoder={config.encoder}")
     return found

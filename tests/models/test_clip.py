@@ -120,7 +120,7 @@ def test_embeddings_agree_with_the_plain_transformers_loop(folders: dict[str, Pa
             features = model.get_image_features(pixel_values=pixels.float())
         expected.append(getattr(features, "pooler_output", features).mean(dim=0).numpy())
     built = build(folders[name])
-    assert built.dim == encoder.video_dim(VideoEncoderConfig(encoder="clip", weights=str(folders[name]))) == 768
+    assert built.dim == encoder.encoder_dim(VideoEncoderConfig(encoder="clip", weights=str(folders[name]))) == 768
     ours = built.encode(shots).embeddings_SD
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
@@ -211,7 +211,7 @@ def test_wrong_weights_and_options_are_named(folders: dict[str, Path], tmp_path:
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, is 'half'"):
         build(folders["clip"], precision="half")
     with pytest.raises(weights.WeightsError, match="gives no"):
-        encoder.video_dim(VideoEncoderConfig(encoder="clip", weights=str(tmp_path / "bert")))
+        encoder.encoder_dim(VideoEncoderConfig(encoder="clip", weights=str(tmp_path / "bert")))
     with pytest.raises(ValueError, match=r"frame of shot 1 .*is not a JPEG"):
         build(folders["clip"]).encode([[jpeg(0)], [b"no picture"]])
 

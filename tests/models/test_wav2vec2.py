@@ -156,7 +156,7 @@ def test_hubert_is_read_too(tmp_path: Path) -> None:
     tiny.make_wav2vec2(tmp_path / "other")
     (tmp_path / "preprocessor_config.json").write_bytes((tmp_path / "other" / "preprocessor_config.json").read_bytes())
     config = AudioEncoderConfig(encoder="wav2vec2", weights=str(tmp_path))
-    assert encoder.audio_dim(config) == build(tmp_path).dim == 48
+    assert encoder.encoder_dim(config) == build(tmp_path).dim == 48
     ours = build(tmp_path).encode([sound(1, 8000).tobytes()]).embeddings_SD[0]
     np.testing.assert_allclose(ours, reference(tmp_path, sound(1, 8000)), rtol=1e-3, atol=1e-4)
 
