@@ -1,10 +1,10 @@
-"""How far a clip in context is from the same clip alone, by its length.
+"""Benchmark of the difference between a clip in context and the same clip alone, by length of the clip.
 
     python -m benchmarks.clips OUTPUT CHECKPOINT [--clips 50] [--version VERSION]
 
 OUTPUT is that of jobs.embed_catalog, CHECKPOINT a contextualiser's folder. Clips are runs of 1, 2, 4, ... shots at random places of random
-titles; a row gives the median cosine between both vectors of a clip and its 5th and 95th percentile. A model that reads no context, or a
-clip that is its whole title, gives 1.
+titles; a row gives the median cosine between both vectors of a clip and its 5th and 95th percentile. A model without context, or a clip
+of a whole title, gives 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEED = 0
 
 
 def main() -> None:
-    """Draw the clips, embed each both ways, print a row a length."""
+    """Draw the clips, embed each in both ways, print a row for each length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output")
     parser.add_argument("checkpoint")
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def draw(times: list[tuple[str, np.ndarray, np.ndarray]], length: int, count: int) -> pa.Table:
-    """Different runs of so many shots, at most ``count``, drawn from all that there are."""
+    """Draw at most ``count`` different runs of a number of shots."""
     places = [(title, first) for title, (_, start_S, _) in enumerate(times) for first in range(len(start_S) - length + 1)]
     chosen = np.random.default_rng(SEED).permutation(len(places))[:count]
     rows = []

@@ -1,11 +1,11 @@
-"""Contextualising stored titles beside only reading them: where the time goes. On a GPU: --device cuda.
+"""Benchmark of contextualising stored titles, compared with only reading them. On a GPU: --device cuda.
 
     python -m benchmarks.contextualise [--titles 60] [--shots 700] [--rounds 2] [--full-titles 6] [--device cpu] [--folder FOLDER]
 
-Titles of random unit vectors (2304 numbers a shot) are committed as the job would. Then, in turn, each from the page cache: reading
-them all as the job reads them (the same threads, nothing computed); writing as many objects; the job's stage in this process, without
-Ray, with a small model (2 layers x 64); the whole job with that model, its wall time less that of a run over one title, which is its start
-and stop. Last, fewer titles with the full model (12 layers x 768).
+Titles of random unit vectors (2304 numbers per shot) are committed as the job does. Then these are timed in turn, from the page cache:
+reading all titles as the job reads them (the same threads, nothing computed); writing as many objects; the job's stage in this process,
+without Ray, with a small model (2 layers x 64); the whole job with that model, less the wall time of a run over one title, which is its
+start and stop. Finally, fewer titles with the full model (12 layers x 768).
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def commit_random(output: Path, number: int, shots: int) -> None:
 
 
 def compare(output: Path, checkpoint: Path, titles: int, rounds: int, overrides: list[str]) -> None:
-    """All titles with a small model: reading, writing, the stage, the job, in turn."""
+    """Time all titles with a small model: reading, writing, the stage and the job, in turn."""
     taken: dict[str, list[float]] = defaultdict(list)
     by_stage: dict[str, float] = {}
     plan, stage = build(output, checkpoint, overrides)
-    list(stage(plan.pending.slice(0, 1)))  # warm: the first call of a model finds its kernels
+    list(stage(plan.pending.slice(0, 1)))  # Warm up: the first call of a model selects its kernels.
     for _ in range(rounds):
         taken["reading alone"].append(seconds_of(lambda: read_all(plan, output)))
         taken["writing alone"].append(seconds_of(lambda: write_all(plan, output)))
@@ -120,7 +120,7 @@ def one_full_round(output: Path, checkpoint: Path, overrides: list[str]) -> None
 
 
 def build(output: Path, checkpoint: Path, overrides: list[str]) -> tuple[Plan, ContextualiseStored]:
-    """The pending titles, and the stage as an actor of the job would have it."""
+    """Return the pending titles, and the stage as in an actor of the job."""
     config = read_config(ContextualiseCatalogConfig, [], [f"output.uri={output}", f"contextualiser.checkpoint={checkpoint}", *overrides])
     forget(output)
     plan = make_stored_plan(config)
@@ -129,14 +129,14 @@ def build(output: Path, checkpoint: Path, overrides: list[str]) -> tuple[Plan, C
 
 
 def read_all(plan: Plan, output: Path) -> None:
-    """Every title as the job reads it, none kept."""
+    """Read every title as the job does, and keep none."""
     store = Output(str(output), plan.model.dataset_version)
     with ThreadPoolExecutor(READING_THREADS) as pool:
         list(pool.map(lambda name: len(read_shots(store, name, plan.model).fused_SD), plan.pending["shots"].to_pylist()))
 
 
 def write_all(plan: Plan, output: Path) -> None:
-    """As many objects of the size that the job writes, of one title's vectors."""
+    """Write as many objects of the same size as the job, from the vectors of one title."""
     store = Output(str(output), plan.model.dataset_version)
     names = plan.pending["shots"].to_pylist()
     shots = read_shots(store, names[0], plan.model)
@@ -155,7 +155,7 @@ def forget(output: Path) -> None:
 
 
 def run_job(output: Path, checkpoint: Path, overrides: list[str]) -> tuple[float, dict[str, float]]:
-    """Wall seconds of the whole job, and the seconds of its stages."""
+    """Return the wall seconds of the whole job, and the seconds of its stages."""
     command = [
         sys.executable,
         "-m",

@@ -1,8 +1,8 @@
-"""Prints how well and how fast shots are detected, beside the published package on the same frames of the same run.
+"""Benchmark of the quality and speed of shot detection, compared with the published package on the same frames.
 
     python -m benchmarks.detection FOLDER [--speed-only] [--quality-only]
 
-FOLDER holds clips/truth.json and edits/truth.json with the clips that they name beside them. Two transitions match, one to one and in
+FOLDER has clips/truth.json and edits/truth.json, and the clips that they name beside them. Two transitions match, one to one and in
 order, when they come within TOLERANCE frames, as in the evaluation of TransNet V2's authors. Ours counts only at the frame where the new
 shot starts, whatever extent it is given. The published package runs in a process of its own: its constructor changes torch's global state.
 """
@@ -82,7 +82,7 @@ def read_clips(folder: Path) -> list[Clip]:
 
 
 def decode(clip: Clip) -> np.ndarray:
-    """(T, 27, 48, 3) uint8 RGB, scaled as the published package does it."""
+    """Return (T, 27, 48, 3) uint8 RGB, scaled as in the published package."""
     with av.open(str(clip.path)) as container:
         stream = container.streams.video[clip.stream]
         return np.stack([frame.reformat(48, 27, "rgb24", interpolation="BICUBIC").to_ndarray() for frame in container.decode(stream)])
@@ -92,7 +92,7 @@ def decode(clip: Clip) -> np.ndarray:
 
 
 def match(truth: Sequence[tuple[str, int, int]], found: list[Interval]) -> tuple[Counter[str], Counter[str], list[Interval]]:
-    """Truth found and missed, by kind, and what was found but is not true."""
+    """True transitions found and missed, by kind, and false ones."""
     half = TOLERANCE / 2
     # An interval between frames a and b spans a + 0.5 ... b - 0.5; both sides are widened by half the tolerance.
     found_kinds: Counter[str] = Counter()
@@ -114,14 +114,14 @@ def match(truth: Sequence[tuple[str, int, int]], found: list[Interval]) -> tuple
 
 
 def reference_rule(one_hot_T: np.ndarray) -> list[Interval]:
-    """The published rule: a run of frames above 0.5 is a transition, unless it touches an end of the title."""
+    """Apply the published rule: a run of frames above 0.5 is a transition, unless it touches an end of the title."""
     above = np.concatenate([[False], one_hot_T > 0.5, [False]])
     begins, ends = np.flatnonzero(~above[:-1] & above[1:]), np.flatnonzero(above[:-1] & ~above[1:])
     return [(int(begin), int(end)) for begin, end in zip(begins, ends, strict=True) if begin > 0 and end < len(one_hot_T)]
 
 
 def by_length(intervals: list[Interval]) -> list[tuple[str, Interval]]:
-    """The published rule does not name kinds: what it takes for longer than two frames is gradual."""
+    """Return the kind of a transition of the published rule, which has none: more than two frames are gradual."""
     return [("gradual" if end - begin > 2 else "cut", (begin, end)) for begin, end in intervals]
 
 
@@ -134,7 +134,7 @@ def f1(found: int, missed: int, false: int) -> str:
 
 
 def print_quality(name: str, found_in: dict[Clip, list[tuple[str, Interval]]]) -> None:
-    """One row a group. A false transition counts against the kind that it was taken for."""
+    """Print one row per group. A false transition counts against its detected kind."""
     for group in ("edits", "clips"):
         hits: Counter[str] = Counter()
         misses: Counter[str] = Counter()
@@ -157,7 +157,7 @@ def print_quality(name: str, found_in: dict[Clip, list[tuple[str, Interval]]]) -
 
 
 class Reference:
-    """The published package at work in its own process."""
+    """The published package in a process of its own."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -166,7 +166,7 @@ class Reference:
         )
 
     def predict(self, frames_THWC: np.ndarray) -> tuple[np.ndarray, float]:
-        """(2, T) probabilities and the seconds that predict_frames took."""
+        """Return (2, T) probabilities and the seconds of predict_frames."""
         source, target = self._folder / "frames.npy", self._folder / "predictions.npy"
         np.save(source, frames_THWC)
         assert self._process.stdin is not None
@@ -191,7 +191,7 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def matmul_gflops() -> float:
-    """The processor's bfloat16 rate in a large matrix product on THREADS threads."""
+    """Measure the CPU's bfloat16 rate in a large matrix product on THREADS threads."""
     a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)

@@ -1,10 +1,10 @@
-"""How fast the MediaFM encoders are on a CPU, beside the plain transformers loop on the same machine. Imports no ray and no av.
+"""Benchmark of the MediaFM encoders on a CPU, compared with a plain transformers loop. Imports no ray and no av.
 
     python -m benchmarks.encoders [--frames 8] [--audio-seconds 40]
 
 Weights are random, in the full architectures of CLIP ViT-L/14 and wav2vec2-base: the arithmetic is that of the published ones. A
-"plain loop" calls the checkpoint's own processor and the float32 model, one shot after the other. Rounds of both alternate, and
-the median round counts. Share of matmul: the network's multiply-adds a second against a large square product in the same precision.
+"plain loop" calls the checkpoint's own processor and the float32 model, one shot after the other. Rounds of both alternate, and the
+median round counts. Share of matmul: multiply-adds per second of the network, over those of a large square product in that precision.
 For a GPU see benchmarks.gpu.
 """
 
@@ -91,7 +91,7 @@ def measure_audio(folder: Path, seconds: float, rounds: int, rate: float) -> Non
 
 
 def save_clip(folder: Path, shape: dict[str, Any]) -> None:
-    """A CLIP image tower with random weights, and how its pixels are prepared."""
+    """Write a CLIP image tower with random weights, and its preprocessor config."""
     save_seeded(folder, lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**shape)))
     write_json(folder / "preprocessor_config.json", {**CLIP_PIXELS, "size": shape["image_size"], "crop_size": shape["image_size"]})
 
@@ -102,7 +102,7 @@ def save_wav2vec2(folder: Path, shape: Wav2Vec2Config) -> None:
 
 
 class PlainClip:
-    """The plain loop: Pillow, the checkpoint's processor and the float32 model, shot by shot."""
+    """Run the plain loop: Pillow, the checkpoint's processor and the float32 model, shot by shot."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.device = device
@@ -124,7 +124,7 @@ class PlainClip:
 
 
 class PlainWav2Vec2:
-    """The plain loop: the checkpoint's feature extractor and the float32 model, sound by sound."""
+    """Run the plain loop: the checkpoint's feature extractor and the float32 model, sound by sound."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.device = device
@@ -142,7 +142,7 @@ class PlainWav2Vec2:
 
 
 def flops_of_a_second(folder: Path, device: str) -> float:
-    """Floating-point operations of a wav2vec2 checkpoint for a second of an average shot."""
+    """Return the floating-point operations of a wav2vec2 checkpoint per second of an average shot."""
     with quiet_transformers():
         counted = Wav2Vec2Model.from_pretrained(folder).eval().to(device)
     remove_parametrizations(counted.encoder.pos_conv_embed.conv, "weight")  # the counter cannot look through them
@@ -150,7 +150,7 @@ def flops_of_a_second(folder: Path, device: str) -> float:
 
 
 def jpegs(count: int) -> list[bytes]:
-    """Different pictures of the size of a sampled frame."""
+    """Return different pictures of the size of a sampled frame."""
     height, width = FRAME_SIZE
     encoded = []
     for seed in range(count):
@@ -166,7 +166,7 @@ def shots_of(frames: Sequence[bytes]) -> list[Sequence[bytes]]:
 
 
 def random_sounds(count: int) -> list[np.ndarray]:
-    """Noise, from 1 s to 9 s, 5 s on average: int16 samples."""
+    """Return noise of 1 s to 9 s, 5 s on average, as int16 samples."""
     lengths = np.random.default_rng(0).uniform(1, 2 * SHOT_SECONDS - 1, size=count)
     return [
         (np.random.default_rng(seed).normal(size=round(length * SAMPLE_RATE)) * 3000).astype("<i2") for seed, length in enumerate(lengths)
@@ -177,7 +177,7 @@ def random_sounds(count: int) -> list[np.ndarray]:
 
 
 def report(name: str, unit: str, amount: float, measured: tuple[float, float, float], flops: float, rate: float, hours: float) -> None:
-    """``flops`` are of one unit; ``hours`` is the length of video that one unit stands for, in seconds."""
+    """Print a row. ``flops`` are of one unit; ``hours`` is the length of video per unit, in seconds."""
     ours_s, plain_s, cosine = measured
     speed = amount / ours_s
     print(
@@ -187,7 +187,7 @@ def report(name: str, unit: str, amount: float, measured: tuple[float, float, fl
 
 
 def timed(ours: Callable[[], np.ndarray], plain: Callable[[], np.ndarray], rounds: int) -> tuple[float, float, float]:
-    """Median seconds of both, alternating after one round to warm up, and the least cosine between their embeddings."""
+    """Return the median seconds of both, alternating after a warm-up round, and the minimum cosine of their embeddings."""
     cosine = least_cosine(ours(), plain())
     taken: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
@@ -199,14 +199,14 @@ def timed(ours: Callable[[], np.ndarray], plain: Callable[[], np.ndarray], round
 
 
 def least_cosine(first_SD: np.ndarray, second_SD: np.ndarray) -> float:
-    """Over rows; summed in float64."""
+    """Return the cosines of rows, summed in float64."""
     first_SD, second_SD = first_SD.astype(np.float64), second_SD.astype(np.float64)
     lengths_S = np.linalg.norm(first_SD, axis=1) * np.linalg.norm(second_SD, axis=1)
     return float(((first_SD * second_SD).sum(axis=1) / lengths_S).min())
 
 
 def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
-    """Floating-point operations a second of a square product: the best of several."""
+    """Return the floating-point operations per second of a square product, the best of several."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     products = 1 if device == "cpu" else 5
     best = 0.0
@@ -226,7 +226,7 @@ def synchronize(device: str) -> None:
 
 
 def count_flops(call: Callable[[], Any]) -> float:
-    """Floating-point operations of the matrix products and convolutions of one call."""
+    """Return the floating-point operations of the matrix products and convolutions of one call."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""Films with known scenes, places and cut-aways, put together from real takes: what the benchmark of context measures on.
+"""Films with known scenes, places and cut-aways, assembled from real takes, for the benchmark of context.
 
 A source video is cut into its shots; a long enough shot is a place. A place is seen through several views (crops at several scales, one of
 them mirrored, with their own brightness and colour) and at several moments, each with the sound of that moment: a take is one view of one

@@ -1,10 +1,10 @@
-"""Prints what fusing does to retrieval: how much each modality decides about a shot's nearest neighbours.
+"""Benchmark of fusion in retrieval: the influence of each modality on a shot's nearest neighbours.
 
     python -m benchmarks.fusion OUTPUT [--version V]
 
-OUTPUT is what jobs.embed_catalog wrote, of any profile. From it the encoders' own vectors are recovered, fused again with each
-``fusion.modality_norm``, and compared: the norms that the encoders give, the share of each modality in a fused vector's squared norm,
-and the overlap of a shot's nearest neighbours in the fused space with those that a modality alone would give. Neighbours are other
+OUTPUT was written by jobs.embed_catalog, with any profile. The encoders' own vectors are recovered from it, fused again with each
+``fusion.modality_norm``, and compared: the norms of the encoders, the share of each modality in a fused vector's squared norm, and the
+overlap of a shot's nearest neighbours in the fused space with those of a single modality. Neighbours are other
 titles' shots, and only shots that have the modality count.
 """
 
@@ -23,7 +23,7 @@ NEIGHBOURS = 10
 
 
 def main() -> None:
-    """Read, fuse in each way, print."""
+    """Read the vectors, fuse them in each way, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="output of jobs.embed_catalog")
     parser.add_argument("--version", help="dataset version, where there are several")
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _overlap(one_SD: np.ndarray, other_SD: np.ndarray, titles_S: np.ndarray) -> tuple[float, float]:
-    """Mean share of a shot's nearest neighbours that two spaces agree on, and what random neighbours would give."""
+    """Return the mean share of a shot's nearest neighbours that two spaces have in common, and that of random neighbours."""
     if len(titles_S) <= NEIGHBOURS:
         return float("nan"), float("nan")
     nearest = [_neighbours(vectors_SD, titles_S) for vectors_SD in (one_SD, other_SD)]
@@ -57,7 +57,7 @@ def _overlap(one_SD: np.ndarray, other_SD: np.ndarray, titles_S: np.ndarray) -> 
 
 
 def _neighbours(vectors_SD: np.ndarray, titles_S: np.ndarray) -> np.ndarray:
-    """(S, NEIGHBOURS): the shots of other titles with the largest cosine."""
+    """Return (S, NEIGHBOURS), the shots of other titles with the largest cosine."""
     unit_SD = vectors_SD / np.maximum(_norms(vectors_SD), 1e-12)[:, None]
     cosine_SS = unit_SD @ unit_SD.T
     cosine_SS[titles_S[:, None] == titles_S[None]] = -np.inf

@@ -1,4 +1,4 @@
-"""Does a contextualiser learn anything: the cosine at masked shots of held-out titles, beside guesses that learn nothing. Imports no ray.
+"""Benchmark of masked shot modelling: the cosine at masked shots of held-out titles, compared with baselines. Imports no ray.
 
     python -m benchmarks.msm                                           # titles made from random places and voices
     python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri=CLIPS output.uri=EMBEDDINGS
@@ -9,9 +9,9 @@ shot), each with a voice and a usual length of its own; places come back, and tw
 shot's vector are drawn around those of its side, voice and topic, with noise; a title's metadata vector is a noisy image of its
 places. Held-out titles have places, voices and topics of their own: nothing in them was seen in training.
 
-oracle: who knows the side, voice and topic of the hidden shot, without the noise. Nobody can do better; nobody is told so much.
-mean vector: of all shots that were trained on. title mean, nearest shot, interpolation: of the shots of the window that are not hidden.
-AdamW alone learns at 1e-3, the best for it of 1e-3, 2e-3 and 5e-3 on random titles.
+oracle: a prediction from the side, voice and topic of the hidden shot, without the noise: an upper bound that no model can reach.
+mean vector: the mean of all training shots. title mean, nearest shot, interpolation: from the visible shots of the window.
+AdamW alone has the learning rate 1e-3, the best of 1e-3, 2e-3 and 5e-3 on random titles.
 Figures are means over the masked shots of a title, then over titles; intervals are 95 % of a bootstrap over held-out titles, of the mean
 over seeds. Real titles, where there are any, are never trained on.
 """
@@ -94,13 +94,13 @@ def main() -> None:
 
 
 def report_baselines(catalog: Catalog) -> None:
-    """The guesses that learn nothing, and the oracle."""
+    """The baselines and the oracle."""
     for name, scores in catalog.baselines(catalog.made).items():
         print(f"{name:24} {interval(scores)}")
 
 
 def report_differences(catalog: Catalog, found: Mapping[str, np.ndarray]) -> None:
-    """How far the model is from each other row, title by title."""
+    """Return the difference of the model from each other row, for each title."""
     model = found["Muon + AdamW"]
     print("\nMuon + AdamW, minus, on the same masked shots of made titles:")
     for name, scores in {**catalog.baselines(catalog.made), **found}.items():
@@ -114,7 +114,7 @@ def report_differences(catalog: Catalog, found: Mapping[str, np.ndarray]) -> Non
 
 
 def interval(scores: np.ndarray, sign: str = "") -> str:
-    """The mean over titles with its 95 % bootstrap interval."""
+    """Return the mean over titles with its 95 % bootstrap interval."""
     random = np.random.default_rng(0)
     means = scores[random.integers(0, len(scores), (BOOTSTRAPS, len(scores)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -126,27 +126,27 @@ def interval(scores: np.ndarray, sign: str = "") -> str:
 
 @dataclass(frozen=True, eq=False)
 class Population:
-    """What the vectors of one modality look like: a normal distribution in the directions in which they differ most."""
+    """The distribution of the vectors of one modality: normal, in the directions of largest variance."""
 
     mean_D: np.ndarray
     directions_RD: np.ndarray  # rows scaled by the standard deviation along them
 
     @classmethod
     def of(cls, vectors_SD: np.ndarray) -> Population:
-        """Fitted to vectors."""
+        """Fit the distribution to vectors."""
         mean_D = vectors_SD.mean(axis=0)
         _, values_R, rows_RD = np.linalg.svd(vectors_SD - mean_D, full_matrices=False)
         scaled_RD = rows_RD * (values_R / np.sqrt(max(1, len(vectors_SD) - 1)))[:, None]
         return cls(mean_D, scaled_RD[:SPECTRUM])
 
     def vectors(self, latent_SR: np.ndarray) -> np.ndarray:
-        """Latents of unit variance as vectors."""
+        """Map latents of unit variance to vectors."""
         return self.mean_D + latent_SR[..., : len(self.directions_RD)] @ self.directions_RD
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """Where titles are drawn from."""
+    """The distribution of titles."""
 
     name: str
     populations: Mapping[str, Population]
@@ -156,7 +156,7 @@ class World:
 
     @classmethod
     def random(cls) -> World:
-        """Places and voices in random directions of falling weight."""
+        """Return a distribution of places and voices in random directions of decreasing weight."""
         random = np.random.default_rng(11)
         populations = {}
         for name, dim in RANDOM_DIMS.items():
@@ -167,7 +167,7 @@ class World:
 
     @classmethod
     def of_real_shots(cls, uri: str) -> World:
-        """Places and voices as various as the parts of real shots."""
+        """Return a distribution of places and voices with the variance of real shots."""
         from mediafm_ray.pipeline.training.titles import StoredTitles, list_titles
         from mediafm_ray.storage.dataset import EmbeddingDataset
         from mediafm_ray.storage.store import StorageConfig
@@ -186,7 +186,7 @@ class World:
 
 
 def make_title(world: World, index: int) -> tuple[TitleVectors, np.ndarray]:
-    """A title, and its shots as the oracle knows them: (S, D) without noise."""
+    """Draw a title, and its (S, D) shots without noise for the oracle."""
     random = np.random.default_rng([23, index])
 
     def latents(*shape: int) -> np.ndarray:
@@ -220,7 +220,7 @@ def make_title(world: World, index: int) -> tuple[TitleVectors, np.ndarray]:
 
 
 def _scenes(random: np.random.Generator, places: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(S,) place and (S,) side of every shot."""
+    """Draw the (S,) place and the (S,) side of every shot."""
     place_of: list[int] = []
     side_of: list[int] = []
     here = int(random.integers(places))
@@ -257,14 +257,14 @@ class Catalog:
         return self.titles[index]
 
     def scores(self, windows: Sequence[Window], predicted: Iterable[np.ndarray]) -> np.ndarray:
-        """(titles,) mean cosine at the masked shots of each, of (K, D) predictions of each."""
+        """Return the (titles,) mean cosines at masked shots, from (K, D) predictions of each title."""
         pairs = zip(windows, predicted, strict=True)
         return np.array(
             [cosines(predicted_KD, window.title.fused_SD[window.shots][window.masked_S]).mean() for window, predicted_KD in pairs]
         )
 
     def baselines(self, windows: list[Window]) -> dict[str, np.ndarray]:
-        """The scores of everything that learns nothing from other titles' order, and of the oracle for made titles."""
+        """Return the scores of the baselines, and of the oracle for generated titles."""
         found = {"mean vector": self.scores(windows, (np.tile(self.mean_D, (window.masked_S.sum(), 1)) for window in windows))}
         for name in BASELINES:
             guesses = [guess(name, window.title.fused_SD[window.shots], window.masked_S) for window in windows]
@@ -276,7 +276,7 @@ class Catalog:
 
 
 class WithoutMetadata:
-    """The same catalog, and no title has a metadata embedding: [GLOBAL] is the learned stand-in."""
+    """Return the same titles without metadata embeddings: [GLOBAL] is the learned vector."""
 
     def __init__(self, catalog: Catalog):
         self.catalog = catalog
@@ -288,7 +288,7 @@ class WithoutMetadata:
 
 
 class Nobody:
-    """A recorder that keeps nothing: the figures are taken from the model at the end, whatever it did in between."""
+    """A recorder that keeps nothing, because only the model of the last step is evaluated."""
 
     def row(self, row: Mapping[str, float]) -> None: ...
 
@@ -298,7 +298,7 @@ class Nobody:
 
 
 def train(catalog: Catalog, shape: ShapeConfig, config: TrainingConfig, with_metadata: bool) -> Contextualiser:
-    """The model after the last step."""
+    """Train and return the model of the last step."""
     titles: Any = catalog if with_metadata else WithoutMetadata(catalog)
     model = new_model(shape, catalog.fused_dim, catalog.metadata_dim, "", config.seed)
     Trainer(model, titles, config).train(Nobody())
@@ -307,7 +307,7 @@ def train(catalog: Catalog, shape: ShapeConfig, config: TrainingConfig, with_met
 
 @torch.no_grad()
 def predictions(model: Contextualiser, windows: Sequence[Window], with_metadata: bool) -> list[np.ndarray]:
-    """(K, D) predictions of each window's masked shots."""
+    """Return (K, D) predictions of each window's masked shots."""
     found = []
     for window in windows:
         batch = collate([window], model.config.metadata_dim)

@@ -1,4 +1,4 @@
-"""Seeded mutations of real videos, each read by the isolated reader: what came of them, and why.
+"""Benchmark of robustness: outcomes of the isolated reader on seeded mutations of real videos.
 
     python -m benchmarks.mutations FOLDER [FOLDER ...] [--mutations 500] [--seed 1] [--max-mb 3]
 
@@ -33,7 +33,7 @@ MUTATIONS = ("flipped", "cut off", "cut out", "inserted", "doubled", "zeroed")
 
 
 class OneShot:
-    """A detector that finds no cut: reading is what is tried here."""
+    """A detector that finds no cut, because only reading is tested."""
 
     def __init__(self) -> None:
         self.frames = 0
@@ -47,7 +47,7 @@ class OneShot:
 
 
 def mutated(content: bytes, kind: str, chance: random.Random) -> bytes:
-    """Content with one to eight places mutated in one way; cut off once."""
+    """Return content with one to eight places mutated in one way, or truncated."""
     data = bytearray(content)
     for _ in range(1 if kind == "cut off" else chance.choice((1, 1, 2, 4, 8))):
         position = chance.randrange(min(len(data), 4096) if chance.random() < 0.5 else len(data))
@@ -72,7 +72,7 @@ def mutated(content: bytes, kind: str, chance: random.Random) -> bytes:
 
 
 def reason_of(error: str, name: str) -> str:
-    """A reason without what differs from file to file."""
+    """Return a reason without the parts that differ between files."""
     words = re.sub(r"\(.*", "", error.replace(name, "the file"))
     return re.sub(r"\d[\d.,x]*", "N", words).strip()[:100]
 

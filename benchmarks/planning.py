@@ -1,4 +1,4 @@
-"""What it costs the driver to plan a night: a catalog of 100,000 titles against a listing of 100,000 objects.
+"""Benchmark of planning on the driver: a catalog of 100,000 titles against a listing of 100,000 objects.
 
     python -m benchmarks.planning [--titles 100000] [--kinds local s3]
 
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def measure(overrides: list[str]) -> dict[str, float]:
-    """Seconds and peak memory of one plan."""
+    """Return the seconds and peak memory of one plan."""
     config = read_config(EmbedCatalogConfig, [], overrides)
     before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     start, start_cpu = time.perf_counter(), time.process_time()
@@ -96,7 +96,7 @@ def measure(overrides: list[str]) -> dict[str, float]:
 
 
 def rows(titles: int) -> list[dict[str, object]]:
-    """A catalog's rows: a folder for each title, as catalogs have them."""
+    """Return the rows of a catalog with a folder for each title."""
     return [
         {"title_id": f"tt{number:07d}", "video": f"videos/tt{number:07d}/main.mp4", "synopsis": "A night in the city.", "tags": ["drama"]}
         for number in range(titles)
@@ -104,20 +104,20 @@ def rows(titles: int) -> list[dict[str, object]]:
 
 
 def table(titles: int) -> bytes:
-    """The catalog as Parquet."""
+    """Write the catalog as Parquet."""
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows(titles)), sink)
     return sink.getvalue()
 
 
 def committed(number: int, titles: int, title_id: str, source: str) -> str:
-    """The name of the object that the output has of a title: of its source, or of an older one."""
+    """Return the name of a title's object in the output, of its source or of an older one."""
     return object_name(SHOTS, title_id, source if number < titles * COMMITTED else "f" * 16)
 
 
 @contextmanager
 def local(folder: Path, titles: int, version: str) -> Iterator[list[str]]:
-    """Everything as files."""
+    """Write everything as files."""
     (folder / "catalog.parquet").write_bytes(table(titles))
     for number, row in enumerate(rows(titles)):
         video = folder / str(row["video"])
@@ -135,7 +135,7 @@ def local(folder: Path, titles: int, version: str) -> Iterator[list[str]]:
 
 @contextmanager
 def bucket(folder: Path, titles: int, version: str) -> Iterator[list[str]]:
-    """Everything as keys of a listing."""
+    """Return everything as keys of a listing."""
     keys = ["catalog.parquet"]
     for number, row in enumerate(rows(titles)):
         uri, title_id = f"s3://bucket/{row['video']}", str(row["title_id"])
@@ -150,7 +150,7 @@ def bucket(folder: Path, titles: int, version: str) -> Iterator[list[str]]:
 
 
 class Listing(http.server.BaseHTTPRequestHandler):
-    """A bucket that can be listed, in pages, with prefix, delimiter, start and continuation; and holds one object."""
+    """A bucket with one object and paged listings with prefix, delimiter, start and continuation."""
 
     protocol_version = "HTTP/1.1"
     keys: list[str]

@@ -1,4 +1,4 @@
-"""Prints what probes reach on labels that names of titles give: which shots belong to a film of a kind.
+"""Benchmark of probes on labels from names of titles: shots of films of one kind.
 
     python -m benchmarks.probes OUTPUT --label animated=bbb,sintel,chrome --label speech=atul,friday [key=value ...]
 
@@ -27,7 +27,7 @@ from mediafm_ray.storage.dataset import EmbeddingDataset
 
 
 def main() -> int:
-    """Label the shots, run the job."""
+    """Label the shots and run the job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="output of jobs.embed_catalog")
     parser.add_argument("--version", help="dataset version, where there are several")
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def label_shots(dataset: EmbeddingDataset, words: dict[str, tuple[str, ...]], only: str) -> pa.Table:
-    """A clip a shot of the titles whose ids begin with ``only``, its film, and the labels."""
+    """Return a clip for each shot of the titles whose ids begin with ``only``, with its film and labels."""
     shots = dataset.dataset().to_table(columns=["title_id", "start_s", "end_s"])
     shots = shots.filter(pc.starts_with(shots["title_id"], only))
     titles = shots["title_id"].to_pylist()

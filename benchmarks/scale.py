@@ -1,4 +1,4 @@
-"""What a title costs the driver, whatever its stages do: the real graph over 20,000 titles with stand-ins for the stages that compute.
+"""Benchmark of the driver's cost per title: the real graph over 20,000 titles with stand-ins for the stages that compute.
 
     python -m benchmarks.scale [--titles 20000] [--kill]     a catalog through the job: driver seconds a title, memory over time
     python -m benchmarks.scale --nodes [--titles 150]         one simulated node against two, stage times simulated by sleeping
@@ -56,7 +56,7 @@ SHOT = {
 
 
 class _StandIn(Stage):
-    """A stage that does nothing, at once or after a nap."""
+    """A stage that does nothing, immediately or after a sleep."""
 
     def __init__(self, *arguments: Any):
         self.nap_s = NAPS[self.name] if os.environ.get("BENCHMARK_NAPS") else 0.0
@@ -66,7 +66,7 @@ class _StandIn(Stage):
         return self.result()
 
     def result(self) -> Mapping[str, Any]:
-        """What every title gets."""
+        """Return the result of every title."""
         raise NotImplementedError
 
 
@@ -101,21 +101,21 @@ class _NoEncoder(_StandIn):
 
 
 class NoVideo(_NoEncoder):
-    """In the place of EncodeVideo."""
+    """A stand-in for EncodeVideo."""
 
     name, modality = "encode_video", "video"
     takes = drops = ("frames",)
 
 
 class NoAudio(_NoEncoder):
-    """In the place of EncodeAudio."""
+    """A stand-in for EncodeAudio."""
 
     name, modality = "encode_audio", "audio"
     takes = drops = ("audio",)
 
 
 class NoText(_NoEncoder):
-    """In the place of EncodeText."""
+    """A stand-in for EncodeText."""
 
     name, modality = "encode_text", "text"
     takes = ("shots", "synopsis", "tags")
@@ -130,7 +130,7 @@ class NoText(_NoEncoder):
 
 
 def main() -> None:
-    """Run what the command line asks for, print the table."""
+    """Run the benchmark of the command line, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--titles", type=int, default=0, help="20,000, or 150 with --nodes")
     parser.add_argument("--kill", action="store_true", help="kill the driver in the middle, and run again")
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def run_job(catalog: str, output: str, overrides: list[str]) -> None:
-    """The job of jobs.embed_catalog with stand-ins; memory and driver time as JSON lines on standard error."""
+    """Run jobs.embed_catalog with stand-ins; print memory and driver time as JSON lines on standard error."""
     from mediafm_ray.pipeline import graph
     from mediafm_ray.pipeline.cluster import connected
     from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps
@@ -186,7 +186,7 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
 
 
 def timed(blocks: Iterator[pa.Table], begun: float) -> Iterator[pa.Table]:
-    """The blocks, one of each title; the moment when the first came is said, and in the end those of all."""
+    """Yield the blocks, one for each title; report the time of the first one, and at the end those of all."""
     moments = []
     for block in blocks:
         moments.append(round(time.monotonic() - begun, 2))
@@ -198,7 +198,7 @@ def timed(blocks: Iterator[pa.Table], begun: float) -> Iterator[pa.Table]:
 
 @contextmanager
 def sampled(tally: Any, begun: float) -> Iterator[None]:
-    """Memory of the driver and of the object store, said every two seconds."""
+    """Report the memory of the driver and of the object store every two seconds."""
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
@@ -229,13 +229,13 @@ def sampled(tally: Any, begun: float) -> Iterator[None]:
 
 
 def resident_mb() -> float:
-    """Resident memory of this process that is its own."""
+    """Return the private resident memory of this process."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return (int(fields["RssAnon"].split()[0])) / 1e3
 
 
 def say(sample: Mapping[str, Any]) -> None:
-    """One JSON line for the benchmark's own eyes."""
+    """Print one JSON line for the benchmark itself."""
     print(json.dumps(sample), file=sys.stderr, flush=True)
 
 
@@ -243,7 +243,7 @@ def say(sample: Mapping[str, Any]) -> None:
 
 
 def make_catalog(folder: Path, titles: int) -> Path:
-    """Tiny files: nobody opens them."""
+    """Write tiny files, which are never opened."""
     videos = folder / "videos"
     for number in range(titles):
         path = videos / f"{number % 100:02d}" / f"title{number:06d}.mp4"
@@ -253,17 +253,17 @@ def make_catalog(folder: Path, titles: int) -> Path:
 
 
 def job_command(catalog: Path, output: Path, overrides: list[str]) -> list[str]:
-    """The job in a process of its own."""
+    """Run the job in a process of its own."""
     return [sys.executable, "-m", "benchmarks.scale", "--job", str(catalog), str(output), *overrides]
 
 
 def committed(output: Path) -> int:
-    """Titles that are there."""
+    """Return the number of committed titles."""
     return sum(len(list(os.scandir(shard))) for shard in output.glob("*/shots/*"))
 
 
 def run_catalog(folder: Path, titles: int, kill: bool, overrides: list[str]) -> None:
-    """A catalog through the job, killed in the middle or not."""
+    """Run a catalog through the job, killed in the middle or not."""
     catalog, output = make_catalog(folder, titles), folder / "out"
     kept = folder / "samples.jsonl"
     done_before = 0
@@ -296,7 +296,7 @@ def run_catalog(folder: Path, titles: int, kill: bool, overrides: list[str]) -> 
 
 
 def table(kept: Path) -> dict[str, float]:
-    """Print the samples of a run, ten of them; what it said once."""
+    """Print ten samples of a run, and its single reports."""
     samples, facts = [], {}
     for line in kept.read_text().splitlines():
         if line.startswith("{"):
@@ -321,7 +321,7 @@ def table(kept: Path) -> dict[str, float]:
 
 
 def compare_nodes(folder: Path, titles: int) -> None:
-    """The same catalog on a cluster of one simulated node and of two, in turn.
+    """Run the same catalog on clusters of one and of two simulated nodes, alternately.
 
     What counts is the time between two titles in the middle: the processes of all nodes start on the cores of this machine, and what
     that takes is no matter of nodes.
@@ -339,7 +339,7 @@ def compare_nodes(folder: Path, titles: int) -> None:
 
 
 def run_on_nodes(catalog: Path, output: Path, nodes: int) -> list[float]:
-    """The moments in seconds when titles came to their ends on a cluster of so many nodes beside a head without work."""
+    """Return the times in seconds at which titles ended on a cluster of a number of nodes and a head without work."""
     from ray.cluster_utils import Cluster
 
     # a node takes two detectors and one of each encoder

@@ -1,4 +1,4 @@
-"""Prints how well scene boundaries are found where they are known: in titles that are joined from different sources.
+"""Benchmark of scene boundaries on titles that are joined from different sources, whose boundaries are known.
 
     python -m jobs.embed_catalog --config conf/offline.yaml catalog.uri=FOLDER output.uri=OUTPUT
     python -m benchmarks.scenes OUTPUT [--checkpoint ADDRESS] [--titles 60] [--least-shots 4]
@@ -51,7 +51,7 @@ class JoinedTitle:
 
 
 def main() -> None:
-    """Read the sources, join them, find the joins in every way, print."""
+    """Read the sources, join them, find the joins with every method, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="output of jobs.embed_catalog")
     parser.add_argument("--version", help="dataset version, where there are several")
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def read_sources(dataset: EmbeddingDataset, least_shots: int) -> dict[str, dict[str, np.ndarray]]:
-    """The fused vectors of every title, and those of its video part."""
+    """Return the fused vectors of every title, and those of its video part."""
     sources = {}
     shots = dataset.dataset().to_table(columns=["title_id", "shot_index", "fused_embedding", "fused_norm"])
     shots = shots.sort_by([("title_id", "ascending"), ("shot_index", "ascending")]).combine_chunks()
@@ -91,12 +91,12 @@ def read_sources(dataset: EmbeddingDataset, least_shots: int) -> dict[str, dict[
 
 
 def film_of(source: str) -> str:
-    """The first word of a source's name."""
+    """Return the first word of a source's name."""
     return re.split(r"[^a-z]", source.lower().rsplit("/", 1)[-1])[0]
 
 
 def join_sources(sources: Mapping[str, Mapping[str, np.ndarray]], count: int, seed: int) -> list[JoinedTitle]:
-    """Random sequences of sources, one of a film at most."""
+    """Draw random sequences of sources, at most one of each film."""
     films = defaultdict(list)
     for source in sources:
         films[film_of(source)].append(source)
@@ -115,7 +115,7 @@ def join_sources(sources: Mapping[str, Mapping[str, np.ndarray]], count: int, se
 
 
 def contextualise(titles: Sequence[JoinedTitle], checkpoint: str) -> list[JoinedTitle]:
-    """The titles with the contextual vectors of their joined sequences; without title metadata, with times of two seconds a shot."""
+    """Return the titles with contextual vectors of their joined sequences, without metadata, with two seconds per shot."""
     from mediafm_ray.models.contextualiser import TitleContextualiser, shot_times
 
     model = TitleContextualiser(ContextualiserConfig(checkpoint=checkpoint, any_dataset=True))
@@ -131,7 +131,7 @@ def contextualise(titles: Sequence[JoinedTitle], checkpoint: str) -> list[Joined
 
 
 def segmentations(titles: Sequence[JoinedTitle], kind: str) -> dict[str, list[Sequence[int]]]:
-    """The boundaries that each method finds in each title."""
+    """Return the boundaries that each method finds in each title."""
     vectors = [title.vectors[kind] for title in titles]
     ours = [find_scenes(vectors_SD).first_K[1:].tolist() for vectors_SD in vectors]
     counts = [len(title.joins) + 1 for title in titles]
@@ -150,7 +150,7 @@ def segmentations(titles: Sequence[JoinedTitle], kind: str) -> dict[str, list[Se
 
 
 def optimum_of_count(vectors_SD: np.ndarray, count: int) -> list[int]:
-    """The least scatter with a number of scenes: the price that gives it is searched for; the next fewer where no price does."""
+    """Return the optimum for a number of scenes by a search for its price, or for the next smaller number if no price gives it."""
     centred_SD = centred_directions(vectors_SD)
     low, high = 0.0, float(np.sum(centred_SD**2)) + 1.0  # at the higher price there is one scene
     found = optimal_segmentation(centred_SD, high)[0]
@@ -167,23 +167,23 @@ def optimum_of_count(vectors_SD: np.ndarray, count: int) -> list[int]:
 
 
 def uniform(shots: int, count: int) -> list[int]:
-    """First shots of so many scenes of equal length, but the first."""
+    """Return the first shots of a number of scenes of equal length, except the first scene."""
     return sorted({round(index * shots / count) for index in range(1, count)} - {0, shots})
 
 
 def neighbour_distances(vectors_SD: np.ndarray) -> np.ndarray:
-    """(S - 1,) cosine distances of each shot to the one before."""
+    """Return the (S - 1,) cosine distances of each shot to the previous one."""
     unit_SD = vectors_SD / np.maximum(np.linalg.norm(vectors_SD, axis=1, keepdims=True), 1e-12)
     return 1 - np.sum(unit_SD[1:] * unit_SD[:-1], axis=1)
 
 
 def above(distance_S: np.ndarray, threshold: float) -> list[int]:
-    """The shots that are farther than the threshold from the one before."""
+    """Return the shots that are farther than the threshold from the previous one."""
     return (np.flatnonzero(distance_S > threshold) + 1).tolist()
 
 
 def threshold_for(title: JoinedTitle, titles: Sequence[JoinedTitle], distances: Sequence[np.ndarray]) -> float:
-    """The threshold that does best on the titles without a film of this one; on all others where every title shares one."""
+    """Return the best threshold on titles that share no film with this one, or on all others if every title shares one."""
     films = {film_of(source) for source in title.sources}
     apart = [index for index, other in enumerate(titles) if not films & {film_of(source) for source in other.sources}]
     used = apart or [index for index, other in enumerate(titles) if other is not title]
@@ -191,7 +191,7 @@ def threshold_for(title: JoinedTitle, titles: Sequence[JoinedTitle], distances: 
 
 
 def best_threshold(titles: Sequence[JoinedTitle], distances: Sequence[np.ndarray]) -> float:
-    """The threshold of the best F1, among the distances that there are."""
+    """Return the distance that is the threshold with the best F1."""
     values = np.unique(np.quantile(np.concatenate(distances), np.linspace(0, 1, 101)))
 
     def reached(value: float) -> float:
@@ -204,7 +204,7 @@ def best_threshold(titles: Sequence[JoinedTitle], distances: Sequence[np.ndarray
 
 
 def score(titles: Sequence[JoinedTitle], found: Sequence[Sequence[int]], tolerance: int) -> tuple[float, float, float]:
-    """F1, precision and recall of boundaries over all titles."""
+    """Return F1, precision and recall of boundaries over all titles."""
     hits = sum(matched(title.joins, boundaries, tolerance) for title, boundaries in zip(titles, found, strict=True))
     precision = hits / max(1, sum(map(len, found)))
     recall = hits / max(1, sum(len(title.joins) for title in titles))
@@ -212,7 +212,7 @@ def score(titles: Sequence[JoinedTitle], found: Sequence[Sequence[int]], toleran
 
 
 def matched(true: Sequence[int], found: Sequence[int], tolerance: int) -> int:
-    """How many boundaries match one to one within the tolerance, in order: the most that can."""
+    """Return the maximum number of boundaries that match one to one, in order, within the tolerance."""
     hits = index = 0
     for boundary in true:
         while index < len(found) and found[index] < boundary - tolerance:

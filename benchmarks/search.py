@@ -1,4 +1,4 @@
-"""Search among many shots: how long an index takes to build, how large it is, how quickly and how well it finds, in how much memory.
+"""Benchmark of search among many shots: build time, size, latency, recall and memory of an index.
 
     python -m benchmarks.search FOLDER [--shots 100000] [--dims 2304] [--cluster 100] [--spread 1.0] [--rank 0] [--keep]
 
@@ -40,7 +40,7 @@ SHOTS_A_TITLE = 1000
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Random clusters of vectors, the same at every call."""
+    """Random clusters of vectors, the same in every call."""
 
     shots: int
     dims: int
@@ -49,12 +49,12 @@ class World:
     rank: int
 
     def centres(self) -> np.ndarray:
-        """(C, D) float32 unit vectors."""
+        """Return (C, D) float32 unit vectors."""
         count = max(1, self.shots // self.cluster)
         return unit_vectors(np.random.default_rng(0).standard_normal((count, self.dims), np.float32))[0]
 
     def members(self, centres_CD: np.ndarray, clusters_N: np.ndarray, seed: int) -> np.ndarray:
-        """(N, D) float32 unit vectors of shots of these clusters."""
+        """Return (N, D) float32 unit vectors of shots of these clusters."""
         random = np.random.default_rng(seed)
         if self.rank:
             axes_RD = np.random.default_rng(1).standard_normal((self.rank, self.dims), np.float32) / np.float32(np.sqrt(self.rank))
@@ -65,12 +65,12 @@ class World:
         return unit_vectors(centres_CD[clusters_N] + noise_ND)[0]
 
     def titles(self, centres_CD: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Number and vectors of every title; its shots are of any clusters."""
+        """Yield number and vectors of every title; its shots are of any clusters."""
         for title in range(-(-self.shots // SHOTS_A_TITLE)):
             yield title, self.title(centres_CD, title)
 
     def title(self, centres_CD: np.ndarray, title: int) -> np.ndarray:
-        """(S, D) float32 unit vectors of one title."""
+        """Return (S, D) float32 unit vectors of one title."""
         count = min(SHOTS_A_TITLE, self.shots - title * SHOTS_A_TITLE)
         clusters_S = np.random.default_rng([2, title]).integers(len(centres_CD), size=count)
         return self.members(centres_CD, clusters_S, seed=title + 1)
@@ -96,7 +96,7 @@ def rows_of(title: int, vectors_SD: np.ndarray, facts: IndexFacts) -> pa.Table:
 
 
 def main() -> None:
-    """Write, index, search."""
+    """Write the vectors, index and search them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="receives the index, in search-benchmark/; two bytes a number and more are needed")
     parser.add_argument("--shots", type=int, default=100_000)
@@ -170,13 +170,13 @@ def search(world: World, index: ShotIndex, arguments: argparse.Namespace) -> Non
 
 
 def rows(found: pa.Table) -> np.ndarray:
-    """The rows that results stand for, in the order in which they were made."""
+    """Return the rows of results, in the order of generation."""
     titles = [int(title_id.removeprefix("title-")) for title_id in found["title_id"].to_pylist()]
     return np.array(titles, np.int64) * SHOTS_A_TITLE + found["shot_index"].to_numpy()
 
 
 def peak_gb() -> float:
-    """The largest resident set of this process so far."""
+    """Return the largest resident set of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 

@@ -1,4 +1,4 @@
-"""Why an index has columns of its own for the modalities, at half precision: what a search would lose otherwise, on real shots.
+"""Benchmark of the index's half-precision columns for modalities: recall of a search with and without them, on real shots.
 
     python -m benchmarks.search_columns OUTPUT [--version VERSION]
 
@@ -47,12 +47,12 @@ def main() -> None:
 
 
 def say(what: str, reached: float, more_bytes: int) -> None:
-    """A row of the table."""
+    """Print a row of the table."""
     print(f"{what:<32}  {reached:>9.3f}  {more_bytes:>12}")
 
 
 def found(true_SD: np.ndarray, queries_SE: np.ndarray, searched_SE: np.ndarray) -> float:
-    """recall@10 of a search for every shot among ``searched_SE``, against one among ``true_SD``; the shot itself is left out."""
+    """Return recall@10 of a search for every shot in ``searched_SE`` against ``true_SD``, without the shot itself."""
     rows_QK = np.full((len(true_SD), RESULTS), -1, np.int64)
     cosine_QK = np.full((len(true_SD), RESULTS), -np.inf, np.float32)
     true_QK = np.full((len(true_SD), RESULTS), -np.inf, np.float32)

@@ -1,4 +1,4 @@
-"""What it costs to write finished titles: Output.write beside raw uploads of the same bytes, in turn, to a real S3 server and locally.
+"""Benchmark of writing finished titles: Output.write compared with raw uploads of the same bytes, to an S3 server and locally.
 
     python -m benchmarks.store [--titles 1000] [--shots 700] [--dim 2304] [--threads 4] [--rounds 3] [--endpoint URL --bucket NAME]
 
@@ -34,7 +34,7 @@ MB = 1e6
 
 
 def main() -> None:
-    """Write the titles in both ways, in turn; print the table."""
+    """Write the titles in both ways, alternately; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--titles", type=int, default=1000)
     parser.add_argument("--shots", type=int, default=700)
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def title_file(shots: int, dim: int, seed: int) -> bytes:
-    """A title's object as the job writes it: random unit vectors, which no more compress than real ones."""
+    """Make a title's object as the job does, from random unit vectors, which compress as little as real ones."""
     random = np.random.default_rng(seed)
     vectors_SD = random.normal(size=(shots, dim)).astype(np.float32)
     norms_S = np.linalg.norm(vectors_SD, axis=1)
@@ -77,7 +77,7 @@ def title_file(shots: int, dim: int, seed: int) -> bytes:
 
 
 def _filler(type_: pa.DataType, filled: dict[pa.DataType, object]) -> object:
-    """A value of a type."""
+    """Return a value of a type."""
     if pa.types.is_fixed_size_list(type_):
         return [0.0] * type_.list_size
     if pa.types.is_list(type_):
@@ -86,7 +86,7 @@ def _filler(type_: pa.DataType, filled: dict[pa.DataType, object]) -> object:
 
 
 def compare_on(endpoint: str, bucket: str, contents: list[bytes], arguments: argparse.Namespace) -> None:
-    """Ours and raw uploads on one server."""
+    """Time our uploads and raw uploads to one server."""
     ours = Output(f"s3://{bucket}/ours", VERSION, StorageConfig(endpoint_url=endpoint))
     options = Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required", max_pool_connections=arguments.threads)
     client = botocore.session.Session().create_client("s3", endpoint_url=endpoint, config=options)
@@ -98,7 +98,7 @@ def compare_on(endpoint: str, bucket: str, contents: list[bytes], arguments: arg
 
 
 def local_writer(folder: Path) -> Callable[[str, bytes], None]:
-    """What a local file that must survive a crash costs at least."""
+    """Write a local file that survives a crash: the minimum cost."""
     (folder / "raw").mkdir()
 
     def raw(name: str, content: bytes) -> None:
@@ -118,7 +118,7 @@ def compare(
     contents: list[bytes],
     arguments: argparse.Namespace,
 ) -> None:
-    """Both ways in turn, each with the same number of titles; the medians."""
+    """Time both ways alternately with the same number of titles; return the medians."""
     count = max(1, arguments.titles // arguments.rounds)
     size = statistics.mean(map(len, contents))
     rates: dict[str, list[float]] = {"raw uploads": [], "Output.write": []}
@@ -134,7 +134,7 @@ def compare(
 
 
 def seconds_of(write: Callable[[str, bytes], object], prefix: str, contents: list[bytes], count: int, threads: int) -> float:
-    """Wall time of writing so many titles."""
+    """Return the wall time of writing a number of titles."""
     start = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(write, f"{prefix}-{index}", contents[index % len(contents)]) for index in range(count)]:

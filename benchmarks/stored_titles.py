@@ -1,4 +1,4 @@
-"""Committed titles with vectors of one's own choice, written by the job's own last stage: input for benchmarks and tests.
+"""Committed titles with given vectors, written by the job's last stage, as input for benchmarks and tests.
 
 Shapes
     S  shots of the title
@@ -25,7 +25,7 @@ SOURCE = "0123456789abcdef"
 
 
 def make_model(version: str, video: int, audio: int, text: int) -> Model:
-    """A dataset version of encoders of these dimensions."""
+    """Return a dataset version of encoders of these dimensions."""
     dims = {"video": video, "audio": audio, "text": text}
     return Model(version, {"fusion": FusionConfig().modality_norm}, {**dims, "fused": video + audio + text}, spans(dims))
 
@@ -39,7 +39,7 @@ def commit_title(
     metadata_M: np.ndarray | None = None,
     source: str = SOURCE,
 ) -> str:
-    """Put a title's object into ``shots``, and model.json if it is not there; the object's name. See ``fused_row``."""
+    """Write a title's object into ``shots``, and model.json if it is missing; return the object's name. See ``fused_row``."""
     ended = WriteTitle(output_uri, model, "", StorageConfig())(fused_row(title_id, fused_SD, seconds_S, metadata_M, source))
     if error := ended["error"][0].as_py():
         raise RuntimeError(f"title {title_id} could not be written: {error}")
@@ -56,7 +56,7 @@ def fused_row(
     metadata_M: np.ndarray | None = None,
     source: str = SOURCE,
 ) -> pa.Table:
-    """A title's row as it comes out of the stage that fuses.
+    """Return a title's row as the fusing stage returns it.
 
     ``fused_SD`` float32; ``seconds_S``: durations of the shots, 2 s each by default; ``metadata_M`` float32 for [GLOBAL].
     """

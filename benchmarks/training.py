@@ -1,4 +1,4 @@
-"""How fast training is through Ray Train, beside a bare PyTorch loop, on a CPU. For a GPU see benchmarks.gpu.
+"""Benchmark of training with Ray Train on a CPU, compared with a bare PyTorch loop. For a GPU see benchmarks.gpu.
 
     python -m benchmarks.training [--steps 40] [--rounds 3] [--threads 2]
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def beside_bare_loop(steps: int, rounds: int, threads: int) -> None:
-    """Interleaved rounds of both; the ratio of the medians."""
+    """Run interleaved rounds of both; print the ratio of the medians."""
     torch.set_num_threads(threads)
     # Ray's workers yield to others (nice 15): on a shared machine both shall be treated alike
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
@@ -75,7 +75,7 @@ def beside_bare_loop(steps: int, rounds: int, threads: int) -> None:
 
 
 def bare_loop(config: TrainingConfig, steps: int) -> float:
-    """Seconds a step."""
+    """Return seconds per step."""
     model = new_model(CPU_SHAPE, FUSED_DIM, METADATA_DIM, "", 0).train()
     optimisers = Optimisers(model, config)
     batches = [random_batch(CPU_WINDOWS, CPU_SHOTS, seed) for seed in range(4)]
@@ -95,7 +95,7 @@ def plain_step(model: Any, optimisers: Optimisers, batch: Batch, step: int) -> N
 
 
 def job(folder: Path, number: int, config: TrainingConfig) -> float:
-    """Seconds a step of the job's own, between its rows of metrics."""
+    """Return seconds per step of the job, between its rows of metrics."""
     from mediafm_ray.config.jobs import TrainContextualiserConfig
     from mediafm_ray.config.loader import read_config
     from mediafm_ray.pipeline.training.train import Watch, plan_training, run_workers
@@ -123,7 +123,7 @@ def job(folder: Path, number: int, config: TrainingConfig) -> float:
 
 
 def write_titles(folder: Path) -> None:
-    """Titles of CPU_SHOTS random shots, as embed_catalog leaves them."""
+    """Commit titles of CPU_SHOTS random shots, as embed_catalog does."""
     import base64
 
     import pyarrow as pa

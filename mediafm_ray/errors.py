@@ -1,4 +1,4 @@
-"""The errors of one title, and which of any error's kinds are outages. Standard library only."""
+"""Errors of one title, and the classification of outages. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ OUTAGES = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.
 
 
 class TitleError(PublicError):
-    """A reason, written for a person, why one title cannot be done. It ends that title, never the job."""
+    """The reason, for people, why one title cannot be processed. It ends that title, never the job."""
 
 
 class CardError(PublicError):
-    """A reason, written for a person, why a card cannot decode one title, which a CPU may."""
+    """The reason, for people, why a card cannot decode one title; a CPU may decode it."""
 
 
 class OutageError(PublicError):
-    """A reason, written for a person, why one title cannot be done now, and that is no fault of the title's: it costs it no attempt."""
+    """The reason, for people, why one title cannot be processed now through no fault of its own; it does not count as an attempt."""
 
 
 def is_outage(error: BaseException) -> bool:
-    """Tell failures of a network, a server, a disk or of missing rights from those of the title at hand."""
-    if type(error).__module__.startswith("av."):  # FFmpeg's codes are PyAV's OSErrors, whatever in the media they come from
+    """Return True for failures of network, server, disk or permissions, which are not the title's fault."""
+    if type(error).__module__.startswith("av."):  # PyAV raises OSErrors with FFmpeg's codes for faults of the media.
         return False
     passing = (OutageError, ConnectionError, TimeoutError, PermissionError)
     return isinstance(error, passing) or (isinstance(error, OSError) and error.errno in OUTAGES)
 
 
 def says_absent(error: FileNotFoundError) -> bool:
-    """Tell absence from trouble: fsspec raises the same of HTTP where the server failed or was not reached."""
+    """Return True if a file is absent: over HTTP, fsspec raises the same error if the server failed or was not reached."""
     cause = error.__cause__
     status = getattr(cause, "status", None)
     if isinstance(status, int):

@@ -1,8 +1,8 @@
-"""The words of the domain: titles, shots, cues, and the constants every layer shares. Standard library and numpy only.
+"""The types of the domain (titles, shots, cues) and the constants and options that all layers share. Standard library and numpy only.
 
 Conventions
     Intervals are half-open, ``[start, end)``, for frames and for seconds.
-    Times at the edge of a layer are float64 seconds on the title's own time line (zero = where its presentation starts).
+    Times between layers are float64 seconds on the title's own time line (zero = start of its presentation).
     Frame indices count decoded frames in presentation order, from 0.
     Shots of a title tile it: no gap, no overlap, in order.
 """
@@ -12,56 +12,100 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 
-SAMPLE_RATE = 16_000  # Hz, mono int16: the audio every encoder takes
-DETECTOR_HEIGHT = 27  # pixels: what TransNet V2 was trained on
+SAMPLE_RATE = 16_000  # Hz, mono int16; the input of all audio encoders
+DETECTOR_HEIGHT = 27  # pixels, as in the training of TransNet V2
 DETECTOR_WIDTH = 48  # pixels
-MAX_SHOTS_PER_WINDOW = 512  # shots the contextualiser attends to at once (MediaFM)
-MODALITIES = ("video", "audio", "text")  # the order of the parts in a fused embedding
+MAX_SHOTS_PER_WINDOW = 512  # shots in the attention window of the contextualiser (MediaFM)
+MODALITIES = ("video", "audio", "text")  # in the order of a fused embedding
 
 BOUNDARY_START = "start"  # the first shot of a title
 BOUNDARY_CUT = "cut"  # the picture changes from one frame to the next
-BOUNDARY_GRADUAL = "gradual"  # a dissolve, fade or wipe; the shot starts in its middle
-BOUNDARY_SPLIT = "split"  # no transition: a shot longer than the maximum was divided
+BOUNDARY_GRADUAL = "gradual"  # a dissolve, fade or wipe; the shot starts in the middle of it
+BOUNDARY_SPLIT = "split"  # no transition: a shot that was longer than the maximum
 
 
 # ---------------------------------------------------------------------------------------------------------- options
 
 
-def recipe(default: Any, help: str) -> Any:
-    """A configuration field that changes the numbers: it is part of the dataset version."""
-    return _option(default, help, changes_numbers=True)
+class Bounds(TypedDict, total=False):
+    """The values that a configuration field may have; for a list or a mapping, those of its elements."""
+
+    min: float
+    above: float
+    max: float
+    below: float
+    choices: Sequence[str]
 
 
-def resource(default: Any, help: str) -> Any:
-    """A configuration field that changes only cost or place (devices, threads, limits, paths): not in the version."""
-    return _option(default, help, changes_numbers=False)
+COMPARISONS = {
+    "min": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "max": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
-def _option(default: Any, help: str, changes_numbers: bool) -> Any:
-    metadata = {"help": help, "changes_numbers": changes_numbers}
+def recipe(default: Any, help: str, **bounds: Unpack[Bounds]) -> Any:
+    """Return a configuration field that changes the numbers and is part of the dataset version."""
+    return _option(default, help, True, bounds)
+
+
+def resource(default: Any, help: str, **bounds: Unpack[Bounds]) -> Any:
+    """Return a configuration field that changes only cost or place (devices, threads, limits, paths), not the version."""
+    return _option(default, help, False, bounds)
+
+
+def _option(default: Any, help: str, changes_numbers: bool, bounds: Bounds) -> Any:
+    metadata = {"help": help, "changes_numbers": changes_numbers, "bounds": bounds}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def describe_bounds(bounds: Mapping[str, Any]) -> str:
+    """Return the bounds of a field in words; empty if it has none."""
+    if "choices" in bounds:
+        return f"one of {', '.join(filter(None, bounds['choices']))}"
+    found = [(words, bounds[name]) for name, (words, _) in COMPARISONS.items() if name in bounds]
+    return " and ".join("finite" if bound == math.inf else f"{words} {bound}" for words, bound in found)
+
+
+@dataclass(frozen=True)
+class ConfigSection:
+    """A section of a configuration whose fields are checked against their bounds.
+
+    Its errors are ValueErrors that begin with the name of a field; the reader of the configuration puts the name of the section before it.
+    """
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            bounds, value = entry.metadata.get("bounds", {}), getattr(self, entry.name)
+            for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,):
+                kept = item is None or all(compare(item, bounds[name]) for name, (_, compare) in COMPARISONS.items() if name in bounds)
+                if not kept or item not in bounds.get("choices", (item,)):
+                    raise ValueError(f"{entry.name} must be {describe_bounds(bounds)}, is {item!r}")
+
+
 def recipe_of(config: Any) -> dict[str, Any]:
-    """The fields of a configuration dataclass that change the numbers, by name."""
+    """Return the fields of a configuration dataclass that change the numbers, by name."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.metadata.get("changes_numbers")}
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 (64 hex digits) of a JSON-able value in its canonical form: sorted keys, no white space."""
+    """Return the SHA-256 (64 hex digits) of a JSON value in canonical form: sorted keys, no white space."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def parse_json(content: str | bytes) -> Any:
-    """JSON from outside. Raises ValueError for whatever is none, also where it nests deeper than Python's stack allows."""
+    """Parse untrusted JSON. Raises ValueError if it is invalid or nested deeper than Python's stack allows."""
     try:
         return json.loads(content)
     except RecursionError as error:
@@ -76,8 +120,8 @@ class TimedTextSource:
     """One timed-text object of a title."""
 
     uri: str
-    language: str = ""  # BCP 47 tag as the catalog or the file name gives it; empty when unknown
-    kind: str = ""  # captions, subtitles, descriptions, forced, ...; empty when unknown
+    language: str = ""  # BCP 47 tag from the catalog or the file name; empty if unknown
+    kind: str = ""  # captions, subtitles, descriptions, forced, ...; empty if unknown
 
 
 @dataclass(frozen=True)
@@ -107,39 +151,39 @@ class Cue:
 
 @dataclass(frozen=True)
 class ShotSpan:
-    """Which frames belong to a shot, as the detector decides it: ``[start_frame, end_frame)``.
+    """The frames of a detected shot, ``[start_frame, end_frame)``, and the boundary at its start.
 
-    ``boundary_*`` and ``transition_*`` describe the boundary at the shot's *start*. The transition's extent is given by
-    the last pure frame of the outgoing shot and the first pure frame of the incoming one: neighbours for a cut.
+    ``boundary_*`` and ``transition_*`` describe the boundary at the *start*. A transition extends from the last pure frame of the outgoing
+    shot to the first pure frame of the incoming one; in a cut they are adjacent.
     """
 
     start_frame: int
     end_frame: int
     boundary_kind: str = BOUNDARY_START
-    boundary_probability: float = 1.0  # of the detector at the boundary; 1 where there was nothing to detect (start, split)
+    boundary_probability: float = 1.0  # the detector's probability of the boundary; 1 if nothing was detected (start, split)
     transition_start_frame: int = 0
     transition_end_frame: int = 0
-    dropped_boundaries: int = 0  # inside the shot: detected, but then taken for a flash or too close to a more probable one
+    dropped_boundaries: int = 0  # detected boundaries inside the shot that were flashes or too close to a more probable one
 
 
 class ShotStream(Protocol):
-    """A shot detector at work on one title: frames go in, settled shots come out, in order, tiling the title."""
+    """A shot detector for one title: it takes frames and returns final shots, in order, that tile the title."""
 
     def push(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
         """Take the next (T, 27, 48, 3) uint8 RGB frames; return the shots that no later frame can change."""
         ...
 
     def finish(self) -> list[ShotSpan]:
-        """The title has no more frames; return the remaining shots."""
+        """Return the remaining shots after the last frame."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Byte strings laid one after another: string i is ``data[offsets[i]:offsets[i + 1]]``. Arrow takes it as it is."""
+    """Concatenated byte strings, of which string i is ``data[offsets[i]:offsets[i + 1]]``, as in an Arrow array."""
 
     data: memoryview
-    offsets: np.ndarray  # (N + 1,) int64, rising
+    offsets: np.ndarray  # (N + 1,) int64, ascending
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -155,26 +199,26 @@ class Packed:
 
 @dataclass
 class ShotMedia:
-    """What the three modalities of one shot hold, ready for the encoders."""
+    """The three modalities of one shot, ready for the encoders."""
 
     span: ShotSpan
     start_s: float
     end_s: float
-    frames: Sequence[bytes | memoryview]  # JPEG, uniformly spread over the shot, in order
-    audio: bytes | memoryview  # 16 kHz mono int16 little-endian; empty where the title has no audio
-    text: str = ""  # plain text spoken or shown during the shot; empty where there is none
+    frames: Sequence[bytes | memoryview]  # JPEG, evenly spread over the shot, in order
+    audio: bytes | memoryview  # 16 kHz mono int16 little-endian; empty if the title has no audio
+    text: str = ""  # plain text spoken or shown during the shot; empty if there is none
     language: str = ""
     thumbnail: bytes = b""  # a small JPEG of the middle frame, for people
 
 
 @dataclass
 class TitleMedia:
-    """All that is read from one title, in one pass."""
+    """The content of one title, read in one pass."""
 
     shots: list[ShotMedia]
     frames: Packed  # the frames of all shots
-    audio: Packed  # the audio of all shots, one string a shot
+    audio: Packed  # the audio of all shots, one string per shot
     duration_s: float
     frame_count: int
-    warnings: list[str] = dataclasses.field(default_factory=list)  # what was odd or damaged, for people
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON-able: container, codecs, size, rates, ...
+    warnings: list[str] = dataclasses.field(default_factory=list)  # oddities and damage, for people
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON: container, codecs, size, rates, ...

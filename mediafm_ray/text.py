@@ -1,31 +1,31 @@
-"""Addresses and text for people: without secrets, without control characters. Standard library only."""
+"""Addresses and text for people, without secrets and control characters. Standard library only."""
 
 from __future__ import annotations
 
 import re
 import urllib.parse
 
-# What drives a terminal, forges a line or turns the reading direction, and halves of characters, which cannot be written
+# Characters that control a terminal, begin a line or change the reading direction, and surrogates, which cannot be encoded.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-# In texts, addresses also stand percent-encoded (%25 where more than once), with the slashes of JSON (\/), or with one slash too few
-WORD = re.compile(r"[^ \t\r\n\"<>]+")  # what none of those characters interrupts: they stand in no address
-SEPARATOR = re.compile(r"(?::|%(?:25)*3a)(?:\\*/|%(?:25)*2f)+", re.IGNORECASE)  # between the scheme of an address and its rest
-USER = re.compile(r"[^/?#]*@")  # user and password, right after it
+# Addresses in texts may be percent-encoded (%25 if more than once), have JSON's slashes (\/), or lack a slash.
+WORD = re.compile(r"[^ \t\r\n\"<>]+")  # An address has none of these characters.
+SEPARATOR = re.compile(r"(?::|%(?:25)*3a)(?:\\*/|%(?:25)*2f)+", re.IGNORECASE)  # Between the scheme of an address and its rest.
+USER = re.compile(r"[^/?#]*@")  # User and password follow the separator.
 USER_ENCODED = re.compile(r"(?:(?!%(?:25)*(?:2f|3f|23))[^/?#])*(?:@|%(?:25)*40)", re.IGNORECASE)
 AT = re.compile(r"@|%(?:25)*40", re.IGNORECASE)
 COLON = re.compile(r":|%(?:25)*3a", re.IGNORECASE)
-NO_PORT = re.compile(r"[^/?#@\[:]*:(?!\d*(?:[/?#]|$))")  # a host and what cannot be its port: a password as people paste it
+NO_PORT = re.compile(r"[^/?#@\[:]*:(?!\d*(?:[/?#]|$))")  # A host and an invalid port: a password with unescaped characters.
 NO_PORT_ENCODED = re.compile(
     r"(?:(?!%(?:25)*(?:2f|3f|23|40|5b|3a))[^/?#@\[:])*(?::|%(?:25)*3a)(?!\d*(?:[/?#]|%(?:25)*(?:2f|3f|23)|$))", re.IGNORECASE
 )
 QUERY = re.compile(r"\?|%(?:25)*3f", re.IGNORECASE)
 EQUALS = re.compile(r"=|%(?:25)*3d", re.IGNORECASE)
 WEB = ("http", "https")
-CLOSING = "'`)]},.;:\\"  # what a text may put after an address
+CLOSING = "'`)]},.;:\\"  # A text may have these characters after an address.
 
 
 def public_uri(uri: str) -> str:
-    """A URI without what may be secret in it: user and password, and the query of a signed link. A local path stays as it is."""
+    """Return a URI without its secrets: user, password and the query of a signed link. A local path is returned unchanged."""
     scheme, separator, _ = uri.partition("://")
     if not separator or scheme.lower() in ("file", "memory"):
         return uri
@@ -34,47 +34,47 @@ def public_uri(uri: str) -> str:
 
 
 def public_text(text: str) -> str:
-    """A text, such as another library's error, without users, passwords and queries of the addresses in it."""
+    """Return a text, such as a library's error, without the users, passwords and queries of its addresses."""
     return WORD.sub(lambda word: _public_word(word[0], CLOSING), text)
 
 
 def escape_controls(text: str) -> str:
-    """A text in one line, with control characters as Python writes them: they reach no terminal and forge no line of a log."""
+    """Escape control characters as in Python, so that a text cannot control a terminal or forge a line of a log."""
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def public_line(text: str) -> str:
-    """A text in one printable line without secrets."""
+    """Return a text as one printable line without secrets."""
     return escape_controls(public_text(text))
 
 
 def public_lines(text: str) -> str:
-    """A text of several lines, such as a traceback: each printable and without secrets."""
+    """Return a text of several lines, such as a traceback, with every line printable and without secrets."""
     return "\n".join(map(public_line, text.split("\n")))
 
 
 def escape_controls_in_json(text: str) -> str:
-    """JSON text with control characters escaped as JSON does it: it holds the same, and reaches a terminal unharmed."""
+    """Escape control characters in JSON text as JSON does: the value is the same, and a terminal is safe."""
     return CONTROLS.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
 class PublicError(Exception):
-    """An error whose message a person reads, in terminals, logs and records: no line of it holds secrets or control characters."""
+    """An error with a message for people, in terminals, logs and records, without secrets and control characters."""
 
     def __init__(self, *lines: str):
         super().__init__("\n".join(map(public_line, lines)))
 
 
 def _public_word(word: str, closing: str) -> str:
-    """A text that is at most one address, or several without a space between, without secrets. ``closing``: kept at its end."""
+    """Remove the secrets of a word with one or several addresses; characters of ``closing`` at its end are kept."""
     if not any(mark in word for mark in "@?%"):
         return word
     kept, position = [], 0
     last_at = max((found.end() for found in AT.finditer(word)), default=0)
-    web = web_encoded = len(word)  # where the first address of the web begins, in the text that is kept
+    web = web_encoded = len(word)  # Start of the first web address in the kept text.
     length = 0
     for separator in SEPARATOR.finditer(word):
-        if separator.start() < position:  # it stands in a password
+        if separator.start() < position:  # It is part of a password.
             continue
         start, end, encoded = separator.start(), separator.end(), "%" in separator[0]
         on_web = word[max(0, start - 5) : start].lower().endswith(WEB)
@@ -101,14 +101,14 @@ def _public_word(word: str, closing: str) -> str:
 
 
 def local_path(uri: str) -> str | None:
-    """The path that a plain path or a ``file://`` URI (RFC 8089) names, as it was written; None for an object of another scheme.
+    """Return the path of a plain path or a ``file://`` URI (RFC 8089); None for another scheme.
 
-    Percent-encoding is undone in a URI and means nothing in a plain path; '#' and '?' are characters of a file's name in both.
+    A URI is percent-decoded, a plain path is not; '#' and '?' are characters of a file's name in both.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return uri
     if scheme.lower() != "file":
         return None
-    path = urllib.parse.unquote(rest, errors="surrogateescape")  # as os.fsdecode does
+    path = urllib.parse.unquote(rest, errors="surrogateescape")  # os.fsdecode does the same.
     return path.removeprefix("localhost") if path.startswith("localhost/") else path

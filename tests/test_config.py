@@ -1,4 +1,4 @@
-"""Configuration: merged in order, and every mistake named before anything starts."""
+"""Configuration: files and overrides merged in order, and errors that name the key before anything starts."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_later_files_and_overrides_win(tmp_path):
         (["resources.encode_video.min_actors=3", "resources.encode_video.max_actors=2"], "min_actors"),
         (["resources.pools=[encode_video+write]"], "encode_video+write is not a part of"),
         (["resources.pools=[encode_vid]"], "encode_vid is not a part of"),
-        (["resources.pools=[encode_video+encode_audio,encode_audio+encode_text]"], "a stage stands in two pools"),
+        (["resources.pools=[encode_video+encode_audio,encode_audio+encode_text]"], "resources.pools: a stage is in two pools"),
         (["catalog.uri"], "key=value"),
         (["frames=3"], "frames"),
         (["frames.per_shot=0"], "frames.per_shot"),
@@ -43,7 +43,13 @@ def test_later_files_and_overrides_win(tmp_path):
         (["fusion.modality_norm=l3"], "fusion.modality_norm"),
         (["media.max_damage=2"], "media.max_damage"),
         (["media.decoder=nvdec"], "media.decoder"),
-        (["resources.write.num_cpus=-3"], "num_cpus"),
+        (["resources.write.num_cpus=-3"], "resources.write.num_cpus must be at least 0, is -3.0"),
+        (["run.max_failed_fraction=.nan"], "run.max_failed_fraction must be at least 0 and at most 1, is nan"),
+        (["video.precision=half"], "video.precision must be one of float32, bfloat16, is 'half'"),
+        (["video.micro_batch=-1"], "video.micro_batch must be at least 0"),
+        (["audio.threads=-1"], "audio.threads must be at least 0"),
+        (["fusion.weights.audio=.inf"], "fusion.weights must be above 0 and finite, is inf"),
+        (["detector.shortest_shot=9", "detector.longest_shot=9"], "detector.longest_shot (9) must be at least twice shortest_shot (9)"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(overrides, named):
@@ -142,8 +148,10 @@ def test_the_command_line_takes_files_and_overrides_in_any_order():
         parse("", EmbedCatalogConfig, ["--config", profile, "output_uri"])
 
 
-def test_help_lists_every_key_with_a_meaning():
+def test_help_lists_every_key_with_a_meaning_and_its_bounds():
     lines = describe(EmbedCatalogConfig).splitlines()
+    assert "  frames.jpeg_quality=90  (at least 1 and at most 95)" in lines
+    assert "  run.log_format=text  (one of text, json)" in lines
     keys = [index for index, line in enumerate(lines) if line.startswith("  ") and not line.startswith("   ")]
     assert len(keys) > 40
     for index in keys:

@@ -1,4 +1,4 @@
-"""The configuration of each job, composed of sections."""
+"""The configurations of the jobs, composed of sections."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from mediafm_ray.models.options import (
     TextEncoderConfig,
     VideoEncoderConfig,
 )
-from mediafm_ray.spec import MODALITIES, resource
+from mediafm_ray.spec import MODALITIES, ConfigSection, resource
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 
-MAX_RESULTS = 1000  # of one search
+MAX_RESULTS = 1000  # Shots that one search can return.
 
 
 @dataclass(frozen=True)
 class EmbedCatalogConfig:
-    """Everything that ``jobs.embed_catalog`` takes."""
+    """All keys of ``jobs.embed_catalog``."""
 
     catalog: CatalogConfig = field(default_factory=CatalogConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -67,7 +67,7 @@ class EmbedCatalogConfig:
 
 @dataclass(frozen=True)
 class ContextualiseCatalogConfig:
-    """Everything that ``jobs.contextualise_catalog`` takes."""
+    """All keys of ``jobs.contextualise_catalog``."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
@@ -79,7 +79,7 @@ class ContextualiseCatalogConfig:
 
 @dataclass(frozen=True)
 class SegmentScenesConfig:
-    """Everything that ``jobs.segment_scenes`` takes."""
+    """All keys of ``jobs.segment_scenes``."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
@@ -91,7 +91,7 @@ class SegmentScenesConfig:
 
 @dataclass(frozen=True)
 class DescribeTitlesConfig:
-    """Everything that ``jobs.describe_titles`` takes."""
+    """All keys of ``jobs.describe_titles``."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
@@ -103,13 +103,13 @@ class DescribeTitlesConfig:
 
 
 def _no_contextualiser() -> ContextualiserConfig:
-    """What a job that reads stored contextual embeddings computes by itself: nothing, unless it is told a checkpoint."""
+    """Return the default of jobs that read stored contextual embeddings: without a checkpoint they compute none."""
     return ContextualiserConfig(checkpoint="")
 
 
 @dataclass(frozen=True)
 class EmbedClipsConfig:
-    """Everything that ``jobs.embed_clips`` takes."""
+    """All keys of ``jobs.embed_clips``."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
@@ -121,7 +121,7 @@ class EmbedClipsConfig:
 
 @dataclass(frozen=True)
 class EvaluateProbesConfig:
-    """Everything that ``jobs.evaluate_probes`` takes."""
+    """All keys of ``jobs.evaluate_probes``."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
@@ -134,20 +134,18 @@ class EvaluateProbesConfig:
 
 @dataclass(frozen=True)
 class BackfillCatalogConfig(EmbedCatalogConfig):
-    """Everything that ``jobs.backfill_catalog`` takes."""
+    """All keys of ``jobs.backfill_catalog``."""
 
     backfill: BackfillConfig = field(default_factory=BackfillConfig)
 
     def __post_init__(self) -> None:
         if self.run.max_titles or not self.run.retry_failed:
-            raise ValueError(
-                "run.max_titles and run.retry_failed are for mediafm embed; for a backfill set backfill.max_titles and max_attempts"
-            )
+            raise ValueError("run.max_titles and run.retry_failed are for mediafm embed; set backfill.max_titles and backfill.max_attempts")
 
 
 @dataclass(frozen=True)
 class VerifyDatasetConfig:
-    """Everything that ``jobs.verify_dataset`` takes."""
+    """All keys of ``jobs.verify_dataset``."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
@@ -156,7 +154,7 @@ class VerifyDatasetConfig:
 
 @dataclass(frozen=True)
 class ReportTitleConfig:
-    """Everything that ``jobs.report_title`` takes."""
+    """All keys of ``jobs.report_title``."""
 
     title_id: str = resource("", "the title to show (required)")
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -167,7 +165,7 @@ class ReportTitleConfig:
 
 @dataclass(frozen=True)
 class ReportCatalogConfig:
-    """Everything that ``jobs.report_catalog`` takes."""
+    """All keys of ``jobs.report_catalog``."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
@@ -177,7 +175,7 @@ class ReportCatalogConfig:
 
 @dataclass(frozen=True)
 class TrainContextualiserConfig:
-    """Everything that ``jobs.train_contextualiser`` takes."""
+    """All keys of ``jobs.train_contextualiser``."""
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -189,7 +187,7 @@ class TrainContextualiserConfig:
 
 @dataclass(frozen=True)
 class BuildIndexConfig:
-    """Everything that ``jobs.build_index`` takes."""
+    """All keys of ``jobs.build_index``."""
 
     index: IndexConfig = field(default_factory=IndexConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -200,27 +198,21 @@ class BuildIndexConfig:
 
 
 @dataclass(frozen=True)
-class SearchShotsConfig:
-    """Everything that ``jobs.search_shots`` takes."""
+class SearchShotsConfig(ConfigSection):
+    """All keys of ``jobs.search_shots``."""
 
-    shot: str = resource("", "TITLE:INDEX of the shot whose like is wanted")
-    clip: str = resource("", "TITLE:START-END, in seconds, of the clip whose like is wanted")
-    query: str = resource("", "words that say what is wanted")
+    shot: str = resource("", "TITLE:INDEX of the shot to search with")
+    clip: str = resource("", "TITLE:START-END, in seconds, of the clip to search with")
+    query: str = resource("", "words to search with")
     by: str = resource(
-        "", "vectors to compare: all (fused or contextual, as the index has them), video, audio or text; empty = all, and text for words"
+        "",
+        "vectors to compare: all (fused or contextual, as in the index), video, audio or text; empty = text for words, otherwise all",
+        choices=("", "all", *MODALITIES),
     )
-    count: int = resource(10, "shots to find")
-    format: str = resource("table", "table or json")
+    count: int = resource(10, "number of shots to return", min=1, max=MAX_RESULTS)
+    format: str = resource("table", "output format", choices=("table", "json"))
     index: SearchedIndexConfig = field(default_factory=SearchedIndexConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
-
-    def __post_init__(self) -> None:
-        if self.by not in ("", "all", *MODALITIES):
-            raise ValueError(f"by must be one of all, {', '.join(MODALITIES)}; is {self.by!r}")
-        if self.format not in ("table", "json"):
-            raise ValueError(f"format must be table or json, is {self.format!r}")
-        if not 1 <= self.count <= MAX_RESULTS:
-            raise ValueError(f"count must be from 1 to {MAX_RESULTS}, is {self.count}")

@@ -1,7 +1,7 @@
-"""Read a job's configuration from YAML files and the command line, with OmegaConf, and describe its keys.
+"""Read a job's configuration from YAML files and the command line with OmegaConf, and describe its keys.
 
-``--config a.yaml [b.yaml ...] key=value ...`` are merged in that order; an unknown key, a wrong type or a missing file is a
-ConfigError that names it.
+``--config a.yaml [b.yaml ...] key=value ...`` are merged in that order. An unknown key, a wrong type, a value out of bounds or a missing
+file is a ConfigError that names it.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from yaml import YAMLError
 
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.models.weights import with_endpoint
+from mediafm_ray.spec import describe_bounds
 from mediafm_ray.text import PublicError
 
-HELP_WIDTH = 118  # columns
-CONF = Path(str(resources_of("mediafm_ray"))) / "conf"  # the profiles that come with the package
-NULLS = ("null", "~")  # how YAML writes that there is no value
-ADDRESSES = ("weights", "temporal_weights", "checkpoint")  # keys of any section whose values are addresses of weights
+HELP_WIDTH = 118  # characters
+CONF = Path(str(resources_of("mediafm_ray"))) / "conf"  # The profiles of the package.
+NULLS = ("null", "~")  # YAML spells a missing value in these ways.
+WEIGHTS_KEYS = ("weights", "temporal_weights", "checkpoint")  # These keys hold addresses of weights in every section.
 Job = TypeVar("Job")
 
 
 class ConfigError(PublicError):
-    """A configuration that cannot be used; the message names the key or the file."""
+    """An invalid configuration; the message names the key or the file."""
 
 
 def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str]) -> Job:
-    """A job's configuration from YAML files and ``key=value`` overrides, later ones over earlier ones. Raises ConfigError."""
+    """Return a job's configuration from YAML files and ``key=value`` overrides; later ones win. Raises ConfigError."""
     merged = OmegaConf.structured(kind)
     for file in files:
         path = profile_path(file)
@@ -45,7 +46,7 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
             merged = OmegaConf.merge(merged, _without_sections_of_others(kind, OmegaConf.load(path)))
         except (OmegaConfBaseException, OSError, ValueError) as error:
             raise ConfigError(f"--config {file}: {_first_line(error)}") from error
-        except Exception as error:  # PyYAML's errors have no common base that OmegaConf exports
+        except Exception as error:  # OmegaConf does not export a common base of PyYAML's errors.
             raise ConfigError(f"--config {file}: not readable as YAML: {' '.join(str(error).split())}") from error
     for override in overrides:
         key, separator, value = override.partition("=")
@@ -58,17 +59,25 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
                 OmegaConf.update(given, key, _as_text(OmegaConf.select(given, key), value))
             merged = OmegaConf.merge(merged, given)
         except Exception as error:
-            raise ConfigError(f"{key}=...: {_first_line(error)}") from error  # the value may be a secret
+            raise ConfigError(f"{key}=...: {_first_line(error)}") from error  # The message leaves out the value, which may be a secret.
+    return _with_endpoint(_to_object(merged))
+
+
+def _to_object(node: Any, prefix: str = "") -> Any:
+    """Return the dataclass of a node, after its sections were checked one by one, so that errors name the full key."""
     try:
-        return _with_endpoint(OmegaConf.to_object(merged))
+        for key, value in node.items():
+            if dataclasses.is_dataclass(OmegaConf.get_type(value)):
+                _to_object(value, f"{prefix}{key}.")
+        return OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
-    except ValueError as error:  # a dataclass's own check
-        raise ConfigError(str(error)) from error
+    except ValueError as error:  # A section's own checks raise it.
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def profiles() -> list[str]:
-    """Return the names of the profiles that come with the package, such as offline and training/small."""
+    """Return the names of the package's profiles, such as offline and training/small."""
     found = [*CONF.glob("*.yaml"), *CONF.glob("training/*.yaml"), CONF / "cluster" / "gpu.yaml"]
     return sorted(str(path.relative_to(CONF).with_suffix("")) for path in found)
 
@@ -82,11 +91,11 @@ def profile_path(given: str) -> Path:
     spellings = (given.removeprefix("conf/").removesuffix(".yaml"), Path(given).stem)
     likely = [name for spelling in spellings for name in difflib.get_close_matches(spelling, names, n=1)]
     meant = f" (did you mean {likely[0]}?)" if likely else ""
-    raise ConfigError(f"--config {given}: there is no such file or profile{meant}; the profiles are: {', '.join(names)}")
+    raise ConfigError(f"--config {given}: no such file or profile{meant}; the profiles are: {', '.join(names)}")
 
 
 def _parsed(override: str, is_text: bool) -> Any:
-    """An override as YAML reads it; text that is no YAML, such as a sentence that begins with a quotation, is left for ``_as_text``."""
+    """Return an override parsed as YAML. A value that is not valid YAML (text that begins with a quotation) is left to ``_as_text``."""
     try:
         return OmegaConf.from_dotlist([override])
     except YAMLError:
@@ -96,29 +105,29 @@ def _parsed(override: str, is_text: bool) -> Any:
 
 
 def _type_of(kind: Any, key: str) -> Any:
-    """The type of a field, by its full key; None where there is none."""
+    """Return the type of a field by its full key; None if there is no such field."""
     for name in key.split("."):
         kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
     return kind
 
 
 def _as_text(parsed: Any, given: str) -> str:
-    """The value of a text field: as YAML reads it (which takes quotes off), or as it was given where that is none (012 is not 12)."""
+    """Return the value of a text field: what YAML reads (without quotes) if it is text, otherwise the value as given (012 is not 12)."""
     return parsed if isinstance(parsed, str) else given
 
 
 def _without_sections_of_others(kind: type[Any], loaded: Any) -> Any:
-    """What a file says to this job: one file may serve several, so the sections of jobs.embed_catalog are checked and left aside."""
+    """Return a file's sections for this job. One file may serve several jobs: other sections of embed_catalog are checked and removed."""
     own, shared = ({entry.name for entry in dataclasses.fields(job)} for job in (kind, EmbedCatalogConfig))
     others = [key for key in loaded if key in shared - own] if OmegaConf.is_dict(loaded) else []
     if not others:
         return loaded
-    OmegaConf.merge(OmegaConf.structured(EmbedCatalogConfig), OmegaConf.masked_copy(loaded, others))  # raises for unknown keys
+    OmegaConf.merge(OmegaConf.structured(EmbedCatalogConfig), OmegaConf.masked_copy(loaded, others))  # This raises for unknown keys.
     return OmegaConf.masked_copy(loaded, [key for key in loaded if key not in others])
 
 
 def _with_endpoint(config: Any) -> Any:
-    """Weights and checkpoints on s3:// are on the server that storage.endpoint_url names, where they name no other."""
+    """Add storage.endpoint_url to the addresses of weights and checkpoints on s3:// that name no server."""
     endpoint = config.storage.endpoint_url if hasattr(config, "storage") else ""
     if not endpoint:
         return config
@@ -127,7 +136,9 @@ def _with_endpoint(config: Any) -> Any:
         value = getattr(config, section.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             names = [
-                entry.name for entry in dataclasses.fields(value) if entry.name in ADDRESSES and isinstance(getattr(value, entry.name), str)
+                entry.name
+                for entry in dataclasses.fields(value)
+                if entry.name in WEIGHTS_KEYS and isinstance(getattr(value, entry.name), str)
             ]
             found = {name: with_endpoint(getattr(value, name), endpoint) for name in names}
             changed[section.name] = dataclasses.replace(value, **found)
@@ -135,37 +146,38 @@ def _with_endpoint(config: Any) -> Any:
 
 
 def describe(kind: type[Any]) -> str:
-    """Every key of a job's configuration with its default and meaning, for --help."""
+    """Return every key of a job's configuration with its default, bounds and meaning, for --help."""
     lines = []
     for section in dataclasses.fields(kind):
         default = default_of(section)
         if dataclasses.is_dataclass(default):
             lines += ["", f"{section.name}: {(type(default).__doc__ or '').splitlines()[0]}"]
         for key in keys_of(section.name, default, section.metadata):
-            lines.append(f"  {key.name}={key.default}")
+            lines.append(f"  {key.name}={key.default}" + (f"  ({key.bounds})" if key.bounds else ""))
             lines += textwrap.wrap(key.meaning, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
 def default_of(entry: dataclasses.Field[Any]) -> Any:
-    """Return the default of a dataclass field, made anew where a factory makes it."""
+    """Return the default of a dataclass field; call its factory if it has one."""
     return entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a configuration as people read about it."""
+    """A key of a configuration as --help and the documentation show it."""
 
-    name: str  # in full, such as media.max_pixels
+    name: str  # full name, such as media.max_pixels
     default: str  # as YAML
+    bounds: str
     meaning: str
     changes_numbers: bool
 
 
 def keys_of(name: str, default: Any, metadata: Mapping[str, Any]) -> Iterator[Key]:
-    """The key ``name``, or those of the section that it is, in order. ``metadata``: of its dataclass field."""
+    """Yield the key ``name``, or the keys of the section ``name`` in order. ``metadata`` belongs to its dataclass field."""
     if not dataclasses.is_dataclass(default):
-        yield Key(name, _yaml(default), metadata.get("help", ""), metadata.get("changes_numbers", False))
+        yield Key(name, _yaml(default), describe_bounds(metadata["bounds"]), metadata["help"], metadata["changes_numbers"])
         return
     for entry in dataclasses.fields(default):
         yield from keys_of(f"{name}.{entry.name}", getattr(default, entry.name), entry.metadata)
@@ -182,7 +194,7 @@ def _yaml(value: Any) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """What OmegaConf says, in one line with the full key."""
+    """Return the message of an OmegaConf error in one line with the full key."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
     return f"{key}: {message}" if key else message

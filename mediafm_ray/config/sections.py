@@ -1,6 +1,6 @@
-"""The sections of a configuration: dataclasses whose fields say what a key means and whether it changes the numbers.
+"""The sections of a configuration: dataclasses whose fields declare what a key means and which values it may have.
 
-Sections that belong to a layer are in its ``options``; the messages of a section's own check name the key.
+The sections of one layer are in the module ``options`` of that layer.
 """
 
 from __future__ import annotations
@@ -8,48 +8,45 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from mediafm_ray.spec import MODALITIES, resource
+from mediafm_ray.spec import MODALITIES, ConfigSection, resource
 
-MIN_VECTORS_TO_TRAIN = 256  # vectors: what a byte of a product quantiser can be
+MIN_VECTORS_TO_TRAIN = 256  # A product quantiser has one centroid for each value of a byte, and each needs a vector.
 
 
 @dataclass(frozen=True)
-class CatalogConfig:
-    """What to embed."""
+class CatalogConfig(ConfigSection):
+    """The titles to embed."""
 
     uri: str = resource("", "folder of videos, or a .parquet, .csv or .jsonl table of titles (required)")
-    on_error: str = resource("fail", "at a bad row: fail = nothing is started; skip = it is recorded as a failure, the rest is done")
-
-    def __post_init__(self) -> None:
-        if self.on_error not in ("fail", "skip"):
-            raise ValueError(f"catalog.on_error is fail or skip, not {self.on_error}")
+    on_error: str = resource(
+        "fail", "a bad row: fail = stop before anything starts; skip = record it as a failure and go on", choices=("fail", "skip")
+    )
 
 
 @dataclass(frozen=True)
-class OutputConfig:
-    """Where to write."""
+class OutputConfig(ConfigSection):
+    """The location of the datasets."""
 
-    uri: str = resource("", "folder or bucket prefix that receives the datasets (required)")
+    uri: str = resource("", "folder or bucket prefix of the datasets (required)")
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(ConfigSection):
     """The actor pool of one stage."""
 
-    min_actors: int = resource(1, "actors kept, at least 1")
-    max_actors: int = resource(0, "actors at most; 0 = one for every eight cores of this machine, of the detector one for every two")
-    titles_per_call: int = resource(1, "titles that an actor takes at once, at most; more fill a GPU where titles are short")
-    num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for an actor")
-    num_gpus: float = resource(0.0, "GPUs that Ray reserves for an actor; fractions share one")
-    node_resource: str = resource("", "custom resource of the nodes that the actors are kept to (0.001 of it each); empty = any node")
+    min_actors: int = resource(1, "minimum number of actors", min=1)
+    max_actors: int = resource(
+        0, "maximum number of actors; 0 = one for every eight cores of this machine (detector: one for every two)", min=0
+    )
+    titles_per_call: int = resource(1, "maximum number of titles in one call of an actor; more fill a GPU where titles are short", min=1)
+    num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for an actor", min=0)
+    num_gpus: float = resource(0.0, "GPUs that Ray reserves for an actor; actors with fractions share one", min=0)
+    node_resource: str = resource("", "custom Ray resource of the nodes that run the actors (each reserves 0.001 of it); empty = any node")
 
     def __post_init__(self) -> None:
-        if self.min_actors < 1 or (self.max_actors and self.max_actors < self.min_actors):
-            raise ValueError(f"a stage needs 1 <= min_actors <= max_actors, has {self.min_actors} and {self.max_actors}")
-        if self.titles_per_call < 1:
-            raise ValueError(f"titles_per_call of a stage must be at least 1, is {self.titles_per_call}")
-        if self.num_cpus < 0 or self.num_gpus < 0:
-            raise ValueError("num_cpus and num_gpus of a stage cannot be negative")
+        super().__post_init__()
+        if self.max_actors and self.max_actors < self.min_actors:
+            raise ValueError(f"max_actors must be at least min_actors ({self.min_actors}) or 0, is {self.max_actors}")
 
 
 def _detect_stage() -> StageConfig:
@@ -60,8 +57,8 @@ STAGES = ("detect_shots", "encode_video", "encode_audio", "encode_text", "contex
 
 
 @dataclass(frozen=True)
-class ResourcesConfig:
-    """What the stages run on. Nothing here changes a number in the output."""
+class ResourcesConfig(ConfigSection):
+    """Actors, CPUs and GPUs of the stages. No key of this section changes the output."""
 
     detect_shots: StageConfig = field(default_factory=_detect_stage)
     encode_video: StageConfig = field(default_factory=StageConfig)
@@ -71,291 +68,249 @@ class ResourcesConfig:
     write: StageConfig = field(default_factory=StageConfig)
     pools: list[str] = resource(
         [],
-        "stages that share their actors, such as encode_video+encode_audio, which then ask for what the largest of them does; others have "
-        "actors of their own. Empty = all stages but the detector share, where they ask for no GPU and for the same nodes",
+        "groups of stages that share actors, such as encode_video+encode_audio; a group reserves the maximum of its stages, other stages "
+        "have actors of their own. Empty = all stages but the detector share actors if they reserve no GPU and run on the same nodes",
     )
-    ray_address: str = resource("", "Ray cluster to join; empty = RAY_ADDRESS if it is set, else a Ray of its own on this machine")
-    object_store_gb: float = resource(0.0, "object store of a Ray of its own, in GB; 0 = Ray's default (30 % of the memory)")
+    ray_address: str = resource("", "Ray cluster to join; empty = RAY_ADDRESS if it is set, else a local Ray instance")
+    object_store_gb: float = resource(0.0, "object store of a local Ray instance, in GB; 0 = Ray's default (30 % of the memory)", min=0)
     max_deaths_per_title: int = resource(
-        3, "a title fails when so many processes ended while a stage worked on it (memory, crashes, lost nodes)"
+        3, "a title fails after this many processes died while a stage processed it (out of memory, crashes, lost nodes)", min=1
     )
     no_progress_timeout_s: float = resource(
-        21600.0, "seconds in which no title gets from one stage to the next until the job stops; longer than the longest title takes"
+        21600.0,
+        "the job stops after this many seconds in which no title moved to the next stage; must exceed the time of the longest title",
+        min=0,
     )
 
     def __post_init__(self) -> None:
-        if self.object_store_gb < 0 or self.no_progress_timeout_s < 0:
-            raise ValueError("resources.object_store_gb and no_progress_timeout_s cannot be negative")
+        super().__post_init__()
         for group in self.pools:
             if group not in "+".join(STAGES) or not set(group.split("+")) <= set(STAGES):
-                raise ValueError(f"resources.pools: {group} is not a part of {'+'.join(STAGES)}")
+                raise ValueError(f"pools: {group} is not a part of {'+'.join(STAGES)}")
         pooled = [stage for group in self.pools for stage in group.split("+")]
         if len(set(pooled)) < len(pooled):
-            raise ValueError("resources.pools: a stage stands in two pools")
-        if self.max_deaths_per_title < 1:
-            raise ValueError(f"resources.max_deaths_per_title must be at least 1, is {self.max_deaths_per_title}")
+            raise ValueError("pools: a stage is in two pools")
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """How a run ends and what it reports."""
+class RunConfig(ConfigSection):
+    """Limits and reporting of a run."""
 
-    max_failed_fraction: float = resource(0.0, "the job exits with 1 when a larger share of the planned titles failed")
-    retry_failed: bool = resource(True, "try again the titles that have a failure record")
-    dry_run: bool = resource(False, "say what would be done, and what the text would cost at the embeddings API; write nothing")
-    max_titles: int = resource(0, "take at most so many pending titles; 0 = all")
-    log_format: str = resource("text", "text: lines for a person; json: one JSON object a line, for Loki and its like")
-
-    def __post_init__(self) -> None:
-        if self.log_format not in ("text", "json"):
-            raise ValueError(f"run.log_format must be text or json, is {self.log_format!r}")
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise ValueError(f"run.max_failed_fraction must be between 0 and 1, is {self.max_failed_fraction}")
-        if self.max_titles < 0:
-            raise ValueError("run.max_titles cannot be negative")
-
-
-@dataclass(frozen=True)
-class StoredDatasetConfig:
-    """Which of the output's datasets to read."""
-
-    version: str = resource("", "dataset version, 12 hex digits; empty = the only one there is")
-
-
-@dataclass(frozen=True)
-class VectorsConfig:
-    """Which of the committed vectors to work on."""
-
-    kind: str = resource("contextual", "contextual (of a contextualiser) or fused (raw)")
-    checkpoint: str = resource("", "the 12 hex digits behind contextual-; empty = the only checkpoint that has written")
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("contextual", "fused"):
-            raise ValueError(f"vectors.kind must be contextual or fused, is {self.kind!r}")
-
-
-@dataclass(frozen=True)
-class DerivedRunConfig:
-    """How a run over committed titles goes and ends."""
-
-    threads: int = resource(4, "titles that are read and done at once")
-    max_failed_fraction: float = resource(0.0, "the job exits with 1 when a larger share of the planned titles failed")
-    max_titles: int = resource(0, "take at most so many pending titles; 0 = all")
-
-    def __post_init__(self) -> None:
-        if self.threads < 1 or self.max_titles < 0:
-            raise ValueError("run.threads must be at least 1, and run.max_titles not negative")
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise ValueError(f"run.max_failed_fraction must be between 0 and 1, is {self.max_failed_fraction}")
-
-
-@dataclass(frozen=True)
-class TableConfig:
-    """The table of all titles that is written beside the dataset."""
-
-    uri: str = resource("", "a .parquet or .jsonl object to write all titles to, with those nearest to each; empty = none")
-    nearest: int = resource(3, "nearest titles to name for each")
-
-    def __post_init__(self) -> None:
-        if self.nearest < 0:
-            raise ValueError("table.nearest cannot be negative")
-
-
-@dataclass(frozen=True)
-class ClipsConfig:
-    """The clips to embed, and how."""
-
-    uri: str = resource("", ".parquet, .csv or .jsonl table of clips: title_id, start_s, end_s, and what else is to be kept (required)")
-    kind: str = resource("contextual", "contextual, contextual_alone (a clip's shots read by themselves), fused, video, audio or text")
-    contextual: str = resource(
-        "", "12 hex digits behind contextual-: whose stored embeddings to take where several checkpoints have written and none is given"
+    max_failed_fraction: float = resource(0.0, "the job exits with 1 if a larger share of the planned titles failed", min=0, max=1)
+    retry_failed: bool = resource(True, "retry titles that have a failure record")
+    dry_run: bool = resource(False, "print the plan and what the text would cost at the embeddings API; write nothing")
+    max_titles: int = resource(0, "maximum number of pending titles to process; 0 = all", min=0)
+    log_format: str = resource(
+        "text", "text = lines for people; json = one JSON object per line, for log collectors such as Loki", choices=("text", "json")
     )
-    threads: int = resource(4, "titles read at once")
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError("clips.threads must be at least 1")
 
 
 @dataclass(frozen=True)
-class ClipTableConfig:
-    """The table of vectors that is written."""
+class StoredDatasetConfig(ConfigSection):
+    """The dataset to read."""
 
-    uri: str = resource("", "a .parquet object for the clips with their vectors (required)")
+    version: str = resource("", "dataset version, 12 hex digits; empty = the only one")
 
 
 @dataclass(frozen=True)
-class LabelsConfig:
+class VectorsConfig(ConfigSection):
+    """The committed vectors to read."""
+
+    kind: str = resource("contextual", "contextual = of a contextualiser; fused = of the encoders", choices=("contextual", "fused"))
+    checkpoint: str = resource("", "the 12 hex digits after contextual-; empty = the only checkpoint that has written")
+
+
+@dataclass(frozen=True)
+class DerivedRunConfig(ConfigSection):
+    """Threads and limits of a run over committed titles."""
+
+    threads: int = resource(4, "titles that are processed at once", min=1)
+    max_failed_fraction: float = resource(0.0, "the job exits with 1 if a larger share of the planned titles failed", min=0, max=1)
+    max_titles: int = resource(0, "maximum number of pending titles to process; 0 = all", min=0)
+
+
+@dataclass(frozen=True)
+class TableConfig(ConfigSection):
+    """The table of all titles."""
+
+    uri: str = resource("", "a .parquet or .jsonl object for the table of all titles and the titles nearest to each; empty = none")
+    nearest: int = resource(3, "number of nearest titles to list for each title", min=0)
+
+
+CONTEXTUAL_MEANING = (
+    "12 hex digits after contextual-: the stored embeddings to read if several checkpoints have written; empty = the only ones"
+)
+
+
+@dataclass(frozen=True)
+class ClipsConfig(ConfigSection):
+    """The clips to embed."""
+
+    uri: str = resource("", ".parquet, .csv or .jsonl table of clips: title_id, start_s, end_s and other columns to keep (required)")
+    kind: str = resource("contextual", "contextual, contextual_alone (only the shots of the clip as context), fused, video, audio or text")
+    contextual: str = resource("", CONTEXTUAL_MEANING)
+    threads: int = resource(4, "titles that are read at once", min=1)
+
+
+@dataclass(frozen=True)
+class ClipTableConfig(ConfigSection):
+    """The table of clips and their vectors."""
+
+    uri: str = resource("", "a .parquet object for the clips and their vectors (required)")
+
+
+@dataclass(frozen=True)
+class LabelsConfig(ConfigSection):
     """The labels to predict."""
 
-    uri: str = resource("", ".parquet, .csv or .jsonl table: title_id, start_s, end_s of a clip, and its labels (required)")
+    uri: str = resource("", ".parquet, .csv or .jsonl table: title_id, start_s, end_s of each clip, and its labels (required)")
     columns: list[str] = resource([], "columns of labels; empty = all but title_id, start_s, end_s and clip_id")
     group: str = resource(
-        "",
-        "column that says which titles belong together, such as a series or the cuts of one film: they are held out together; empty = none",
+        "", "column that groups titles, such as a series or the cuts of one film; a group is held out as a whole; empty = no groups"
     )
     inputs: list[str] = resource(
         ["video", "audio", "text", "fused", "neighbours", "contextual_alone", "contextual"],
-        "kinds of clip vectors to probe, in this order; neighbours: the fused vectors' mean over five shots",
+        "kinds of clip vectors to probe, in this order; neighbours = mean of the fused vectors of five shots",
     )
-    baseline: str = resource("fused", "the input that the others are compared with; where it is not probed, the first one")
-    contextual: str = resource(
-        "", "12 hex digits behind contextual-: whose stored embeddings to take where several checkpoints have written and none is given"
+    baseline: str = resource("fused", "the input that the others are compared with; the first one if it is not probed")
+    contextual: str = resource("", CONTEXTUAL_MEANING)
+    threads: int = resource(4, "titles that are read at once", min=1)
+
+
+@dataclass(frozen=True)
+class ReportConfig(ConfigSection):
+    """The location of the results."""
+
+    uri: str = resource("", "a .json object for all numbers; empty = print the table only")
+
+
+@dataclass(frozen=True)
+class BackfillConfig(ConfigSection):
+    """Work and limits of a scheduled run."""
+
+    order: str = resource(
+        "newest", "newest = the last modified videos first; catalog = in the order of the catalog's rows", choices=("newest", "catalog")
     )
-    threads: int = resource(4, "titles read at once")
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError("labels.threads must be at least 1")
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Where results go."""
-
-    uri: str = resource("", "a .json object to write all numbers to; empty = only the table on the terminal")
-
-
-@dataclass(frozen=True)
-class BackfillConfig:
-    """What a scheduled run takes on, and when it stops."""
-
-    order: str = resource("newest", "newest: the videos modified last go first; catalog: in the order of the catalog's rows")
-    max_titles: int = resource(0, "take at most so many titles; 0 = all")
-    max_video_hours: float = resource(0.0, "take no new title once so many hours of video are read; 0 = no limit")
-    max_wall_minutes: float = resource(0.0, "take no new title so many minutes after the start; those begun are finished; 0 = no limit")
-    max_attempts: int = resource(4, "a title that failed so often is given up until its source, or the dataset version, changes")
-    retry_delay_hours: float = resource(1.0, "a failed title is tried again after so long, then after twice as long, and so on")
-    recompute_stale: bool = resource(False, "compute titles, too, that are committed under another dataset version only")
-    delete_missing: bool = resource(False, "delete the objects of titles that are gone from the catalog")
-    max_delete_fraction: float = resource(0.1, "refuse to delete when a larger share of the committed titles is gone from the catalog")
-    lease_minutes: float = resource(10.0, "after a crash, no other backfill of the dataset starts for so long; renewed while the job runs")
-
-    def __post_init__(self) -> None:
-        if self.order not in ("newest", "catalog"):
-            raise ValueError(f"backfill.order must be newest or catalog, is {self.order!r}")
-        for name in ("max_titles", "max_video_hours", "max_wall_minutes", "retry_delay_hours"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"backfill.{name} cannot be negative, is {getattr(self, name)}")
-        if self.max_attempts < 1 or self.lease_minutes <= 0:
-            raise ValueError("backfill.max_attempts must be at least 1 and backfill.lease_minutes positive")
-        if not 0 <= self.max_delete_fraction <= 1:
-            raise ValueError(f"backfill.max_delete_fraction must be between 0 and 1, is {self.max_delete_fraction}")
+    max_titles: int = resource(0, "maximum number of titles to process; 0 = all", min=0)
+    max_video_hours: float = resource(0.0, "start no title after this many hours of video were read; 0 = no limit", min=0)
+    max_wall_minutes: float = resource(
+        0.0, "start no title later than this many minutes after the start; titles in progress are finished; 0 = no limit", min=0
+    )
+    max_attempts: int = resource(
+        4, "a title that failed this many times is not tried again until its source or the dataset version changes", min=1
+    )
+    retry_delay_hours: float = resource(1.0, "delay before a failed title is tried again; it doubles after each failure", min=0)
+    recompute_stale: bool = resource(False, "also compute titles that are committed only under another dataset version")
+    delete_missing: bool = resource(False, "delete the objects of titles that are no longer in the catalog")
+    max_delete_fraction: float = resource(
+        0.1, "refuse to delete if a larger share of the committed titles has left the catalog", min=0, max=1
+    )
+    lease_minutes: float = resource(
+        10.0, "time after a crash in which no other backfill of the dataset can start; renewed while the job runs", above=0
+    )
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
-    """How the objects of an output are checked."""
+class VerifyConfig(ConfigSection):
+    """The objects to check."""
 
     version: str = resource("", "dataset version to check; empty = all")
-    repair: bool = resource(False, "delete what is broken, so that the next run computes it anew")
-    threads: int = resource(8, "objects read at once; each is in memory whole")
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"verify.threads must be at least 1, is {self.threads}")
+    repair: bool = resource(False, "delete broken objects, so that the next run computes them again")
+    threads: int = resource(8, "objects that are read at once; each is held in memory", min=1)
 
 
 @dataclass(frozen=True)
-class TitlePageConfig:
-    """Where the page of the title goes."""
+class TitlePageConfig(ConfigSection):
+    """The location of the page of the title."""
 
     path: str = resource("", "file or object to write; empty = pages/titles/<title>.html of the dataset version")
 
 
 @dataclass(frozen=True)
-class CatalogPagesConfig:
-    """Where the pages of the catalog go, and which."""
+class CatalogPagesConfig(ConfigSection):
+    """The location and the extent of the catalog's pages."""
 
-    folder: str = resource("", "folder or bucket prefix that receives index.html and titles/; empty = pages/ of the dataset version")
-    title_pages: bool = resource(False, "write the page of every committed title, too; without it the list links to those that are there")
+    folder: str = resource("", "folder or bucket prefix for index.html and titles/; empty = pages/ of the dataset version")
+    title_pages: bool = resource(False, "also write the page of every committed title; otherwise the list links to the pages that exist")
 
 
 @dataclass(frozen=True)
 class DatasetConfig(StoredDatasetConfig):
-    """What to train on: what ``jobs.embed_catalog`` wrote."""
+    """The dataset to train on, written by mediafm embed."""
 
     uri: str = resource("", "folder or bucket prefix that embed_catalog wrote to, its output.uri (required)")
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """Where the trained model goes."""
+class CheckpointConfig(ConfigSection):
+    """The location of the trained model."""
 
-    uri: str = resource("", "folder or bucket prefix of one training; receives config.json, model.safetensors and the state (required)")
-
-
-@dataclass(frozen=True)
-class TrainingResourcesConfig:
-    """What training runs on. It changes no number but those of dropout, and the last digits."""
-
-    workers: int = resource(1, "processes that share every step; with training.device=cuda each has a GPU of its own")
-    num_cpus: float = resource(1.0, "logical CPUs that Ray reserves for a worker")
-    max_restarts: int = resource(3, "times that workers which died are replaced; training then goes on from the last saved state")
-    ray_address: str = resource("", "Ray cluster to join; empty = RAY_ADDRESS if it is set, else a Ray of its own on this machine")
-
-    def __post_init__(self) -> None:
-        if self.workers < 1 or self.max_restarts < 0 or self.num_cpus < 0:
-            raise ValueError("resources.workers must be at least 1, and max_restarts and num_cpus of resources not negative")
+    uri: str = resource("", "folder or bucket prefix of one training, for config.json, model.safetensors and the saved state (required)")
 
 
 @dataclass(frozen=True)
-class IndexConfig:
-    """Where the index of shots is, what stands in it, and how well it must find."""
+class TrainingResourcesConfig(ConfigSection):
+    """Workers of a training. They change only dropout and rounding."""
 
-    uri: str = resource("", "folder or bucket prefix of its own that holds the index, a Lance dataset (required)")
+    workers: int = resource(1, "processes that share every step; with training.device=cuda each has a GPU of its own", min=1)
+    num_cpus: float = resource(1.0, "logical CPUs that Ray reserves for a worker", min=0)
+    max_restarts: int = resource(3, "times that dead workers are replaced; training then continues from the last saved state", min=0)
+    ray_address: str = resource("", "Ray cluster to join; empty = RAY_ADDRESS if it is set, else a local Ray instance")
+
+
+@dataclass(frozen=True)
+class IndexConfig(ConfigSection):
+    """The index of shots: its location, its columns and its recall."""
+
+    uri: str = resource("", "folder or bucket prefix of the index, a Lance dataset; nothing else may be in it (required)")
     parts: list[str] = resource(
-        ["video", "audio", "text"], "modalities whose own vectors can be searched, too; each adds its dimensions to the index"
+        list(MODALITIES),
+        "modalities whose own vectors can be searched, too; each adds its dimensions to the index",
+        choices=MODALITIES,
     )
     least_shots: int = resource(
-        20_000, "from so many vectors on a column gets a vector index, which is searched approximately; fewer are searched exactly"
+        20_000,
+        "a column with at least this many vectors gets a vector index, which is searched approximately; smaller ones are searched exactly",
+        min=MIN_VECTORS_TO_TRAIN,
     )
-    recall: float = resource(0.97, "recall@10 that the vector index must reach on sampled shots; what it takes to reach it is recorded")
-    queries: int = resource(200, "shots that are drawn to measure recall@10 against exact search")
-    replace: bool = resource(False, "build anew in the place of an index of another dataset version, of other vectors or other parts")
-    keep_hours: float = resource(24.0, "versions before the last are deleted after so long; a search may still be reading them")
-    lease_minutes: float = resource(10.0, "after a crash, no other build of the index starts for so long; renewed while the job runs")
+    recall: float = resource(
+        0.97, "recall@10 that the vector index must reach on sampled shots; the search parameters that reach it are stored", above=0, max=1
+    )
+    queries: int = resource(200, "sampled shots on which recall@10 is measured against exact search", min=1)
+    replace: bool = resource(False, "replace an index of another dataset version, of other vectors or of other parts")
+    keep_hours: float = resource(24.0, "earlier versions of the index are deleted after this time; a search may still read them", min=0)
+    lease_minutes: float = resource(
+        10.0, "time after a crash in which no other build of the index can start; renewed while the job runs", above=0
+    )
 
     def __post_init__(self) -> None:
-        unknown = [part for part in self.parts if part not in MODALITIES]
-        if unknown or len(set(self.parts)) != len(self.parts):
-            raise ValueError(f"index.parts are some of {', '.join(MODALITIES)}, each once; not {', '.join(self.parts)}")
-        if self.least_shots < MIN_VECTORS_TO_TRAIN or self.queries < 1:
-            raise ValueError(f"index.least_shots must be at least {MIN_VECTORS_TO_TRAIN}, and index.queries at least 1")
-        if not 0 < self.recall <= 1:
-            raise ValueError(f"index.recall must be above 0 and up to 1, is {self.recall}")
-        if self.keep_hours < 0 or self.lease_minutes <= 0:
-            raise ValueError("index.keep_hours cannot be negative, and index.lease_minutes must be positive")
+        super().__post_init__()
+        if len(set(self.parts)) != len(self.parts):
+            raise ValueError(f"parts: each modality can be listed once; is {', '.join(self.parts)}")
 
 
 @dataclass(frozen=True)
-class SearchedIndexConfig:
-    """Which index to search."""
+class SearchedIndexConfig(ConfigSection):
+    """The index to search."""
 
     uri: str = resource("", "folder or bucket prefix of an index, the index.uri of mediafm index (required)")
-    version: str = resource("", "dataset version that it must be of, 12 hex digits; empty = any")
-    vectors: str = resource("", "vectors that it must hold, fused or contextual; empty = any")
-    exact: bool = resource(False, "look at every shot instead of asking the vector index")
-
-    def __post_init__(self) -> None:
-        if self.vectors not in ("", "fused", "contextual"):
-            raise ValueError(f"index.vectors must be fused or contextual, is {self.vectors!r}")
+    version: str = resource("", "dataset version that the index must hold, 12 hex digits; empty = any")
+    vectors: str = resource("", "vectors that the index must hold, fused or contextual; empty = any", choices=("", "fused", "contextual"))
+    exact: bool = resource(False, "compare with every shot instead of using the vector index")
 
 
 @dataclass(frozen=True)
-class FilterConfig:
-    """Which shots may be found."""
+class FilterConfig(ConfigSection):
+    """The shots that a search may find."""
 
-    titles: list[str] = resource([], "of these titles only; empty = of all")
-    without_titles: list[str] = resource([], "of none of these titles")
-    other_titles: bool = resource(False, "of other titles only than that of the shot or clip that is asked for")
-    start_s: float | None = resource(None, "that end after this second of their title; null = any")
-    end_s: float | None = resource(None, "that begin before this second of their title; null = any")
-    languages: list[str] = resource([], "whose text is in one of these languages; en finds en-US, too; empty = any, and none")
+    titles: list[str] = resource([], "only shots of these titles; empty = of all titles")
+    without_titles: list[str] = resource([], "no shots of these titles")
+    other_titles: bool = resource(False, "no shots of the title of the queried shot or clip")
+    start_s: float | None = resource(None, "only shots that end after this second of their title; null = any", below=math.inf)
+    end_s: float | None = resource(None, "only shots that begin before this second of their title; null = any", below=math.inf)
+    languages: list[str] = resource([], "only shots with text in one of these languages; en includes en-US; empty = all shots")
 
     def __post_init__(self) -> None:
-        for name in ("start_s", "end_s"):
-            if (value := getattr(self, name)) is not None and not math.isfinite(value):
-                raise ValueError(f"filter.{name} must be a finite number of seconds, is {value}")
+        super().__post_init__()
         if self.start_s is not None and self.end_s is not None and self.start_s >= self.end_s:
-            raise ValueError(f"filter.end_s ({self.end_s:g}) must come after filter.start_s ({self.start_s:g})")
+            raise ValueError(f"end_s ({self.end_s:g}) must be greater than start_s ({self.start_s:g})")

@@ -9,10 +9,10 @@ from typing import Any
 
 from mediafm_ray.downstream.pages import (
     FAILED,
-    MESSAGE,
+    MAX_ID_LENGTH,
+    MAX_MESSAGE_LENGTH,
     OK,
     OUTDATED,
-    SHOWN_ID,
     clock,
     cut_to,
     render,
@@ -32,12 +32,12 @@ class CatalogTitle:
     shots: int = 0
     warnings: Sequence[str] = ()
     failure: Mapping[str, Any] | None = None  # stage, type, message, attempts of a failure record
-    page: str = ""  # relative address of the title's page; empty = there is none
+    page: str = ""  # relative address of the title's page; empty = none
     picture: bytes = b""  # a small JPEG
 
     @property
     def status(self) -> str:
-        """ok; failed: there are no shots; outdated: there are shots, but its source has changed and the new one failed."""
+        """Return ok, failed (no shots), or outdated (shots of an earlier source, whose successor failed)."""
         if self.failure is None:
             return OK
         return OUTDATED if self.shots else FAILED
@@ -45,25 +45,25 @@ class CatalogTitle:
 
 @dataclass(frozen=True)
 class CatalogContent:
-    """What the page of a catalog is made from."""
+    """The content of a catalog's page."""
 
-    name: str  # where the dataset stands
+    name: str  # location of the dataset
     dataset_version: str
     titles: Sequence[CatalogTitle]
-    run: Mapping[str, Any] | None = None  # run-summary.json; None where there is none
+    run: Mapping[str, Any] | None = None  # run-summary.json; None if there is none
     dims: Mapping[str, int] = field(default_factory=dict)
 
 
 def catalog_page(content: CatalogContent) -> str:
-    """The HTML file that lists a catalog's titles."""
+    """Return the HTML file that lists a catalog's titles."""
     titles = sorted(content.titles, key=lambda title: title.title_id)
     data = {
-        "id": [visible(cut_to(title.title_id, SHOWN_ID)) for title in titles],
+        "id": [visible(cut_to(title.title_id, MAX_ID_LENGTH)) for title in titles],
         "duration": [round(title.duration_s, 2) for title in titles],
         "shots": [title.shots for title in titles],
         "status": [title.status for title in titles],
         "page": [title.page for title in titles],
-        "warnings": [[visible(cut_to(warning, MESSAGE)) for warning in title.warnings] for title in titles],
+        "warnings": [[visible(cut_to(warning, MAX_MESSAGE_LENGTH)) for warning in title.warnings] for title in titles],
         "failure": [_failure_shown(title.failure) for title in titles],
         "picture": [base64.b64encode(title.picture).decode() for title in titles] if any(title.picture for title in titles) else [],
     }
@@ -97,11 +97,11 @@ def _failure_shown(failure: Mapping[str, Any] | None) -> str:
         return ""
     attempts = failure.get("attempts")
     tried = f" (tried {attempts} times)" if isinstance(attempts, int) and attempts > 1 else ""
-    return visible(f"{failure.get('stage', '')}: {cut_to(str(failure.get('message', '')), MESSAGE)}{tried}")
+    return visible(f"{failure.get('stage', '')}: {cut_to(str(failure.get('message', '')), MAX_MESSAGE_LENGTH)}{tried}")
 
 
 def _failure_groups(titles: Iterable[CatalogTitle]) -> list[dict[str, Any]]:
-    """Failures that have the stage and the type in common, the most frequent first, each with an example."""
+    """Group failures by stage and type, the most frequent first, each with an example."""
     groups: dict[tuple[str, str], list[CatalogTitle]] = {}
     for title in titles:
         if title.failure is not None:
@@ -115,7 +115,7 @@ def _failure_groups(titles: Iterable[CatalogTitle]) -> list[dict[str, Any]]:
 
 
 def _run_shown(run: Mapping[str, Any] | None, dataset_version: str) -> list[tuple[str, str]]:
-    """The last run for a person: labels and values; empty where no summary is there."""
+    """Return the last run as labels and values; empty without a summary."""
     if not run:
         return []
     titles = run.get("titles", {})

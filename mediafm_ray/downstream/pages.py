@@ -1,8 +1,8 @@
-"""Pages to look at: one self-contained HTML file of a title, and one that lists a catalog. numpy, pyarrow and Jinja only.
+"""Self-contained HTML pages of a title, and common parts of all pages. numpy, pyarrow and Jinja only.
 
-A page asks nothing of any server: pictures, figures, style and script stand in it, and its Content-Security-Policy allows just these, by
-their digests. What comes from a catalog (ids, captions, messages) reaches the page as text that Jinja escapes or as JSON that the script
-puts into text nodes; no markup is ever made of it.
+A page needs no server: it contains pictures, figures, style and script, and its Content-Security-Policy allows only these, by their
+digests. Text of a catalog (ids, captions, messages) is escaped by Jinja, or is JSON that the script puts into text nodes; it never
+becomes markup.
 
 Shapes
     S  shots of the title
@@ -34,19 +34,19 @@ from mediafm_ray.downstream.similarity import nearest_shots, similarity_map
 from mediafm_ray.spec import BOUNDARY_GRADUAL, MODALITIES
 
 ASSETS = Path(__file__).parent / "page"
-NEAREST = 8  # shots named as nearest to a shot
-MAP_CELLS = 512  # along a side of the similarity map: beyond it a cell is a run of shots
-THUMBNAIL_BYTES = 5_000_000  # of a page, before base64; what a title has beyond it is made smaller
-SMALLEST_THUMBNAIL = 48  # pixels of width
-THUMBNAIL_QUALITY = 60  # JPEG quality of pictures that are made smaller
-COSINE_SCALE = 10_000  # cosines are int16 in steps of 0.0001
-BINS_PER_OCTAVE = 2  # of the histogram of shot lengths
-MAX_WARNINGS = 200  # of a title, on its page
-SHOWN_ID = 300  # characters of a title id in a list; its page has the whole
-HIDDEN = re.compile(  # controls, zero-width characters and marks of direction (but not the joiners that scripts need), tags
+NEAREST = 8  # nearest shots listed for a shot
+MAP_CELLS = 512  # cells along a side of the similarity map; of longer titles a cell is a run of shots
+MAX_THUMBNAIL_BYTES = 5_000_000  # Thumbnails of a page, before base64; larger ones are scaled down.
+MIN_THUMBNAIL_WIDTH = 48  # pixels
+THUMBNAIL_QUALITY = 60  # JPEG quality of thumbnails that are scaled down
+COSINE_SCALE = 10_000  # Cosines are int16 in steps of 0.0001.
+BINS_PER_OCTAVE = 2  # bins of the histogram of shot lengths
+MAX_WARNINGS = 200  # warnings on a title's page
+MAX_ID_LENGTH = 300  # characters of a title id in a list; the page of the title has the whole id
+HIDDEN = re.compile(  # Controls, zero-width characters, marks of direction (but not the joiners that scripts need) and tags.
     "[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
 )
-MESSAGE = 600  # characters of a warning or a failure's message in the list of a catalog
+MAX_MESSAGE_LENGTH = 600  # characters of a warning or a failure's message in the list of a catalog
 
 
 # -------------------------------------------------------------------------------------------------------- one title
@@ -54,18 +54,18 @@ MESSAGE = 600  # characters of a warning or a failure's message in the list of a
 
 @dataclass(frozen=True, eq=False)
 class TitleContent:
-    """What the page of a title is made from."""
+    """The content of a title's page."""
 
     shots: pa.Table  # rows of ``shots`` of one title, in order
-    facts: Mapping[str, Any]  # that the title's file carries: title_id, source, video, media, dims, dataset_version
-    vectors: Mapping[str, np.ndarray]  # (S, D) float32 of each embedding to compare shots by, the most telling first; zero where absent
-    scenes: pa.Table | None = None  # rows of ``scenes`` of the title: first_shot, last_shot; None where there are none
-    notes: Sequence[str] = ()  # what is not on the page, and how to get it there
+    facts: Mapping[str, Any]  # metadata of the title's file: title_id, source, video, media, dims, dataset_version
+    vectors: Mapping[str, np.ndarray]  # (S, D) float32 embeddings by name, the default first; zero if absent
+    scenes: pa.Table | None = None  # rows of ``scenes`` of the title: first_shot, last_shot; None if there are none
+    notes: Sequence[str] = ()  # what is missing on the page and how to add it
     index: str = ""  # relative address of the catalog's page; empty = no link
 
 
 def title_page(content: TitleContent) -> str:
-    """The HTML file of one title. Raises ValueError for a title without shots and for scenes or vectors that do not fit its shots."""
+    """Return the HTML file of one title. Raises ValueError without shots, or if scenes or vectors do not fit the shots."""
     shots, count = content.shots, content.shots.num_rows
     if count == 0:
         raise ValueError(f"title {content.facts.get('title_id')!r} has no shots")
@@ -107,7 +107,7 @@ def title_page(content: TitleContent) -> str:
 
 
 def length_histogram(lengths_s: np.ndarray) -> list[dict[str, float]]:
-    """Shots by length, in bins of half an octave from the shortest to the longest: ``low`` and ``high`` in seconds, ``count``."""
+    """Return the histogram of shot lengths in bins of half an octave: ``low`` and ``high`` in seconds, ``count``."""
     positive_s = np.maximum(lengths_s, 1e-3)
     octaves = np.floor(np.log2(positive_s) * BINS_PER_OCTAVE).astype(int)
     counted = Counter(octaves.tolist())
@@ -116,7 +116,7 @@ def length_histogram(lengths_s: np.ndarray) -> list[dict[str, float]]:
 
 
 def title_facts_shown(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The facts of a title for a person: labels and values, without what is not known."""
+    """Return the known facts of a title as labels and values."""
     media = facts.get("media", {})
     found = media.get("facts", {})
     size = f"{found['width']} x {found['height']}" if found.get("width") and found.get("height") else None
@@ -140,7 +140,7 @@ def title_facts_shown(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _scene_starts(scenes: pa.Table | None, count: int) -> list[int]:
-    """The first shot of each scene. Raises ValueError when the scenes do not tile the shots."""
+    """Return the first shot of each scene. Raises ValueError if the scenes do not tile the shots."""
     if scenes is None or scenes.num_rows == 0:
         return []
     first, last = scenes["first_shot"].to_pylist(), scenes["last_shot"].to_pylist()
@@ -150,8 +150,8 @@ def _scene_starts(scenes: pa.Table | None, count: int) -> list[int]:
 
 
 def _shot_columns(shots: pa.Table, vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The shots as columns for the script; numbers rounded to what can be seen."""
-    pictures = fit_thumbnails(shots["thumbnail"].to_pylist(), THUMBNAIL_BYTES)
+    """Return the shots as columns for the script, with numbers rounded to visible digits."""
+    pictures = fit_thumbnails(shots["thumbnail"].to_pylist(), MAX_THUMBNAIL_BYTES)
     flags = sum(shots[f"has_{name}"].to_numpy(zero_copy_only=False).astype(int) << bit for bit, name in enumerate(MODALITIES))
     return {
         "start": np.round(shots["start_s"].to_numpy(), 3).tolist(),
@@ -171,7 +171,7 @@ def _shot_columns(shots: pa.Table, vectors: Mapping[str, np.ndarray]) -> dict[st
 
 
 def _shares(vectors: Mapping[str, np.ndarray]) -> np.ndarray:
-    """(S, 3) float: the part of each modality in the squared norm of a shot's vectors, in per cent."""
+    """Return (S, 3) float, the share of each modality in the squared norm of a shot's vectors, in per cent."""
     energies = [np.square(vectors[name].astype(np.float64)).sum(axis=1) if name in vectors else None for name in MODALITIES]
     found = [energy for energy in energies if energy is not None]
     if not found:
@@ -181,7 +181,7 @@ def _shares(vectors: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _levels(shots: pa.Table) -> dict[str, Any] | None:
-    """The levels of sound of all shots, one after another, and how many each has; None where none are stored."""
+    """Return the concatenated sound levels of all shots and the number of each shot's; None if none are stored."""
     column = shots["audio_levels"].to_pylist() if "audio_levels" in shots.column_names else []
     counts = [len(levels or ()) for levels in column]
     if not sum(counts):
@@ -191,7 +191,7 @@ def _levels(shots: pa.Table) -> dict[str, Any] | None:
 
 
 def _space(vectors_SD: np.ndarray) -> dict[str, Any]:
-    """What the page knows of the shots' vectors of one kind: the nearest of each shot, and the map."""
+    """Return the nearest shots of each shot and the similarity map for one kind of vectors."""
     neighbours, map_ = nearest_shots(vectors_SD, NEAREST), similarity_map(vectors_SD, MAP_CELLS)
     cosines = np.rint(np.nan_to_num(neighbours.cosine_SK) * COSINE_SCALE)
     return {
@@ -207,7 +207,7 @@ def _space(vectors_SD: np.ndarray) -> dict[str, Any]:
 
 
 def fit_thumbnails(pictures: Sequence[bytes], most_bytes: int) -> list[bytes]:
-    """JPEG files that together have at most (about) so many bytes: all as they are, or all made smaller by the same factor."""
+    """Return the JPEG files, all scaled down by one factor if they exceed about ``most_bytes`` together."""
     total = sum(map(len, pictures))
     if total <= most_bytes:
         return list(pictures)
@@ -217,7 +217,7 @@ def fit_thumbnails(pictures: Sequence[bytes], most_bytes: int) -> list[bytes]:
 
 def _smaller(picture: bytes, shrink: float) -> bytes:
     image: Image.Image = Image.open(io.BytesIO(picture))
-    width = max(round(image.width * shrink), min(SMALLEST_THUMBNAIL, image.width))
+    width = max(round(image.width * shrink), min(MIN_THUMBNAIL_WIDTH, image.width))
     image = image.resize((width, max(round(image.height * width / image.width), 1)), Image.Resampling.BILINEAR, reducing_gap=2.0)
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=THUMBNAIL_QUALITY)
@@ -237,7 +237,7 @@ def _title_figures(lengths_s: np.ndarray, media: Mapping[str, Any], scenes: int)
 
 
 def _coverage(shots: pa.Table, lengths_s: np.ndarray, shares: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """For each modality: shots and time in which it is present, and its mean share in the fused vectors, in per cent."""
+    """Return for each modality the shots and the time in which it is present, and its mean share in the fused vectors, in per cent."""
     mean_share = np.mean(shares, axis=0).tolist() if len(shares) else [None] * len(MODALITIES)
     total_s = max(float(lengths_s.sum()), 1e-9)
     rows = []
@@ -254,12 +254,12 @@ OK, FAILED, OUTDATED = "ok", "failed", "outdated"
 
 
 def visible(text: str) -> str:
-    """Text in which no character is hidden or reorders its neighbours: such ones are written as their code points."""
+    """Return text with characters that are hidden or reorder their neighbours replaced by their code points."""
     return HIDDEN.sub(lambda match: f"\u27e8U+{ord(match[0]):04X}\u27e9", text)
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss from an hour on; tenths below ten minutes."""
+    """Format seconds as m:ss.t, from ten minutes on as m:ss, from an hour on as h:mm:ss."""
     tenths = round(seconds * 10)
     minutes, rest = divmod(tenths, 600)
     hours, minutes = divmod(minutes, 60)
@@ -293,8 +293,8 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _json_for_html(data: Mapping[str, Any]) -> str:
-    """JSON that may stand inside a script element: no character of it can end the element or begin markup."""
-    text = json.dumps(data, separators=(",", ":"))  # ASCII: also no line separators
+    """Return JSON for a script element: no character of it can end the element or begin markup."""
+    text = json.dumps(data, separators=(",", ":"))  # ASCII output has no line separators.
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -323,7 +323,7 @@ def rounded(value: float | None, digits: int) -> float | None:
 
 
 def _decimal(fraction: str | None) -> str | None:
-    """A rate such as 30000/1001 as 29.97; other text as it is."""
+    """Format a rate such as 30000/1001 as 29.97; return other text unchanged."""
     match = re.fullmatch(r"(\d+)/([1-9]\d*)", fraction or "")
     return f"{int(match[1]) / int(match[2]):.5g}" if match else fraction
 

@@ -1,9 +1,9 @@
-"""Linear probes on frozen features: how much of a clip's labels a linear model reads off its vector. numpy, scipy and scikit-learn.
+"""Linear probes on frozen features: the labels of a clip predicted from its vector by a linear model. numpy, scipy and scikit-learn.
 
-For labels, a logistic regression each, for a score that ranks clips, a ridge regression; L2-regularised, on unit vectors as they are, with
-the strength chosen on held-out titles of the training part (the protocol of Radford et al. 2021, arXiv:2103.00020, A.3). Clips of
-one title are alike, so titles, never clips, are divided: every title is held out once in each of several random partitions, and the
-metrics are taken over the predictions for held-out titles, averaged over the partitions. Confidence intervals are percentiles of a
+Each label has a logistic regression, a score that ranks clips a ridge regression; both are L2-regularised, on unchanged unit vectors, with
+the strength chosen on held-out titles of the training part (the protocol of Radford et al. 2021, arXiv:2103.00020, A.3). Clips of one
+title are similar, so folds contain whole titles: every title is held out once in each of several random partitions, and the metrics
+are computed over the predictions for held-out titles and averaged over the partitions. Confidence intervals are percentiles of a
 bootstrap over titles (Efron and Tibshirani 1993, chapter 13), in which the clips of a title stay together; all features see the same
 partitions and the same resampled titles, so their differences are paired.
 
@@ -12,7 +12,7 @@ Shapes
     L  labels
     D  dimension of a feature
     R  partitions
-    B  bootstrap replicates
+    B  bootstrap samples
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from threadpoolctl import threadpool_limits
 from mediafm_ray.downstream.options import ProbesConfig
 
 MICRO, MACRO, TAU = "micro_average_precision", "macro_average_precision", "kendall_tau"
-CONFIDENCE = 0.95  # of the intervals
-INNER_SHARE = 0.25  # of the training titles, held out to choose the strength of the regularisation
-MAX_ITERATIONS = 200  # of the logistic regression
-BLOCK_VALUES = 4_000_000  # of a bootstrap's weights held at once
+CONFIDENCE = 0.95  # level of the intervals
+INNER_SHARE = 0.25  # Share of the training titles that is held out to choose the strength of the regularisation.
+MAX_ITERATIONS = 200  # Iterations of the logistic regression.
+BLOCK_VALUES = 4_000_000  # Weights of bootstrap samples in memory at once.
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """What is to be predicted of N clips: L labels, true or false of each, or one score that ranks them."""
+    """The targets of N clips: L boolean labels, or one score that ranks the clips."""
 
     names: tuple[str, ...]
-    values_NL: np.ndarray  # bool; float64 with L = 1 where it is a score
+    values_NL: np.ndarray  # bool; float64 with L = 1 for a score
 
     @property
     def is_ranking(self) -> bool:
-        """Whether clips are ranked by a score."""
+        """Return True if the target is a score."""
         return self.values_NL.dtype != np.bool_
 
 
@@ -61,18 +61,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the probes on one kind of feature reach."""
+    """The metrics of the probes on one kind of feature."""
 
     metrics: Mapping[str, Estimate]  # micro and macro average precision, or Kendall's tau-b
-    against: Mapping[str, Estimate]  # its differences from the baseline, paired; empty for the baseline itself
-    by_label: Mapping[str, Estimate]  # average precision of each label; of a score, Kendall's tau-b
-    by_label_against: Mapping[str, Mapping[str, Estimate]]  # its paired differences by feature, then label: from each other feature
+    against: Mapping[str, Estimate]  # paired differences from the baseline; empty for the baseline
+    by_label: Mapping[str, Estimate]  # average precision of each label, or Kendall's tau-b of a score
+    by_label_against: Mapping[str, Mapping[str, Estimate]]  # other feature -> label -> paired difference
 
 
 def learnable(labels: Labels, groups_N: np.ndarray) -> tuple[Labels, list[str]]:
-    """The labels that can be learned on some titles and tested on others, and a line for each that cannot.
+    """Return the labels that can be learned on some titles and tested on others, and a line for each that cannot.
 
-    ``groups_N``: int64, the title of each clip. Raises ValueError where none is left: one class only, or one title only.
+    ``groups_N`` is int64, the title of each clip. Raises ValueError if no label is left: one class only, or one title only.
     """
     titles = len(np.unique(groups_N))
     if titles < 2:
@@ -101,7 +101,7 @@ def evaluate(
 ) -> dict[str, ProbeResult]:
     """Probe every kind of feature, (N, D) float32 each, on the same partitions and resampled titles; ``baseline`` is one of them.
 
-    ``labels`` and ``groups_N`` as ``learnable`` takes and gives them. The same seed gives the same numbers.
+    ``labels`` are from ``learnable``, ``groups_N`` as there. The same seed gives the same numbers.
     """
     weight_BN = _resampled_titles(groups_N, config)
     values: dict[str, dict[str, np.ndarray]] = {}
@@ -126,7 +126,7 @@ def evaluate(
 
 
 def chance(labels: Labels) -> dict[str, float]:
-    """What a probe reaches that knows of each label only how many clips have it: macro, the mean of those shares; tau 0."""
+    """Return the metrics of a probe that knows only the share of clips with each label: macro is the mean share, tau is 0."""
     if labels.is_ranking:
         return {TAU: 0.0}
     share_L = labels.values_NL.mean(axis=0)
@@ -139,7 +139,7 @@ def chance(labels: Labels) -> dict[str, float]:
 
 
 def held_out_scores(vectors_ND: np.ndarray, labels: Labels, groups_N: np.ndarray, config: ProbesConfig) -> np.ndarray:
-    """(R, N, L) float64: of every clip, what probes that were trained on other titles say; log-odds, or a score."""
+    """Return (R, N, L) float64 predictions of probes that were trained on other titles: log-odds, or a score."""
     rotated_ND = _rotated(vectors_ND)
     scores_RNL = np.empty((config.repeats, *labels.values_NL.shape))
     fold_RN = [title_folds(groups_N, config.folds, config.seed + repeat) for repeat in range(config.repeats)]
@@ -155,16 +155,16 @@ def held_out_scores(vectors_ND: np.ndarray, labels: Labels, groups_N: np.ndarray
     from sklearn.exceptions import ConvergenceWarning
 
     tasks = itertools.product(range(config.repeats), range(int(fold_RN[0].max()) + 1), range(labels.values_NL.shape[1]))
-    with warnings.catch_warnings():  # weakly regularised, separable labels never converge, and are ranked long before
+    with warnings.catch_warnings():  # Weakly regularised, separable labels never converge; their ranking is final long before.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        # a core a probe: matrices this small gain nothing from several, and on a busy machine lose by waiting for each other
+        # One core per probe: matrices of this size gain nothing from several, and lose on a busy machine.
         with threadpool_limits(limits=1), ThreadPoolExecutor(config.threads or os.cpu_count()) as pool:
             list(pool.map(probe, tasks))
     return scores_RNL
 
 
 def title_folds(groups_N: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """(N,) int64: the fold of each clip. Titles are shuffled, then each goes to the fold with the fewest clips: folds are nearly even."""
+    """Return (N,) int64, the fold of each clip. Shuffled titles go to the fold with the fewest clips, so folds are nearly even."""
     titles, group_N, clips = np.unique(groups_N, return_inverse=True, return_counts=True)
     fold_of = np.empty(len(titles), np.int64)
     filled = np.zeros(min(folds, len(titles)))
@@ -175,7 +175,7 @@ def title_folds(groups_N: np.ndarray, folds: int, seed: int) -> np.ndarray:
 
 
 def _rotated(vectors_ND: np.ndarray) -> np.ndarray:
-    """Features about their mean, of total variance 1, in at most N dimensions: a rotation, to which L2-regularised models are blind."""
+    """Return centred features of total variance 1 in at most N dimensions, by a rotation, which L2-regularised models do not see."""
     centred_ND = vectors_ND.astype(np.float64) - vectors_ND.mean(axis=0, dtype=np.float64)
     variance = float(np.einsum("nd,nd->", centred_ND, centred_ND)) / len(centred_ND)
     if centred_ND.shape[1] > len(centred_ND):
@@ -185,7 +185,7 @@ def _rotated(vectors_ND: np.ndarray) -> np.ndarray:
 
 
 def _choose_strength(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.ndarray, test: np.ndarray, config: ProbesConfig) -> float:
-    """The strength that does best on the held-out part; the strongest regularisation where it cannot tell."""
+    """Return the best strength on the held-out part, or the strongest regularisation if there is no difference."""
     strengths = sorted(config.strengths)
     if len(strengths) == 1 or not len(train) or len(np.unique(values_N[test])) < 2:
         return strengths[0]
@@ -195,15 +195,15 @@ def _choose_strength(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.nda
         scores = _predict(rotated_ND, values_N, train, test, strength)
         ranking = values_N.dtype != np.bool_
         reached.append(_tau(scores, values_N[test]) if ranking else float(average_precisions(scores, values_N[test], whole)[0]))
-    return strengths[int(np.argmax(np.nan_to_num(reached, nan=-np.inf)))]  # tau is undefined where all scores are alike
+    return strengths[int(np.argmax(np.nan_to_num(reached, nan=-np.inf)))]  # tau is undefined if all scores are equal.
 
 
 def _predict(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.ndarray, test: np.ndarray, strength: float) -> np.ndarray:
-    """What a probe of some clips says of others, with its intercept corrected to the share of all clips that have the label.
+    """Train a probe on some clips and predict others, with its intercept corrected to the share of all clips that have the label.
 
-    Where few titles have a label, the more of it is held out, the less of it is in training, and intercepts that follow that rank the
-    parts against each other the wrong way round: the stratification bias of pooled cross-validation (Parker, Guenter and Bedo 2007, BMC
-    Bioinformatics 8:326). The correction is that of King and Zeng 2001, "Logistic regression in rare events data".
+    If few titles have a label, a fold with more of it leaves less for training, and the intercepts rank the folds in the wrong order: the
+    stratification bias of pooled cross-validation (Parker, Guenter and Bedo 2007, BMC Bioinformatics 8:326). The correction is from King
+    and Zeng 2001, "Logistic regression in rare events data".
     """
     from sklearn.linear_model import LogisticRegression, Ridge
 
@@ -211,7 +211,7 @@ def _predict(rotated_ND: np.ndarray, values_N: np.ndarray, train: np.ndarray, te
     if values_N.dtype != np.bool_:
         offset = float(values_N.mean() - seen_N.mean())
         return Ridge(alpha=1 / strength).fit(rotated_ND[train], seen_N).predict(rotated_ND[test]) + offset
-    if len(np.unique(seen_N)) < 2:  # these titles do not say what tells the label apart
+    if len(np.unique(seen_N)) < 2:  # These titles cannot train the label.
         return np.full(len(test), _log_odds(values_N))
     probe = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(rotated_ND[train], seen_N)
     return probe.decision_function(rotated_ND[test]) + _log_odds(values_N) - _log_odds(seen_N)
@@ -226,9 +226,9 @@ def _log_odds(values_N: np.ndarray) -> float:
 
 
 def average_precisions(scores_N: np.ndarray, truth_N: np.ndarray, weight_BN: np.ndarray) -> np.ndarray:
-    """(B,) float64 average precision with clips weighted by each row of ``weight_BN``: sum of precision times the step in recall.
+    """Return (B,) float64 average precision, the sum of precision times the step in recall, with clips weighted by rows of ``weight_BN``.
 
-    Clips of one score are taken together, as scikit-learn's average_precision_score does. NaN where no clip of weight has the label.
+    Clips of equal score are taken together, as in scikit-learn's average_precision_score. NaN if no clip with weight has the label.
     """
     order = np.argsort(-scores_N, kind="stable")
     scores_N, truth_N = scores_N[order], truth_N[order]
@@ -247,7 +247,7 @@ def average_precisions(scores_N: np.ndarray, truth_N: np.ndarray, weight_BN: np.
 
 
 def _by_label(scores_RNL: np.ndarray, labels: Labels, weight_BN: np.ndarray) -> np.ndarray:
-    """(B, L) average precision of each label, averaged over the partitions."""
+    """Return the (B, L) average precision of each label, averaged over the partitions."""
     found_RLB = [
         [average_precisions(scores_NL[:, column], labels.values_NL[:, column], weight_BN) for column in range(scores_NL.shape[1])]
         for scores_NL in scores_RNL
@@ -256,7 +256,7 @@ def _by_label(scores_RNL: np.ndarray, labels: Labels, weight_BN: np.ndarray) -> 
 
 
 def _metrics(scores_RNL: np.ndarray, labels: Labels, weight_BN: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(1 + B,) values of each metric: over all clips as they are, then over each bootstrap replicate; and (1 + B, L) of each label."""
+    """Return (1 + B,) values of each metric, over all clips and over each bootstrap sample, and (1 + B, L) values of each label."""
     weight_BN = np.concatenate([np.ones((1, weight_BN.shape[1])), weight_BN])
     if labels.is_ranking:
         values_N = labels.values_NL[:, 0]
@@ -268,20 +268,20 @@ def _metrics(scores_RNL: np.ndarray, labels: Labels, weight_BN: np.ndarray) -> t
         for scores_NL in scores_RNL
     ]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mean of empty slice")  # a replicate without any label is no replicate
+        warnings.filterwarnings("ignore", "Mean of empty slice")  # A sample without any label is ignored.
         by_label_BL = _by_label(scores_RNL, labels, weight_BN)
         return {MICRO: np.mean(micro, axis=0), MACRO: np.nanmean(by_label_BL, axis=1)}, by_label_BL
 
 
 def _tau(scores: np.ndarray, values: np.ndarray) -> float:
-    """Kendall's tau-b; NaN where one side does not vary."""
+    """Return Kendall's tau-b; NaN if one side is constant."""
     from scipy.stats import kendalltau
 
     return float(kendalltau(scores, values).statistic)
 
 
 def _resampled_titles(groups_N: np.ndarray, config: ProbesConfig) -> np.ndarray:
-    """(B, N) float64: how often each clip is in a replicate that draws as many titles as there are, with replacement."""
+    """Return (B, N) float64, the number of times each clip is in a bootstrap sample of titles."""
     titles, group_N = np.unique(groups_N, return_inverse=True)
     random = np.random.default_rng(config.seed)
     drawn_BT = random.multinomial(len(titles), np.full(len(titles), 1 / len(titles)), size=config.bootstrap)
@@ -289,14 +289,14 @@ def _resampled_titles(groups_N: np.ndarray, config: ProbesConfig) -> np.ndarray:
 
 
 def _estimate(values: np.ndarray) -> Estimate:
-    """From the value over all clips and those of the replicates."""
+    """Make an estimate from the value over all clips and the values of the bootstrap samples."""
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.nanpercentile(values[1:], [tail, 100 - tail]) if np.isfinite(values[1:]).any() else (np.nan, np.nan)
     return Estimate(float(values[0]), float(low), float(high))
 
 
 def describe(results: Mapping[str, ProbeResult], labels: Labels, baseline: str) -> str:
-    """The results as one table for people."""
+    """Return the results as one table for people."""
     metrics = [TAU] if labels.is_ranking else [MACRO, MICRO]
     titles = {TAU: "Kendall's tau", MACRO: "macro AP (mAP)", MICRO: "micro AP"}
     head = f"  {'features':<18}" + "".join(f"{titles[metric]:>24}  {'against ' + baseline:>25}" for metric in metrics)
@@ -310,9 +310,9 @@ def describe(results: Mapping[str, ProbeResult], labels: Labels, baseline: str) 
 
 
 def describe_labels(results: Mapping[str, ProbeResult], feature: str, rivals: Sequence[str]) -> str:
-    """For each label, whether ``feature`` is worth its price: more than every one of ``rivals``, less than one, or no difference seen.
+    """Return a table that says for each label if ``feature`` is better than all ``rivals``, worse than one, or not different.
 
-    A difference is one whose interval is without 0. With many labels some of one in twenty is chance: look at the table as a whole.
+    A difference counts if its interval does not contain 0. With many labels, one in twenty may differ by chance.
     """
     lines = [f"  {'label':<24}{feature:>24}" + "".join(f"{'against ' + rival:>28}" for rival in rivals) + "  verdict"]
     result = results[feature]
@@ -335,7 +335,7 @@ def _cell(estimate: Estimate | None, signed: bool = False) -> str:
 
 
 def as_json(results: Mapping[str, ProbeResult]) -> dict[str, Any]:
-    """The results as a value for JSON; intervals are [low, high]; what is not defined is null."""
+    """Return the results as a value for JSON; intervals are [low, high]; undefined numbers are null."""
 
     def plain(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
         return {name: {"value": number(one.value), "interval": [number(one.low), number(one.high)]} for name, one in estimates.items()}
@@ -358,9 +358,9 @@ def as_json(results: Mapping[str, ProbeResult]) -> dict[str, Any]:
 
 
 def labels_of(columns: Mapping[str, Sequence[Any]]) -> Labels:
-    """What columns of a table say about the clips.
+    """Return the labels in the columns of a table.
 
-    Columns of true and false (or 1 and 0) are a label each. One column of strings, or of lists of strings, names the labels of each clip
+    Columns of true and false (or 1 and 0) are one label each. One column of strings, or of lists of strings, names the labels of each clip
     (several in one string are separated by ';'). One column of other numbers is a score that ranks the clips.
     Raises ValueError for anything else, empty cells among them.
     """

@@ -1,4 +1,4 @@
-"""Search that cannot be wrong, and how much of it another search finds. numpy only.
+"""Exact search, and the recall of another search. numpy only.
 
 Shapes
     Q  queries
@@ -13,33 +13,33 @@ import numpy as np
 
 from mediafm_ray.downstream.similarity import unit_vectors
 
-SLACK = 1e-5  # of a cosine: what float32 sums of another order differ by
-NOTHING = -1  # the row of a result that is not there: fewer vectors than results
+COSINE_TOLERANCE = 1e-5  # float32 cosines differ by this if they are summed in another order.
+NOTHING = -1  # Row of a missing result, if there are fewer vectors than results.
 
 
 class ExactSearch:
-    """The vectors nearest to each query by cosine, over blocks of vectors that need not fit in memory together.
+    """A search for the vectors nearest to each query by cosine, over blocks of vectors that need not fit in memory together.
 
-    Memory is that of a block, its cosines and Q x K results. Of vectors that are equally near, any may be among the K.
+    It needs memory for a block, its cosines and Q x K results. Of equally near vectors, any may be among the K.
     """
 
     def __init__(self, queries_QD: np.ndarray, count: int):
-        """``queries_QD`` need not have unit norm; one without a direction finds nothing."""
+        """Start a search. ``queries_QD`` need not have unit norm; a query without direction finds nothing."""
         self.queries_QD, self.present_Q = unit_vectors(np.asarray(queries_QD, np.float32))
         self.rows_QK = np.full((len(self.queries_QD), count), NOTHING, np.int64)
         self.cosine_QK = np.full((len(self.queries_QD), count), -np.inf, np.float32)
 
     def add(self, rows_N: np.ndarray, vectors_ND: np.ndarray) -> None:
-        """Look through a block: the vectors, of any floating type and norm, and the int64 rows that name them.
+        """Search a block: vectors of any floating type and norm, and the int64 rows that identify them.
 
-        A zero vector has no direction and is nobody's neighbour.
+        A zero vector has no direction and is never found.
         """
         unit_ND, present_N = unit_vectors(np.asarray(vectors_ND, np.float32))
         cosine_QN = self.queries_QD @ unit_ND.T
         cosine_QN[:, ~present_N] = -np.inf
         cosine_QN[~self.present_Q] = -np.inf
         count = self.rows_QK.shape[1]
-        if len(unit_ND) > count:  # only the best of the block can be among the best of all
+        if len(unit_ND) > count:  # Only the best of the block can be among the best of all.
             best_QK = np.sort(np.argpartition(-cosine_QN, count - 1, axis=1)[:, :count], axis=1)
             cosine_QN = np.take_along_axis(cosine_QN, best_QK, axis=1)
             rows_QN = np.asarray(rows_N, np.int64)[best_QK]
@@ -53,16 +53,16 @@ class ExactSearch:
 
 
 def recall(found_rows_QK: np.ndarray, found_cosine_QK: np.ndarray, true_cosine_QK: np.ndarray) -> float:
-    """The share of the true K nearest that a search found, averaged over the queries; NaN where no query has a neighbour.
+    """Return the share of the true K nearest that a search found, averaged over the queries; NaN if no query has a neighbour.
 
-    A result counts when its cosine reaches that of the K-th true one: of vectors that are alike any will do (the definition of
-    ANN-Benchmarks: Aumueller, Bernhardsson and Faithfull 2018, arXiv:1807.05614). A row that is named twice counts once; a query that has
-    fewer than K neighbours asks for those. ``found_cosine_QK``: the exact cosines of what was found; NOTHING in the rows does not count.
+    A result counts if its cosine reaches that of the K-th true one, so that any of several equal vectors counts (the definition of
+    ANN-Benchmarks: Aumueller, Bernhardsson and Faithfull 2018, arXiv:1807.05614). A repeated row counts once; if a query has fewer than K
+    neighbours, their number replaces K. ``found_cosine_QK`` are the exact cosines of the results; NOTHING in the rows does not count.
     """
     shares = []
     for rows_K, cosine_K, true_K in zip(found_rows_QK, found_cosine_QK, true_cosine_QK, strict=True):
         wanted = int(np.isfinite(true_K).sum())
         if wanted:
-            near_K = (rows_K != NOTHING) & (cosine_K >= true_K[wanted - 1] - SLACK)
+            near_K = (rows_K != NOTHING) & (cosine_K >= true_K[wanted - 1] - COSINE_TOLERANCE)
             shares.append(min(len(np.unique(rows_K[near_K])), wanted) / wanted)
     return float(np.mean(shares)) if shares else float("nan")

@@ -1,4 +1,4 @@
-"""Cosines between the shots of one title: the nearest of each shot, and a map of all pairs. numpy only.
+"""Cosines between the shots of one title: the nearest shots of each shot, and a map of all pairs. numpy only.
 
 Shapes
     S  shots of the title
@@ -13,40 +13,40 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ROWS_AT_ONCE = 1024  # shots whose cosines to all others are in memory together
-MIN_NORM = 1e-12  # a shorter vector has no direction: the modality is absent
-UNDEFINED = 0  # the code of a cell without a pair of shots that have vectors
-LEVELS = 255  # codes of the others: 1 to 255
-CLIPPED_PERCENT = 1.0  # of the cells at either end of the scale: one black frame must not flatten all other differences
+ROWS_AT_ONCE = 1024  # Shots whose cosines to all others are in memory together.
+MIN_NORM = 1e-12  # A shorter vector has no direction: the modality is absent.
+UNDEFINED = 0  # Code of a cell without a pair of shots that have vectors.
+LEVELS = 255  # Other cells have codes from 1 to 255.
+CLIPPED_PERCENT = 1.0  # Cells clipped at either end of the scale, so that one black frame does not flatten all differences.
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """The nearest other shots of each shot, nearest first; among equals the earlier shot."""
+    """The nearest other shots of each shot, nearest first; of equally near shots, the earlier first."""
 
-    index_SK: np.ndarray  # int32; -1 where there are fewer
-    cosine_SK: np.ndarray  # float32; NaN where there are fewer
+    index_SK: np.ndarray  # int32; -1 if there are fewer
+    cosine_SK: np.ndarray  # float32; NaN if there are fewer
 
 
 @dataclass(frozen=True, eq=False)
 class SimilarityMap:
-    """Mean cosines between runs of shots, as codes: 0 is undefined, 1 to 255 lie evenly from ``low`` to ``high``."""
+    """Mean cosines between runs of shots as codes: 0 is undefined, 1 to 255 are linear from ``low`` to ``high``."""
 
     code_NN: np.ndarray  # uint8
-    first_N: np.ndarray  # int32, the first shot of each cell's run; the last run ends with the title
+    first_N: np.ndarray  # int32, first shot of each cell's run; the last run ends with the title
     low: float
     high: float
 
 
 def unit_vectors(vectors_SD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(S, D) float32 vectors scaled to norm 1, and (S,) bool: which have a direction at all. The others are zero."""
+    """Return (S, D) float32 vectors scaled to norm 1, and (S,) bool, True for those with a direction; the others are zero."""
     norm_S = np.linalg.norm(vectors_SD, axis=1)
     present_S = norm_S > MIN_NORM
     return np.divide(vectors_SD, norm_S[:, None], out=np.zeros_like(vectors_SD, np.float32), where=present_S[:, None]), present_S
 
 
 def nearest_shots(vectors_SD: np.ndarray, count: int) -> Neighbours:
-    """The ``count`` shots nearest to each by cosine, itself left out; shots without a vector have none and are nobody's."""
+    """Return the ``count`` nearest other shots of each by cosine; shots without a vector have no neighbours and are none."""
     unit_SD, present_S = unit_vectors(vectors_SD)
     shots = len(unit_SD)
     kept = max(min(count, shots - 1), 0)
@@ -58,9 +58,9 @@ def nearest_shots(vectors_SD: np.ndarray, count: int) -> Neighbours:
 def nearest_rows(
     unit_SD: np.ndarray, rows_Q: np.ndarray, count: int, rows_at_once: int, present_S: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The (Q, K) int64 rows nearest to each of some rows, itself left out, and their float32 cosines; of two alike the earlier.
+    """Return the (Q, K) int64 rows nearest to each of the given rows, except itself, and their float32 cosines.
 
-    The cosine of a row that is not present, and of all rows with it, is minus infinity.
+    Of equally near rows, the earlier comes first. All cosines with a row that is not present are minus infinity.
     """
     index_QK = np.empty((len(rows_Q), count), np.int64)
     cosine_QK = np.empty((len(rows_Q), count), np.float32)
@@ -70,7 +70,7 @@ def nearest_rows(
         if present_S is not None:
             cosine_BS[:, ~present_S] = -np.inf
             cosine_BS[~present_S[rows_B]] = -np.inf
-        cosine_BS[np.arange(len(rows_B)), rows_B] = -np.inf  # not itself
+        cosine_BS[np.arange(len(rows_B)), rows_B] = -np.inf  # A row is not its own neighbour.
         order_BK = np.argsort(-cosine_BS, axis=1, kind="stable")[:, :count]
         index_QK[begin : begin + len(rows_B)] = order_BK
         cosine_QK[begin : begin + len(rows_B)] = np.take_along_axis(cosine_BS, order_BK, axis=1)
@@ -78,9 +78,9 @@ def nearest_rows(
 
 
 def similarity_map(vectors_SD: np.ndarray, most_cells: int) -> SimilarityMap:
-    """All pairs of shots. A title of more than ``most_cells`` shots is divided into runs of (nearly) equal numbers of shots.
+    """Return the map of all pairs of shots. A title of more than ``most_cells`` shots is divided into runs of nearly equal length.
 
-    The mean cosine of two runs is the product of their mean unit vectors; shots without a vector are left out of the means.
+    The mean cosine of two runs is the product of their mean unit vectors; shots without a vector are excluded from the means.
     """
     unit_SD, present_S = unit_vectors(vectors_SD)
     cells = min(len(unit_SD), most_cells)

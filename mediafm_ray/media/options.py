@@ -5,30 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mediafm_ray.spec import recipe, recipe_of, resource
+from mediafm_ray.spec import ConfigSection, recipe, recipe_of, resource
 
 DECODERS = ("cpu", "cuda", "auto")
 
 
 @dataclass(frozen=True)
-class FramesConfig:
+class FramesConfig(ConfigSection):
     """Which frames of a shot are kept, and how."""
 
-    per_shot: int = recipe(8, "frames kept of a shot, at most: the ones shown at the centres of equal parts of its time")
-    size: int = recipe(256, "shorter side of a kept frame in (square) pixels; smaller pictures are not enlarged")
-    jpeg_quality: int = recipe(90, "JPEG quality of kept frames, 1 to 95")
-    thumbnail_width: int = recipe(160, "width in pixels of the JPEG of a shot's middle frame, for people; 0 leaves it out")
-    thumbnail_quality: int = recipe(80, "JPEG quality of that thumbnail, 1 to 95")
-
-    def __post_init__(self) -> None:
-        if self.per_shot < 1 or self.size < 16 or self.thumbnail_width < 0:
-            raise ValueError("frames.per_shot must be at least 1, frames.size at least 16, frames.thumbnail_width not negative")
-        if not 1 <= self.jpeg_quality <= 95 or not 1 <= self.thumbnail_quality <= 95:
-            raise ValueError("frames.jpeg_quality and frames.thumbnail_quality must be between 1 and 95")
+    per_shot: int = recipe(8, "frames kept of a shot, at most: the ones shown at the centres of equal parts of its time", min=1)
+    size: int = recipe(256, "shorter side of a kept frame in (square) pixels; smaller pictures are not enlarged", min=16)
+    jpeg_quality: int = recipe(90, "JPEG quality of kept frames", min=1, max=95)
+    thumbnail_width: int = recipe(160, "width in pixels of the JPEG of a shot's middle frame, for people; 0 leaves it out", min=0)
+    thumbnail_quality: int = recipe(80, "JPEG quality of that thumbnail", min=1, max=95)
 
 
 @dataclass(frozen=True)
-class TimedTextConfig:
+class TimedTextConfig(ConfigSection):
     """Which timed text becomes the text of a shot."""
 
     languages: list[str] = recipe(
@@ -43,48 +37,41 @@ class TimedTextConfig:
 
 
 @dataclass(frozen=True)
-class MediaConfig:
+class MediaConfig(ConfigSection):
     """Limits and cost of reading a title."""
 
-    max_damage: float = recipe(0.1, "share of a title's picture that may be missing or damaged before the title fails, 0 to 1")
-    max_pixels: int = recipe(67_108_864, "pixels of a frame, at most (8K is 33 million); a larger picture fails the title")
-    max_hours: float = recipe(24.0, "length of a title, at most")
+    max_damage: float = recipe(0.1, "share of a title's picture that may be missing or damaged before the title fails", min=0, max=1)
+    max_pixels: int = recipe(67_108_864, "pixels of a frame, at most (8K is 33 million); a larger picture fails the title", above=0)
+    max_hours: float = recipe(24.0, "length of a title, at most", above=0)
     memory_limit_gb: float = resource(
-        4.0, "address space of the reading process in GB, or its own memory where a card may decode; beyond it the title fails"
+        4.0, "address space of the reading process in GB, or its own memory where a card may decode; beyond it the title fails", above=0
     )
-    no_progress_timeout_s: float = resource(120.0, "a reading process without progress for this long is killed and the title fails")
-    max_frames: int = resource(10_368_000, "pictures of a title, at most (24 h at 120 a second); more fail the title")
-    max_shots: int = resource(100_000, "shots of a title, at most (24 h at one in 0.86 s); more fail the title")
+    no_progress_timeout_s: float = resource(
+        120.0, "a reading process without progress for this long is killed and the title fails", above=0
+    )
+    max_frames: int = resource(10_368_000, "pictures of a title, at most (24 h at 120 a second); more fail the title", above=0)
+    max_shots: int = resource(100_000, "shots of a title, at most (24 h at one in 0.86 s); more fail the title", above=0)
     max_processing_s: float = resource(
         18_000.0,
         "wall time in which a title must be read and cut into shots; beyond it the title fails. "
         "Keep it below resources.no_progress_timeout_s, which ends the whole run",
+        above=0,
     )
     threads: int = resource(
-        1, "decoder threads of one reading process; with more, what a decoder makes up in damaged H.264 depends on their timing"
+        1, "decoder threads of one reading process; with more, what a decoder makes up in damaged H.264 depends on their timing", min=0
     )
     decoder: str = resource(
         "cpu",
         "cpu; cuda: an NVIDIA card where it can decode the title, else the CPU, with a warning; auto: the same without a warning where "
         "there is no card. With cuda and auto the dataset version is another one than with cpu",
+        choices=DECODERS,
     )
-    read_ahead_mb: int = resource(8, "bytes asked for at once from object storage, in MB")
+    read_ahead_mb: int = resource(8, "bytes asked for at once from object storage, in MB", above=0)
     storage_options: dict[str, Any] = resource({}, "options of the file system of remote videos (fsspec), e.g. endpoint_url")
 
     environment: list[str] = resource(
         [], "further environment variables that the reading process gets, by name; it gets those of common object stores anyway"
     )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_damage <= 1:
-            raise ValueError(f"media.max_damage must be between 0 and 1, is {self.max_damage}")
-        limits = ("max_pixels", "max_hours", "max_frames", "max_shots", "max_processing_s")
-        positive = (*limits, "memory_limit_gb", "no_progress_timeout_s", "read_ahead_mb")
-        wrong = [name for name in positive if getattr(self, name) <= 0]
-        if wrong or self.threads < 0:
-            raise ValueError(f"media.{wrong[0] if wrong else 'threads'} must be positive")
-        if self.decoder not in DECODERS:
-            raise ValueError(f"media.decoder must be one of {', '.join(DECODERS)}, not {self.decoder!r}")
 
 
 def media_recipe(media: MediaConfig) -> dict[str, Any]:

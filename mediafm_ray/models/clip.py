@@ -1,13 +1,12 @@
-"""A CLIP or SigLIP image tower as a video encoder, SeqCLIP-style: frames to embeddings, and these to one embedding a shot.
+"""A CLIP or SigLIP image tower as a video encoder (SeqCLIP): frames to embeddings, frame embeddings to one embedding per shot.
 
 CLIP (Radford et al. 2021, arXiv:2103.00020) gives the projected embedding of its class token, SigLIP (Zhai et al. 2023,
-arXiv:2303.15343) that of its pooling head. A shot is the mean over its frames, or what a temporal transformer makes of them.
+arXiv:2303.15343) that of its pooling head. A shot is the mean over its frames, or the output of a temporal transformer over them.
 
 Shapes
     B  frames in one call of the network
     S  shots
     T  frames of a shot
-    F  frames of all shots
     D  dimension of an embedding
 """
 
@@ -26,73 +25,39 @@ from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPMLP
 
 from mediafm_ray.models import weights
-from mediafm_ray.models.encoder import Encoded
-from mediafm_ray.models.loading import PRECISIONS, MicroBatches, Workers, load_checkpoint, open_device, staged
+from mediafm_ray.models.loading import PRECISIONS, load_checkpoint, staged
 from mediafm_ray.models.options import VideoEncoderConfig
-from mediafm_ray.models.pixels import decode_jpeg, prepare, read_pixel_recipe
+from mediafm_ray.models.pixels import FrameEncoder, decode_jpeg, prepare, read_pixel_recipe
 from mediafm_ray.models.temporal import TemporalTransformer
 
-TOWERS = {  # by model_type of config.json: the class that holds the image tower, and which of its outputs is the embedding
+TOWERS = {  # model_type of config.json -> class of the image tower, name of the output that is the embedding
     "clip": (CLIPVisionModelWithProjection, "image_embeds"),
     "clip_vision_model": (CLIPVisionModelWithProjection, "image_embeds"),
     "siglip": (SiglipVisionModel, "pooler_output"),
     "siglip_vision_model": (SiglipVisionModel, "pooler_output"),
 }
 QUICK_GELU_FACTOR = 1.702
-DECODED_TOGETHER = 256  # frames decoded while the GPU computes those before them
 
 
-class ClipEncoder:
-    """The video encoder of the MediaFM profile.
-
-    On a CPU every frame is computed alone and on one thread: its numbers depend neither on neighbours nor on the number of threads. On a
-    GPU frames of all shots given share micro-batches, and numbers agree between batchings to rounding.
-    """
+class ClipEncoder(FrameEncoder):
+    """The video encoder of the MediaFM profile; see FrameEncoder."""
 
     def __init__(self, config: VideoEncoderConfig) -> None:
-        """Raises ValueError for a wrong option, WeightsError for weights that are missing, damaged or of another kind."""
-        if config.precision not in PRECISIONS:
-            raise ValueError(f"video.precision must be one of {', '.join(PRECISIONS)}, not {config.precision!r}")
-        self.device = open_device(config.device)
-        self.alone = self.device.type == "cpu"
-        self.workers = Workers(config.threads)
-        self.micro_batches = MicroBatches(self.device, config.micro_batch)
+        """Load the weights. Raises ValueError for a wrong device, WeightsError for weights that are missing, damaged or of another kind."""
+        super().__init__(config)
         folder = weights.resolve(config.weights)
         self.dtype = PRECISIONS[config.precision]
         self.tower, self.output = _load_tower(folder, config.weights, self.dtype, self.device)
         self.recipe = read_pixel_recipe(folder)
-        self.dim = self._probe_dim()
+        self.dim = int(self.tower.config.projection_dim if self.output == "image_embeds" else self.tower.config.hidden_size)
         self.temporal = self._load_temporal(config.temporal_weights) if config.temporal_weights else None
-
-    def encode(self, shots: Sequence[Sequence[bytes]]) -> Encoded:
-        """See VideoEncoder. Raises ValueError, with the shot's position, for a frame that Pillow cannot decode."""
-        jpegs = [(jpeg, shot) for shot, frames in enumerate(shots) for jpeg in frames]
-        if self.alone:
-            features = self.workers.map(lambda frame: self._embed_frames([self._decode(*frame)])[0], jpegs)
-        else:
-            features = self.workers.feed(
-                lambda frame: self._decode(*frame),
-                jpegs,
-                DECODED_TOGETHER,
-                lambda frames: self.micro_batches.compute(self._embed_frames, frames),
-            )
-        features_FD = torch.stack(features).cpu().numpy() if features else np.zeros((0, self.dim), np.float32)
-        embeddings_SD = np.zeros((len(shots), self.dim), np.float32)
-        first, of_shots = 0, {}
-        for shot, frames in enumerate(shots):
-            if frames:
-                of_shots[shot] = features_FD[first : first + len(frames)]
-                first += len(frames)
-        for shot, embedding_D in self._pool(of_shots).items():
-            embeddings_SD[shot] = embedding_D
-        return Encoded(embeddings_SD, np.array([len(frames) > 0 for frames in shots], bool))
 
     def _decode(self, jpeg: bytes, shot: int) -> Tensor:
         return staged(decode_jpeg(jpeg, shot), self.device)
 
     @torch.inference_mode()
     def _embed_frames(self, frames: Sequence[Tensor]) -> list[Tensor]:
-        """(H, W, 3) uint8 frames of any sizes to a (D,) float32 embedding each, on the device; a GPU may still be at work on them."""
+        """See FrameEncoder; frames are (H, W, 3) uint8 of any size."""
         places = defaultdict(list)
         for place, frame in enumerate(frames):
             places[frame.shape].append(place)
@@ -106,13 +71,13 @@ class ClipEncoder:
         return list(output.float())
 
     def _pool(self, of_shots: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """(T, D) frame embeddings to one (D,) embedding, shot by shot."""
+        """See FrameEncoder."""
         if self.temporal is None:
-            return {shot: frames_TD.mean(axis=0, dtype=np.float64) for shot, frames_TD in of_shots.items()}
+            return super()._pool(of_shots)
         if self.alone:
             groups = [[shot] for shot in of_shots]
         else:
-            by_frames = defaultdict(list)  # shots of equal length share a call, so nothing is padded
+            by_frames = defaultdict(list)  # Shots of equal length share a call, so that nothing is padded.
             for shot, frames_TD in of_shots.items():
                 by_frames[len(frames_TD)].append(shot)
             groups = list(by_frames.values())
@@ -123,10 +88,6 @@ class ClipEncoder:
     def _pool_in_time(self, frames_STD: np.ndarray) -> np.ndarray:
         assert self.temporal is not None
         return self.temporal(torch.from_numpy(frames_STD).to(self.device)).cpu().numpy()
-
-    def _probe_dim(self) -> int:
-        config = self.tower.config
-        return int(config.projection_dim if self.output == "image_embeds" else config.hidden_size)
 
     def _load_temporal(self, address: str) -> Any:
         temporal = load_checkpoint(TemporalTransformer, weights.resolve(address), dtype=torch.float32)
@@ -151,9 +112,9 @@ def _load_tower(folder: Path, address: str, dtype: torch.dtype, device: torch.de
 
 
 def fold_quick_gelu(tower: Any) -> None:
-    """Make CLIP's x sigmoid(1.702 x), three passes over the largest tensors of the network, one: silu(1.702 x) / 1.702.
+    """Replace CLIP's x sigmoid(1.702 x), three passes over the largest tensors of the network, by one pass: silu(1.702 x) / 1.702.
 
-    The factors go into the weights before and after it. Numbers differ from those before by rounding.
+    The factors are multiplied into the weights before and after it. Numbers change by rounding.
     """
     for module in tower.modules():
         if isinstance(module, CLIPMLP) and isinstance(module.activation_fn, QuickGELUActivation):

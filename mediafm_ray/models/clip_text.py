@@ -1,7 +1,7 @@
-"""The text tower of a CLIP or SigLIP checkpoint: words to a vector that can be compared with those of its image tower.
+"""The text tower of a CLIP or SigLIP checkpoint: words to a vector that can be compared with vectors of its image tower.
 
 CLIP (Radford et al. 2021, arXiv:2103.00020) projects the state at the end-of-text token, SigLIP (Zhai et al. 2023, arXiv:2303.15343)
-that at the last of 64 positions, to which every text is padded. Longer text is cut.
+that at the last of 64 positions, to which every text is padded. Longer text is truncated.
 
 Shapes
     S  texts
@@ -24,22 +24,22 @@ from mediafm_ray.models.loading import load_checkpoint, open_device
 from mediafm_ray.models.options import VideoEncoderConfig
 from mediafm_ray.models.sentence import load_tokenizer
 
-TOWERS = {  # by model_type of config.json: the class that holds the text tower, which of its outputs is the embedding, how texts are padded
+TOWERS = {  # model_type of config.json -> class of the text tower, name of the output that is the embedding, padding of texts
     "clip": (CLIPTextModelWithProjection, "text_embeds", False),
     "siglip": (SiglipTextModel, "pooler_output", "max_length"),
 }
 
 
 class ClipTextEncoder:
-    """Texts in the space of the configured video encoder's images. Computed in float32, one text at a time."""
+    """The encoder of texts into the space of the video encoder's images. It computes in float32, one text at a time."""
 
     def __init__(self, config: VideoEncoderConfig) -> None:
-        """Raises WeightsError for weights without a text tower or without a tokenizer."""
+        """Load the weights. Raises WeightsError for weights without a text tower or without a tokenizer."""
         folder = weights.resolve(config.weights)
         kind = weights.read_config(str(folder)).get("model_type")
         if kind not in TOWERS:
             raise weights.WeightsError(
-                f"{config.weights} is a {kind!r} checkpoint, which has no text tower: words find pictures only with a whole "
+                f"{config.weights} is a {kind!r} checkpoint, which has no text tower: searching pictures by words needs a whole "
                 f"{' or '.join(sorted(TOWERS))} checkpoint"
             )
         tower, self.output, self.padding = TOWERS[kind]
@@ -57,6 +57,6 @@ class ClipTextEncoder:
         for index in np.flatnonzero(present_S).tolist():
             options = {"padding": self.padding, "truncation": True, "max_length": self.longest}
             tokens_1L = self.tokenizer(texts[index], **options, return_tensors="pt")["input_ids"].to(self.device)
-            # no mask: SigLIP was trained without one, and CLIP's texts are not padded
+            # There is no mask: SigLIP was trained without one, and texts for CLIP are not padded.
             embeddings_SD[index] = getattr(self.tower(input_ids=tokens_1L), self.output)[0].cpu().numpy()
         return Encoded(embeddings_SD, present_S)

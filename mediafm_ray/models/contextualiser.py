@@ -2,17 +2,17 @@
 
     fused shots -> linear -+-> [CLS] [GLOBAL] shot 1 ... shot N  + positions -> encoder layers -> linear -> contextual shots
     title metadata -> linear -> [GLOBAL]
-    shot times -> log-scaled sinusoids -> linear, added to the shots      (a vector of fixed size forgets how long a shot was; optional)
+    shot times -> log-scaled sinusoids -> linear, added to the shots      (optional: a fused vector does not hold the length of its shot)
 
-[CLS] is learned. [GLOBAL] is the title's metadata embedding (synopsis and tags), projected; a learned stand-in where a title has none.
-[MASK] is learned and takes the place of shots that are hidden in training (Devlin et al. 2019, arXiv:1810.04805).
+[CLS] is learned. [GLOBAL] is the title's projected metadata embedding (synopsis and tags), or a learned vector if a title has none.
+[MASK] is learned and replaces shots that are hidden in training (Devlin et al. 2019, arXiv:1810.04805).
 A window holds at most 512 shots; a longer title is read in overlapping windows.
 
 Shapes
     B  windows (each of one title)
-    S  shots; in the model, of the longest window in the batch
+    S  shots; in the model, those of the longest window in the batch
     L  S + 2 tokens
-    2  times of a shot in seconds: its duration, and since the start of the shot before it (0 for the first of a title)
+    2  times of a shot in seconds: its duration, and the time since the previous shot started (0 for the first shot of a title)
     D  dimension of a fused embedding
     M  dimension of a metadata embedding
     H  hidden size
@@ -38,15 +38,15 @@ from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.spec import MAX_SHOTS_PER_WINDOW
 
 SPECIAL_TOKENS = 2  # [CLS] at position 0, [GLOBAL] at position 1
-SHORTEST_TIME_S = 1 / 32  # seconds: times differ by their ratio above it and hardly below it; it is about a frame
-TIME_WAVES_OCTAVES = (64.0, 32.0, 16.0, 8.0, 4.0, 2.0)  # of the sinusoids over log2 of a time; frame to day: 22 octaves
+MIN_TIME_S = 1 / 32  # About a frame: above it, ratios of times matter; shorter times are hardly distinguished.
+TIME_WAVES_OCTAVES = (64.0, 32.0, 16.0, 8.0, 4.0, 2.0)  # Wavelengths over log2 of a time; a frame to a day are 22 octaves.
 TIME_FEATURES = 2 * 2 * len(TIME_WAVES_OCTAVES)  # sine and cosine of two times
-MAX_TOKENS = 2**15  # that a GPU computes at once: more fill it hardly better, and it would wait longer for the first
-MAX_RELATED_TOKENS = 2**13  # the same where every pair of shots has features: 16 windows of 512 take 2 GB
+MAX_TOKENS = 2**15  # Tokens in one forward pass: more use a GPU hardly better and delay its first one.
+MAX_RELATED_TOKENS = 2**13  # The same for features of all pairs of shots: 16 windows of 512 take 2 GB.
 
 
 class ContextualiserModelConfig(PreTrainedConfig):
-    """The shape of a contextualiser: what config.json of a checkpoint holds. Defaults are BERT-base's width and MediaFM's depth."""
+    """The shape of a contextualiser, as stored in config.json. Defaults are BERT-base's width and MediaFM's depth."""
 
     model_type = "mediafm_contextualiser"
 
@@ -60,8 +60,8 @@ class ContextualiserModelConfig(PreTrainedConfig):
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
-    time_features: bool = False  # the model is told the times of the shots
-    dataset_version: str = ""  # what it was trained on: 12 hex digits of a dataset's version; empty where that is not known
+    time_features: bool = False  # the times of the shots are an input
+    dataset_version: str = ""  # 12 hex digits of the dataset version that it was trained on; empty if unknown
 
 
 class EncoderLayer(nn.Module):
@@ -90,7 +90,7 @@ class EncoderLayer(nn.Module):
 
 
 class Contextualiser(PreTrainedModel):
-    """The model; ``from_pretrained`` and ``save_pretrained`` (config.json and model.safetensors) are those of transformers."""
+    """The contextualiser model, with transformers' ``from_pretrained`` and ``save_pretrained`` (config.json and model.safetensors)."""
 
     config_class = ContextualiserModelConfig
     base_model_prefix = "contextualiser"
@@ -114,7 +114,7 @@ class Contextualiser(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """BERT's: normal with standard deviation ``initializer_range``; biases zero, layer norms the identity."""
+        """Initialise as BERT: normal with standard deviation ``initializer_range``; biases zero, layer norms the identity."""
         deviation = self.config.initializer_range
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=deviation)
@@ -139,10 +139,10 @@ class Contextualiser(PreTrainedModel):
     ) -> ContextualiserOutput:
         """Contextualise B windows.
 
-        ``metadata_BM`` may be left out where no title has any; ``has_metadata_B`` (bool) says which have, all by default. ``shots_BS``
-        (bool) is False where a window is padded, ``masked_BS`` (bool) True where a shot is hidden behind [MASK]. ``times_BS2`` (float32,
-        see ``shot_times``) is what a model with ``config.time_features`` needs, and no other looks at; a masked shot's times stay visible.
-        Raises ValueError where a window holds more shots than ``config.max_shots``, or times are needed and missing.
+        ``metadata_BM`` may be None if no title has any; ``has_metadata_B`` (bool) says which titles have, all by default. ``shots_BS``
+        (bool) is False where a window is padded, ``masked_BS`` (bool) is True where a shot is replaced by [MASK]. ``times_BS2`` (float32,
+        see ``shot_times``) is needed with ``config.time_features`` and ignored otherwise; the times of masked shots stay visible.
+        Raises ValueError for a window of more shots than ``config.max_shots``, or if times are needed and missing.
         """
         windows, shots = fused_BSD.shape[:2]
         if shots > self.config.max_shots:
@@ -172,26 +172,26 @@ class Contextualiser(PreTrainedModel):
 
 
 def encode_times(times_BS2: Tensor) -> Tensor:
-    """(B, S, 2) seconds as (B, S, TIME_FEATURES) sinusoids of their logarithm, in float32: a ratio of times is a shift of phases.
+    """Return (B, S, TIME_FEATURES) float32 sinusoids of the logarithm of (B, S, 2) seconds: a ratio of times is a shift of phases.
 
-    Sinusoids are those of Vaswani et al. 2017 (arXiv:1706.03762, 3.5), over octaves instead of positions.
+    The sinusoids are those of Vaswani et al. 2017 (arXiv:1706.03762, 3.5), over octaves instead of positions.
     """
-    octaves_BS2 = torch.log2(times_BS2.float().clamp(min=0) + SHORTEST_TIME_S)
+    octaves_BS2 = torch.log2(times_BS2.float().clamp(min=0) + MIN_TIME_S)
     waves_W = torch.tensor(TIME_WAVES_OCTAVES, device=times_BS2.device)
     phases_BSF = (2 * torch.pi * octaves_BS2[..., None] / waves_W).flatten(-2)
     return torch.cat([phases_BSF.sin(), phases_BSF.cos()], dim=-1)
 
 
 def shot_times(start_S: np.ndarray, end_S: np.ndarray) -> np.ndarray:
-    """(S, 2) float32 times of a title's shots from their float64 starts and ends in seconds.
+    """Return the (S, 2) float32 times of a title's shots from their float64 starts and ends in seconds.
 
-    They belong to the whole title: a window takes its rows, so only the first shot of the title has no shot before it.
+    Compute them for the whole title and take the rows of a window: only the first shot of the title has no previous shot.
     """
     return np.stack([end_S - start_S, np.diff(start_S, prepend=start_S[:1])], axis=1).astype(np.float32)
 
 
 def window_starts(shots: int, window: int) -> list[int]:
-    """Where the windows over a title begin: one at 0 where all shots fit, else evenly spread, at most half a window apart."""
+    """Return the starts of the windows over a title: 0 if all shots fit in one, otherwise evenly spread, at most half a window apart."""
     if shots <= window:
         return [0]
     step = max(1, window // 2)
@@ -200,7 +200,7 @@ def window_starts(shots: int, window: int) -> list[int]:
 
 
 def window_of_shots(shots: int, window: int) -> np.ndarray:
-    """(S,) int64: for every shot the index of the window in whose middle it is most nearly; the earlier of two alike."""
+    """Return (S,) int64, the window whose middle is nearest to each shot; the earlier of two equally near."""
     starts_W = np.array(window_starts(shots, window))
     ends_W = np.minimum(starts_W + window, shots)
     twice_distance_SW = np.abs(2 * np.arange(shots)[:, None] + 1 - (starts_W + ends_W)[None])
@@ -209,22 +209,22 @@ def window_of_shots(shots: int, window: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class TitleShots:
-    """What the model is told of the shots of a title, or of a window of them."""
+    """The input of the model for the shots of a title, or of a window of them."""
 
     fused_SD: np.ndarray  # float32
-    metadata_M: np.ndarray | None = None  # float32; None where the title has neither synopsis nor tags
-    times_S2: np.ndarray | None = None  # float32, see shot_times; only a model that was trained with times looks at them
+    metadata_M: np.ndarray | None = None  # float32; None if the title has neither synopsis nor tags
+    times_S2: np.ndarray | None = None  # float32, see shot_times; used only by a model that was trained with times
 
     def __len__(self) -> int:
         return len(self.fused_SD)
 
     def part(self, start: int, end: int) -> TitleShots:
-        """The shots of a window, with the title's metadata and with the times that they have in the title."""
+        """Return the shots of a window with the title's metadata and their times in the title."""
         return TitleShots(self.fused_SD[start:end], self.metadata_M, None if self.times_S2 is None else self.times_S2[start:end])
 
 
 def _load(address: str, dtype: torch.dtype) -> Any:
-    """The model at an address: the built-in one, or a checkpoint of the kind that its config.json names."""
+    """Load the model at an address: the built-in one, or a checkpoint of the kind in its config.json."""
     if address == BUILTIN_NEIGHBOURS:
         return builtin_model().to(dtype)
     kinds: dict[str, Any] = {kind.config_class.model_type: kind for kind in (Contextualiser, NeighbourAttention)}
@@ -233,14 +233,14 @@ def _load(address: str, dtype: torch.dtype) -> Any:
 
 
 class TitleContextualiser:
-    """A checkpoint, or ``builtin:neighbours``, at work on whole titles.
+    """A checkpoint, or ``builtin:neighbours``, applied to whole titles.
 
-    On a CPU every window is computed alone, on one thread: no title's numbers depend on another's. On a GPU windows of all titles at hand
-    share batches, the longest first, padded and masked: the numbers differ by rounding.
+    On a CPU, every window is computed alone, on one thread: the numbers of a title do not depend on other titles. On a GPU, windows of all
+    given titles share batches, the longest first, padded and masked: the numbers differ by rounding.
     """
 
     def __init__(self, config: ContextualiserConfig) -> None:
-        """Raises WeightsError for a checkpoint that is missing, damaged, incomplete or not finite."""
+        """Load the checkpoint. Raises WeightsError if it is missing, damaged, incomplete or not finite."""
         self.checkpoint = config.checkpoint
         self.device = open_device(config.device)
         self.alone = self.device.type == "cpu"
@@ -248,9 +248,7 @@ class TitleContextualiser:
         self.dtype = PRECISIONS[config.precision]
         model = _load(config.checkpoint, self.dtype)
         if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
-            raise weights.WeightsError(
-                f"the checkpoint {config.checkpoint} holds numbers that are not finite ({broken[0]}): train it again"
-            )
+            raise weights.WeightsError(f"the checkpoint {config.checkpoint} has weights that are not finite ({broken[0]}): train it again")
         self.model: Any = model.requires_grad_(False).to(self.device)
         self.fused_dim = int(model.config.fused_dim)
         self.metadata_dim = int(model.config.metadata_dim)
@@ -266,11 +264,11 @@ class TitleContextualiser:
         return self.contextualise_together([TitleShots(fused_SD, metadata_M, times_S2)])[0]
 
     def contextualise_together(self, titles: Sequence[TitleShots]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The (S, D) float32 contextual embeddings of each title and its (D,) float32 [CLS] embedding.
+        """Return the (S, D) float32 contextual embeddings and the (D,) float32 [CLS] embedding of each title.
 
-        A title of more shots than a window holds is read in windows that overlap by half or more: every shot is taken from the window
-        in whose middle it is most nearly, and [CLS] is the mean of the windows', weighted by the shots taken from each.
-        Raises ValueError for other dimensions than the checkpoint's, no shots, missing times, and input or output that is not finite.
+        A title longer than a window is computed in windows that overlap by half or more: every shot is taken from the window whose middle
+        is nearest, and [CLS] is the mean over the windows, weighted by the shots taken from each.
+        Raises ValueError for dimensions other than the checkpoint's, no shots, missing times, and input or output that is not finite.
         """
         self.workers.map(self._check, titles)
         starts = [window_starts(len(title), self.window) for title in titles]
@@ -280,7 +278,7 @@ class TitleContextualiser:
         return self.workers.map(lambda part: self._join(*part), parts)
 
     def _join(self, shots: int, starts: Sequence[int], outputs: Sequence[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-        """A title from its windows."""
+        """Join the windows of a title."""
         owner_S = window_of_shots(shots, self.window)
         of_windows = []
         cls_D = np.zeros(outputs[0][1].shape, np.float64)
@@ -290,14 +288,14 @@ class TitleContextualiser:
             cls_D += window_cls_D.cpu().double().numpy() * ((end - first) / shots)
         contextual_SD = of_windows[0] if len(of_windows) == 1 else np.concatenate(of_windows)
         if not np.isfinite(contextual_SD).all() or not np.isfinite(cls_D).all():
-            raise ValueError(f"the contextualiser {self.checkpoint} gave numbers that are not finite: is it trained, and for this input?")
+            raise ValueError(f"the output of the contextualiser {self.checkpoint} is not finite: is it trained, and for this input?")
         return contextual_SD, cls_D.astype(np.float32)
 
     def _read(self, windows: Sequence[TitleShots]) -> list[tuple[Tensor, Tensor]]:
-        """The (S, D) contextual embeddings and the (D,) [CLS] embedding of each window, on the device; a GPU may still be at work."""
+        """Return (S, D) contextual and (D,) [CLS] embeddings of each window, on the device; a GPU may still be computing them."""
         if self.alone:
             return self.workers.map(lambda window: self._read_batch([window])[0], windows)
-        # longest first: the first micro-batch measures the most memory, and like lengths share a call
+        # The longest come first: the first micro-batch measures the most memory, and similar lengths share a call.
         order = sorted(range(len(windows)), key=lambda index: -len(windows[index]))
         computed = self.micro_batches.compute(
             self._read_batch, [windows[index] for index in order], counts=lambda window: len(window) + SPECIAL_TOKENS
@@ -308,12 +306,12 @@ class TitleContextualiser:
     def _read_batch(self, windows: Sequence[TitleShots]) -> list[tuple[Tensor, Tensor]]:
         lengths_B = np.array([len(window) for window in windows])
         longest = int(lengths_B.max())
-        told_B = np.array([window.metadata_M is not None for window in windows])
+        has_metadata_B = np.array([window.metadata_M is not None for window in windows])
         with_times = bool(self.model.config.time_features)
         fused_BSD = torch.zeros(len(windows), longest, windows[0].fused_SD.shape[1], dtype=self.dtype, device=self.device)
         metadata_BM = np.zeros((len(windows), self.metadata_dim), np.float32)
         times_BS2 = np.zeros((len(windows), longest, 2), np.float32)
-        stage: Any = map if self.alone else self.workers.map  # alone, this is one of the workers' threads
+        stage: Any = map if self.alone else self.workers.map  # On a CPU this already runs in a worker thread.
         given = stage(lambda window: staged(window.fused_SD, self.device), windows)
         for row, (window, fused_SD) in enumerate(zip(windows, given, strict=True)):
             fused_BSD[row, : len(window)].copy_(fused_SD, non_blocking=True)
@@ -328,8 +326,8 @@ class TitleContextualiser:
 
         output = self.model(
             fused_BSD,
-            moved(metadata_BM).to(self.dtype) if told_B.any() else None,
-            None if told_B.all() else moved(told_B),
+            moved(metadata_BM).to(self.dtype) if has_metadata_B.any() else None,
+            None if has_metadata_B.all() else moved(has_metadata_B),
             None if shots_BS.all() else moved(shots_BS),
             times_BS2=moved(times_BS2) if with_times else None,
         )
@@ -348,9 +346,7 @@ class TitleContextualiser:
             raise ValueError(f"the fused embedding of shot {int(np.argmin(np.isfinite(fused_SD).all(axis=1)))} is not finite")
         if self.model.config.time_features and (times_S2 is None or times_S2.shape != (len(fused_SD), 2)):
             found = "none" if times_S2 is None else f"{times_S2.shape}"
-            raise ValueError(
-                f"the contextualiser {self.checkpoint} was trained with the times of shots: it needs (S, 2) of them, got {found}"
-            )
+            raise ValueError(f"the contextualiser {self.checkpoint} was trained with the times of shots: it needs (S, 2), got {found}")
         if times_S2 is not None and not np.isfinite(times_S2).all():
             raise ValueError(f"the times of shot {int(np.argmin(np.isfinite(times_S2).all(axis=1)))} are not finite")
         if metadata_M is None or not self.metadata_dim:

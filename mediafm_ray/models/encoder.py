@@ -1,6 +1,6 @@
-"""The three kinds of encoder, what each takes and gives, and how the configured one is found. No torch here.
+"""The protocols of the three kinds of encoder, and registries that build the configured one. No torch.
 
-The driver plans with the dimensions and digests below; only a call of ``build_*`` imports an encoder's module.
+The driver plans with the dimensions and digests; only ``build_*`` imports the module of an encoder.
 
 Shapes
     S  shots (or texts)
@@ -22,23 +22,24 @@ from mediafm_ray.models.options import AudioEncoderConfig, TextEncoderConfig, Vi
 from mediafm_ray.spec import digest_of
 from mediafm_ray.text import PublicError
 
+EncoderConfig = VideoEncoderConfig | AudioEncoderConfig | TextEncoderConfig
 EFFICIENTNET_LITE0_DIM = 1280  # channels of the last convolution
 LOG_MEL_DIM = 192  # three statistics of 64 mel bands
 
 
 class ApiError(PublicError):
-    """The embeddings API did not give what was asked for; the message says why and never holds the key."""
+    """A failed request to the embeddings API; the message says why and never contains the key."""
 
 
 class BudgetExceeded(ApiError):
-    """The configured cap on spending is reached: nothing more is sent."""
+    """The configured cap on the cost is reached: nothing more is sent."""
 
 
 @dataclass(frozen=True)
 class Encoded:
     """The embeddings of some shots: (S, D) float32, zeros where the modality is absent, and (S,) bool presence flags.
 
-    Raises ValueError where an encoder gave another shape or type, or a value that is not finite.
+    Raises ValueError for another shape or type, or a value that is not finite.
     """
 
     embeddings_SD: np.ndarray
@@ -52,53 +53,53 @@ class Encoded:
         finite_S = np.isfinite(self.embeddings_SD).all(axis=1)
         if not finite_S.all():
             raise ValueError(
-                f"the encoder gave NaN or infinity for shot {int(np.argmin(finite_S))} ({int((~finite_S).sum())} shots in all)"
+                f"the encoder returned NaN or infinity for shot {int(np.argmin(finite_S))} ({int((~finite_S).sum())} shots in all)"
             )
 
 
 class VideoEncoder(Protocol):
-    """Frames of shots to vectors."""
+    """An encoder of the frames of shots."""
 
     dim: int
 
     def encode(self, shots: Sequence[Sequence[bytes]]) -> Encoded:
-        """Take the JPEG frames of each shot (colour or grey, any size). A shot without frames is absent."""
+        """Encode the JPEG frames of each shot (colour or grey, any size). A shot without frames is absent."""
         ...
 
 
 class AudioEncoder(Protocol):
-    """Samples of shots to vectors."""
+    """An encoder of the audio of shots."""
 
     dim: int
 
     def encode(self, shots: Sequence[bytes]) -> Encoded:
-        """Take the 16 kHz mono int16 little-endian samples of each shot. A shot without a sample is absent; a silent one is not."""
+        """Encode the 16 kHz mono int16 little-endian samples of each shot. A shot without samples is absent; a silent one is not."""
         ...
 
 
 class TextEncoder(Protocol):
-    """Texts to vectors."""
+    """An encoder of texts."""
 
     dim: int
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Take one text a shot (or the metadata of a title). A text of nothing but white space is absent."""
+        """Encode one text per shot (or the metadata of a title). A text of only white space is absent."""
         ...
 
 
 @dataclass(frozen=True)
 class _Implementation:
-    """Where an encoder is implemented, and what is known of it before its module is imported."""
+    """The module of an encoder, and the facts that are known before it is imported."""
 
     module: str
     factory: str
     dim: Callable[[Any], int]
     has_weights: bool = True
-    extra: str = ""  # the optional part of the installation that the module needs
+    extra: str = ""  # the extra of the package that the module needs
 
 
 def _number_in_config(address: str, *paths: tuple[str, ...]) -> int:
-    """The first of the given paths through the checkpoint's config.json that leads to a number."""
+    """Return the first number at one of the paths in the checkpoint's config.json."""
     config = weights.read_config(address)
     for path in paths:
         found: Any = config
@@ -115,7 +116,7 @@ def _hidden_size(config: TextEncoderConfig | AudioEncoderConfig) -> int:
 
 
 def _clip_dim(config: VideoEncoderConfig) -> int:
-    """CLIP gives its projection, SigLIP its tower's width; in a tower that was saved alone both stand at the top of config.json."""
+    """Return CLIP's projection or SigLIP's width; both are at the top of config.json if the tower was saved alone."""
     siglip = str(weights.read_config(config.weights).get("model_type", "")).startswith("siglip")
     key = "hidden_size" if siglip else "projection_dim"
     return _number_in_config(config.weights, ("vision_config", key), (key,))
@@ -133,51 +134,39 @@ TEXT_ENCODERS: Mapping[str, _Implementation] = {
     "openai": _Implementation("text_api", "ApiTextEncoder", lambda config: config.dimensions, has_weights=False, extra="openai"),
     "sentence_transformer": _Implementation("sentence", "SentenceEncoder", _hidden_size),
 }
+REGISTRIES: Mapping[type[EncoderConfig], tuple[str, Mapping[str, _Implementation]]] = {
+    VideoEncoderConfig: ("video", VIDEO_ENCODERS),
+    AudioEncoderConfig: ("audio", AUDIO_ENCODERS),
+    TextEncoderConfig: ("text", TEXT_ENCODERS),
+}
 
 
 def build_video_encoder(config: VideoEncoderConfig) -> VideoEncoder:
-    """The configured video encoder, with its weights loaded. Raises ValueError for an unknown name, WeightsError for bad weights."""
-    return _build("video", VIDEO_ENCODERS, config)
+    """Build the configured video encoder and load its weights. Raises ValueError for an unknown name, WeightsError for bad weights."""
+    return _build(config)
 
 
 def build_audio_encoder(config: AudioEncoderConfig) -> AudioEncoder:
-    """The configured audio encoder, with its weights loaded. Raises ValueError for an unknown name, WeightsError for bad weights."""
-    return _build("audio", AUDIO_ENCODERS, config)
+    """Build the configured audio encoder and load its weights. Raises ValueError for an unknown name, WeightsError for bad weights."""
+    return _build(config)
 
 
 def build_text_encoder(config: TextEncoderConfig, allowance: Any = None) -> TextEncoder:
-    """The configured text encoder, with its weights loaded. Raises ValueError for an unknown name, WeightsError for bad weights.
+    """Build the configured text encoder and load its weights. Raises ValueError for an unknown name, WeightsError for bad weights.
 
-    ``allowance`` (see text_api.Allowance) is what all encoders of a job that ask an API share; others ignore it.
+    ``allowance`` (see text_api.Allowance) is shared by all API encoders of a job; other encoders ignore it.
     """
-    if config.encoder == "openai":
-        return _build("text", TEXT_ENCODERS, config, allowance)
-    return _build("text", TEXT_ENCODERS, config)
+    return _build(config, allowance) if config.encoder == "openai" else _build(config)
 
 
-def video_dim(config: VideoEncoderConfig) -> int:
-    """The dimension of the configured video encoder, without importing torch."""
-    return _find("video", VIDEO_ENCODERS, config.encoder).dim(config)
+def encoder_dim(config: EncoderConfig) -> int:
+    """Return the dimension of the configured encoder, without importing torch."""
+    return _find(config).dim(config)
 
 
-def audio_dim(config: AudioEncoderConfig) -> int:
-    """The dimension of the configured audio encoder, without importing torch."""
-    return _find("audio", AUDIO_ENCODERS, config.encoder).dim(config)
-
-
-def text_dim(config: TextEncoderConfig) -> int:
-    """The dimension of the configured text encoder, without importing torch."""
-    return _find("text", TEXT_ENCODERS, config.encoder).dim(config)
-
-
-def weights_digest(config: VideoEncoderConfig | AudioEncoderConfig | TextEncoderConfig) -> str:
-    """SHA-256 of the configured weights (64 hex digits); empty for an encoder that has none. Raises WeightsError where they are missing."""
-    if isinstance(config, VideoEncoderConfig):
-        implementation = _find("video", VIDEO_ENCODERS, config.encoder)
-    elif isinstance(config, AudioEncoderConfig):
-        implementation = _find("audio", AUDIO_ENCODERS, config.encoder)
-    else:
-        implementation = _find("text", TEXT_ENCODERS, config.encoder)
+def weights_digest(config: EncoderConfig) -> str:
+    """Return the SHA-256 of the configured weights (64 hex digits); empty without weights. Raises WeightsError if they are missing."""
+    implementation = _find(config)
     if not implementation.has_weights:
         return ""
     if isinstance(config, VideoEncoderConfig) and config.temporal_weights:
@@ -185,16 +174,17 @@ def weights_digest(config: VideoEncoderConfig | AudioEncoderConfig | TextEncoder
     return weights.digest(config.weights)
 
 
-def _build(modality: str, implementations: Mapping[str, _Implementation], config: Any, *more: Any) -> Any:
-    implementation = _find(modality, implementations, config.encoder)
+def _build(config: EncoderConfig, *more: Any) -> Any:
+    implementation = _find(config)
     module = importlib.import_module(f"mediafm_ray.models.{implementation.module}")
     return getattr(module, implementation.factory)(config, *more)
 
 
-def _find(modality: str, implementations: Mapping[str, _Implementation], name: str) -> _Implementation:
-    if name not in implementations:
-        raise ValueError(f"{modality}.encoder: there is no {modality} encoder {name!r}; there are: {', '.join(sorted(implementations))}")
-    found = implementations[name]
+def _find(config: EncoderConfig) -> _Implementation:
+    modality, implementations = REGISTRIES[type(config)]
+    if config.encoder not in implementations:
+        raise ValueError(f"{modality}.encoder: unknown encoder {config.encoder!r}; must be one of {', '.join(sorted(implementations))}")
+    found = implementations[config.encoder]
     if found.extra:
-        need(found.extra, f"{modality}.encoder={name}")
+        need(found.extra, f"{modality}.encoder={config.encoder}")
     return found

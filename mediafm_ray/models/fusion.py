@@ -1,11 +1,11 @@
-"""Fusion: the modalities of a shot side by side, as one vector of unit norm (MediaFM, step 3). Numpy only.
+"""Fusion: the modalities of a shot concatenated to one vector of unit norm (MediaFM, step 3). Numpy only.
 
-``modality_norm: none`` concatenates the embeddings as the encoders give them, to the letter of the recipe. Encoders differ in their
-raw norms, by an order of magnitude and more; then the largest decides similarity: with the offline encoders they are about 15
-(video), 0.6 (audio) and 1 (text), and audio makes up 0.2 % of a cosine. ``modality_norm: l2``, the default, gives every present modality
-the norm of its weight first. The share of an absent modality falls to the others: with the default weights (1, 0.5, 0.5) two shots that
-differ only in that one has a caption have the cosine 0.91 where the other two modalities are there, with equal weights 0.82. Equal weights
-find fewer shots of a place again and split scenes where captions or music begin (docs/benchmarks.md, "Fusion").
+``modality_norm: none`` concatenates the embeddings of the encoders unchanged, exactly as in the recipe. The norms of encoders differ
+by an order of magnitude and more, and the largest dominates similarity: with the offline encoders they are about 15
+(video), 0.6 (audio) and 1 (text), and audio contributes 0.2 % of a cosine. ``modality_norm: l2``, the default, gives every present modality
+the norm of its weight first. The share of an absent modality goes to the others: with the default weights (1, 0.5, 0.5), two shots that
+differ only in that one has a caption have the cosine 0.91 if the other two modalities are present; with equal weights it is 0.82. Equal
+weights find fewer shots of the same place and split scenes where captions or music begin (docs/benchmarks.md, "Fusion").
 
 Shapes
     S    shots
@@ -25,9 +25,9 @@ from mediafm_ray.spec import MODALITIES, recipe_of
 
 
 def spans(dims: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Where each modality lies in a fused vector: ``{"video": (0, 1280), ...}``, half-open, in the order of spec.MODALITIES.
+    """Return the half-open span of each modality in a fused vector, ``{"video": (0, 1280), ...}``, in the order of spec.MODALITIES.
 
-    Raises ValueError for a modality that spec.MODALITIES does not know, or a dimension below 1.
+    Raises ValueError for a modality that is not in spec.MODALITIES, or a dimension below 1.
     """
     if unknown := sorted(set(dims) - set(MODALITIES)):
         raise ValueError(f"unknown modalities {unknown}; there are {list(MODALITIES)}")
@@ -42,21 +42,21 @@ def spans(dims: Mapping[str, int]) -> dict[str, tuple[int, int]]:
 
 
 def fusion_recipe(config: FusionConfig) -> dict[str, Any]:
-    """Return the options that change the numbers: weights belong to l2 only."""
+    """Return the options that change the numbers: the weights apply to l2 only."""
     return recipe_of(config) if config.modality_norm == "l2" else {"modality_norm": config.modality_norm}
 
 
 def fuse(parts: Mapping[str, np.ndarray], config: FusionConfig) -> tuple[np.ndarray, np.ndarray]:
     """Concatenate the (S, D_m) float32 embeddings of the modalities and scale every shot to unit norm.
 
-    Returns the fused (S, D) float32 and its (S,) float32 norm before scaling: ``split`` gives the parts back. A shot with no modality at
-    all (all zeros) stays zero and has norm 0. With ``modality_norm: l2`` the parts that come back have the norm of their weight, or are
+    Returns the fused (S, D) float32 and its (S,) float32 norm before scaling, from which ``split`` recovers the parts. A shot without any
+    modality (all zeros) stays zero and has norm 0. With ``modality_norm: l2`` the recovered parts have the norm of their weight, or are
     zero.
     Raises ValueError for an unknown modality, unequal numbers of shots, or values that are not finite.
     """
     counts = {modality: len(part) for modality, part in parts.items()}
     if len(set(counts.values())) != 1:
-        raise ValueError(f"every modality must have one embedding a shot; there are {counts}")
+        raise ValueError(f"every modality must have one embedding per shot; there are {counts}")
     columns = []
     for modality in spans({modality: part.shape[1] for modality, part in parts.items()}):
         part_SD = parts[modality].astype(np.float64)
@@ -68,12 +68,12 @@ def fuse(parts: Mapping[str, np.ndarray], config: FusionConfig) -> tuple[np.ndar
 
 
 def split(fused_SD: np.ndarray, fused_norm_S: np.ndarray, spans: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
-    """The (S, D_m) float32 embeddings that ``fuse`` was given, from its result; equal to them up to float32 rounding."""
+    """Return the (S, D_m) float32 embeddings of each modality from the result of ``fuse``, equal up to float32 rounding."""
     raw_SD = fused_SD.astype(np.float64) * fused_norm_S.astype(np.float64)[:, None]
     return {modality: raw_SD[:, start:end].astype(np.float32) for modality, (start, end) in spans.items()}
 
 
 def _unit(rows_SD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows scaled to unit norm, all-zero rows left alone, and their norms; float64."""
+    """Return float64 rows scaled to unit norm (all-zero rows unchanged) and their norms."""
     norm_S = np.linalg.norm(rows_SD, axis=1)
     return rows_SD / np.where(norm_S > 0, norm_S, 1)[:, None], norm_S

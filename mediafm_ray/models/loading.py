@@ -1,4 +1,4 @@
-"""What the torch encoders have in common: a device, CPU threads that do not change the numbers, and loading without silent gaps."""
+"""Common parts of the torch encoders: devices, CPU threads that do not change the numbers, micro-batches, complete checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from mediafm_ray.models.weights import WeightsError
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # names in the configuration
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # name in the configuration -> dtype
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
@@ -24,9 +24,9 @@ Result = TypeVar("Result")
 
 
 def open_device(device: str) -> torch.device:
-    """The torch device of that name.
+    """Return the torch device of a name.
 
-    Raises ValueError for a device that torch does not know or this machine does not have.
+    Raises ValueError for a device that torch does not know or that this machine does not have.
     """
     try:
         opened = torch.device(device)
@@ -38,32 +38,30 @@ def open_device(device: str) -> torch.device:
 
 
 class Workers:
-    """CPU threads that share a list of items, each item computed by one thread alone.
+    """CPU threads that share a list of items; each item is computed on one thread.
 
-    torch's own threads divide every single operation: some kernels then sum in another order (so the number of threads would change
-    the last bits of the result), and on a busy machine all wait for the slowest at every operation. Here torch computes every item
-    on one thread, and items run side by side: the same bytes for any number of threads.
+    torch's own threads divide every operation: some kernels then sum in another order (so the number of threads changes the last bits
+    of the result), and on a busy machine all threads wait for the slowest one at every operation. Here torch computes every item on one
+    thread, and items run in parallel: the result is the same for any number of threads.
     """
 
     def __init__(self, threads: int) -> None:
-        """``threads`` 0 takes as many as torch would. Raises ValueError where it is negative."""
-        if threads < 0:
-            raise ValueError(f"threads must be 0 (as many as torch would take) or more, not {threads}")
+        """Make ``threads`` threads; 0 = as many as torch would."""
         self.threads = threads or torch.get_num_threads()
 
     def map(self, compute: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """``[compute(item) for item in items]``, in order, without gradients; the first exception in that order is raised."""
+        """Return ``[compute(item) for item in items]``, computed without gradients. Raises the first exception in that order."""
         items = list(items)
-        with _one_thread_an_operation(), ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with _one_thread_per_operation(), ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(lambda item: _without_gradients(compute, item), items))
 
     def feed(
         self, prepare: Callable[[Item], Prepared], items: Sequence[Item], group: int, launch: Callable[[list[Prepared]], Iterable[Result]]
     ) -> list[Result]:
-        """What ``launch`` gives for every group of items prepared by the threads.
+        """Prepare groups of items on the threads and return the results of ``launch`` for all groups.
 
-        ``launch`` starts work on a GPU and does not wait for it: the threads prepare the next group while the GPU computes. They rest
-        while ``launch`` runs: it makes hundreds of short calls, and before each it would wait until all threads had their turn of Python.
+        ``launch`` starts work on a GPU and does not wait for it, so the threads prepare the next group while the GPU computes. No thread
+        prepares while ``launch`` runs: it makes hundreds of short calls, and each would compete with all threads for Python's lock.
         """
         results: list[Result] = []
         for first in range(0, len(items), group):
@@ -72,12 +70,12 @@ class Workers:
 
 
 def _without_gradients(compute: Callable[[Item], Result], item: Item) -> Result:
-    with torch.inference_mode():  # is a property of the thread
+    with torch.inference_mode():  # The mode belongs to a thread.
         return compute(item)
 
 
 def staged(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy of an array on the CPU; for a GPU in page-locked memory, out of which it can be copied without waiting."""
+    """Copy an array to a CPU tensor; for a GPU in page-locked memory, which allows asynchronous copies."""
     dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
     tensor = torch.empty(array.shape, dtype=dtype, pin_memory=device.type == "cuda")
     tensor.numpy()[...] = array
@@ -85,20 +83,18 @@ def staged(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 class MicroBatches:
-    """How many items a CUDA device computes at once: as many as fit, found by trying.
+    """Micro-batches of as many items as fit in the memory of a CUDA device.
 
-    The first micro-batch is small; what it took of the device's memory decides the next. When memory runs out all the same (other
-    processes share the device), the size halves, for good, and the items are tried again. An item may count for more than one
-    (sequences of unlike length do by their length): sizes are then sums.
+    The first micro-batch is small; its memory use determines the size of the next ones. If memory runs out nevertheless (other processes
+    share the device), the size is halved permanently and the items are tried again. An item may count for more than one (a sequence
+    counts its length): sizes are then sums.
     """
 
-    FIRST = 8  # items of the measuring micro-batch
-    SHARE = 0.6  # of the memory free after it, which later ones may take
+    FIRST = 8  # Items of the first micro-batch, which measures memory.
+    SHARE = 0.6  # Later ones may use this share of the memory that is free after it.
 
     def __init__(self, device: torch.device, size: int, most: int = 512, first: int = FIRST) -> None:
-        """``size`` is fixed, or 0 to measure, with ``first`` at once and ``most`` later. Raises ValueError where it is negative."""
-        if size < 0:
-            raise ValueError(f"micro_batch must be 0 (as many as fit) or more, not {size}")
+        """Use a fixed ``size``, or 0 to measure it on ``first`` items, up to ``most``."""
         self.device = device
         self.measured = size > 0
         self.size = size or first
@@ -110,9 +106,9 @@ class MicroBatches:
         items: Sequence[Item],
         counts: Callable[[Item], int] = lambda item: 1,
     ) -> list[Result]:
-        """``function`` over all items, at most ``size`` at once. Raises torch.OutOfMemoryError where even one item does not fit.
+        """Apply ``function`` to all items, at most ``size`` at once. Raises torch.OutOfMemoryError if a single item does not fit.
 
-        ``counts`` says for how much an item counts; the largest come first, for each of a batch counts (is padded) like its first.
+        ``counts`` returns the size of an item. The largest must come first: all items of a batch are padded to the first.
         """
         results: list[Result] = []
         while len(results) < len(items):
@@ -144,46 +140,46 @@ class MicroBatches:
 
 
 def fitting_size(taken: int, items: int, free: int, share: float, most: int) -> int:
-    """Items at once, a power of two from 1 to ``most``: ``items`` took ``taken`` bytes, and ``share`` of ``free`` bytes may be."""
+    """Return a power of two from 1 to ``most``: items that fit in ``share`` of ``free`` bytes if ``items`` took ``taken`` bytes."""
     fits = share * free / max(1, taken / items)
     return int(min(most, 2 ** max(0, math.floor(math.log2(max(1, fits))))))
 
 
-_counting = threading.Lock()
-_users = 0  # calls under way in this process
-_threads_before = 1  # of torch, before the first of them
+_lock = threading.Lock()
+_users = 0  # Calls in progress in this process.
+_threads_before = 1  # torch's number of threads before the first of them.
 
 
 @contextlib.contextmanager
-def _one_thread_an_operation() -> Iterator[None]:
-    """Part of torch's number of threads belongs to the thread that sets it, part to the process; the last to leave restores the latter."""
+def _one_thread_per_operation() -> Iterator[None]:
+    """Restore torch's number of threads after the last concurrent call: setting it in a thread also changes it for the process."""
     global _users, _threads_before
-    with _counting:
+    with _lock:
         if _users == 0:
             _threads_before = torch.get_num_threads()
         _users += 1
     try:
         yield
     finally:
-        with _counting:
+        with _lock:
             _users -= 1
             if _users == 0:
                 torch.set_num_threads(_threads_before)
 
 
 def load_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .pth file (weights only: nothing in it is executed). Raises WeightsError where it is damaged."""
+    """Return the tensors of a .pth file (weights only: no code in it is executed). Raises WeightsError if it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file: zip, pickle, EOF, runtime
+    except Exception as error:  # torch raises many kinds of error for a damaged file: zip, pickle, EOF, runtime.
         raise WeightsError(f"{path} is not a readable torch weights file ({type(error).__name__}: {error}); fetch it again") from error
 
 
 def load_checkpoint(model_class: Any, path: Path, optional: tuple[str, ...] = ("pooler.",), **options: Any) -> Any:
-    """A transformers model from a local folder, in evaluation mode. Nothing is fetched.
+    """Load a transformers model from a local folder, in evaluation mode. Nothing is fetched.
 
-    transformers fills weights that the checkpoint lacks with random numbers and only warns; here that is an error.
-    ``optional`` are beginnings of names of weights that are not used and may be missing: by default those of a BERT's pooler.
+    transformers initialises weights that the checkpoint lacks at random and only warns; here that is an error.
+    ``optional`` are prefixes of names of unused weights that may be missing, by default those of a BERT's pooler.
     Raises WeightsError for a missing, damaged or partial checkpoint.
     """
     if not path.is_dir():
@@ -193,19 +189,22 @@ def load_checkpoint(model_class: Any, path: Path, optional: tuple[str, ...] = ("
     try:
         with quiet_transformers():
             model, report = model_class.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
-    except Exception as error:  # safetensors, torch, transformers and the OS each raise their own
+    except Exception as error:  # safetensors, torch, transformers and the OS raise errors of their own.
         raise WeightsError(f"the checkpoint {path} cannot be loaded ({type(error).__name__}: {error}); copy it again") from error
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(optional))
     mismatched = sorted(str(entry) for entry in report["mismatched_keys"])
     if missing or mismatched:
         gaps = ", ".join((missing + mismatched)[:5])
-        raise WeightsError(f"the checkpoint {path} is not complete for {type(model).__name__}: {len(missing + mismatched)} gaps ({gaps})")
+        count = len(missing + mismatched)
+        raise WeightsError(
+            f"the checkpoint {path} is incomplete for {type(model).__name__}: {count} weights do not fit or are missing ({gaps})"
+        )
     return model.eval()
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings from transformers inside; its settings are restored afterwards."""
+    """Silence the progress bars and warnings of transformers; restore its settings afterwards."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -1,23 +1,23 @@
-"""Context from neighbours: a shot's vector becomes a weighted sum of itself and the title's other shots, and stays in the fused space.
+"""Context from neighbours: a weighted sum of a shot's vector and those of the title's other shots, which stays in the fused space.
 
     c_i = unit( g_i x_i  +  (1 - 1/S) (sum_j s_ij x_j  +  (3/2 - g_i) sum_j n_ij x_j) )
 
     x      fused vectors of unit norm
-    s_ij   softmax over the other shots of -|i - j| / 4 + (cos(x_i, x_j) - 1) / 0.2: the shots that are near and alike
-    n_ij   softmax over the other shots of -|i - j| / 2: the shots that are near, alike or not
-    g_i    min(1, (a_i + 0.1) / (b_i + 0.1)): a_i is the mean cosine of the two shots most like i among the six before and after, b_i the
-           mean of a over the shots around i. A shot that is as well supported as those around it keeps its weight; a cut-away, whose
-           surroundings agree with one another and not with it, takes theirs. In a montage no shot is supported, and every shot does.
-    S      shots of the window that have a vector: where there are few, their context weighs less, and of a single shot c is x
+    s_ij   softmax over the other shots of -|i - j| / 4 + (cos(x_i, x_j) - 1) / 0.2: shots that are near and similar
+    n_ij   softmax over the other shots of -|i - j| / 2: shots that are near, similar or not
+    g_i    min(1, (a_i + 0.1) / (b_i + 0.1)): the support a_i is the mean cosine to the two most similar shots among the six before and
+           after, b_i the mean of a over the shots around i. A shot with as much support as the shots around it keeps its weight; a
+           cut-away, whose surroundings are similar to one another but not to it, takes their vector. In a montage no shot has more support
+           than the others, so every shot keeps its weight.
+    S      shots of the window that have a vector: the fewer there are, the less their context weighs; for a single shot, c is x
 
-That is all of ``builtin:neighbours``: one layer of attention with fixed weights, for which nothing has to be trained. The constants were
-chosen among round numbers on films put together from two splits of real footage (benchmarks/films.py); figures change little around them.
+``builtin:neighbours`` is this formula: one layer of attention with fixed weights and nothing to train. The constants are round numbers,
+chosen on films that were put together from two splits of real footage (benchmarks/films.py); results are not sensitive to them.
 
-A trained ``NeighbourAttention`` is the same sum with learned corrections: a small network reads how two shots relate (their cosines by
-modality, the cosine of their surroundings, their distance, and how well each is supported) and corrects the logits of s and n; another
-reads how well a shot is supported and corrects the three weights. Both corrections are bounded, and zero at the start. It never sees
-the vectors themselves, only relations between them, so what it learns on some hundred titles holds for titles, places and voices that
-it never saw.
+A trained ``NeighbourAttention`` is the same sum with learned corrections. One small network corrects the logits of s and n from the
+relation of two shots (cosines by modality, cosine of their surroundings, distance, support of each); another corrects the three weights
+from the support of a shot. Both corrections are bounded, and zero at the start. The networks see relations between vectors, never the
+vectors, so that training on some hundred titles generalises to other titles, places and voices.
 
 Shapes
     B  windows (each of one title)
@@ -41,67 +41,65 @@ from transformers.utils import ModelOutput
 
 from mediafm_ray.spec import MAX_SHOTS_PER_WINDOW
 
-NEAR_SHOTS = 2.0  # shots: distance over which the weight of a near shot falls to 1/e
-ALIKE_SHOTS = 4.0  # shots: the same, of a near shot that is alike, and of the surroundings whose support is averaged
-ALIKE_COSINE = 0.2  # difference of cosine over which the weight of a shot falls to 1/e
-SUPPORT_REACH = 6  # shots before and after among which the ones most alike are looked for
-SUPPORTERS = 2  # shots most alike whose mean cosine is a shot's support
-CONTEXT_WEIGHT = 1.5  # weights of a shot and of its near shots together
-NO_SUPPORT = 0.1  # cosine that shots of different places may have by chance: below it supports do not differ
-MAX_LOGIT = 1.0  # correction of a logit: a trained model may weigh a shot e times more or less than the formula does
-MAX_LOG_FACTOR = math.log(2) / 2  # correction of a weight: 0.7 to 1.4 times the formula's
-MASKED_OUT = -1e9  # logit of a shot that has no vector to give
-LOGITS, WEIGHTS = 2, 3  # corrected for a pair of shots (s and n), and for a shot (itself, s and n)
-PAIR_FEATURES, SHOT_FEATURES, SHOT_FEATURES_IN_PAIR = 9, 8, 6  # besides two features of a pair for each modality
+NEAR_SHOTS = 2.0  # Distance in shots over which the weight in n falls to 1/e.
+ALIKE_SHOTS = 4.0  # The same distance for s, and for the surroundings whose support is averaged.
+ALIKE_COSINE = 0.2  # Difference of cosine over which the weight in s falls to 1/e.
+SUPPORT_REACH = 6  # Shots before and after among which the most similar ones are searched.
+SUPPORTERS = 2  # Most similar shots whose mean cosine is the support of a shot.
+CONTEXT_WEIGHT = 1.5  # Sum of the weights of a shot and of its near shots.
+NO_SUPPORT = 0.1  # Shots of different places may have this cosine by chance; smaller supports count alike.
+MAX_LOGIT = 1.0  # Maximum correction of a logit: a trained model can change a weight by a factor of e.
+MAX_LOG_FACTOR = math.log(2) / 2  # Maximum correction of a weight: 0.7 to 1.4 times the formula's.
+MASKED_OUT = -1e9  # Logit of a shot without a vector.
+LOGITS, WEIGHTS = 2, 3  # Corrections of a pair of shots (s and n) and of a shot (itself, s and n).
+PAIR_FEATURES, SHOT_FEATURES, SHOT_FEATURES_IN_PAIR = 9, 8, 6  # A pair has two more features for each modality.
 
 
 class NeighbourAttentionConfig(PreTrainedConfig):
-    """The shape of a NeighbourAttention: what config.json of a checkpoint holds."""
+    """The shape of a NeighbourAttention, as stored in config.json of a checkpoint."""
 
     model_type = "mediafm_neighbour_attention"
 
-    fused_dim: int = 0  # D; 0 takes vectors of any dimension, without corrections only
-    metadata_dim: int = 0  # of the dataset that it was trained on; the model does not look at metadata
+    fused_dim: int = 0  # D; 0 = any dimension, possible only without corrections
+    metadata_dim: int = 0  # metadata dimension of the training dataset; the model does not use metadata
     spans: dict[str, list[int]] | None = None  # [first, end) of each modality in a fused vector
-    relation_size: int = 32  # width of the two networks; 0 leaves both out: the formula alone
+    relation_size: int = 32  # width of the two networks; 0 = no networks, only the formula
     max_logit: float = MAX_LOGIT
     max_log_factor: float = MAX_LOG_FACTOR
     max_shots: int = MAX_SHOTS_PER_WINDOW
-    time_features: bool = False  # never: shots are counted, not seconds
-    initializer_range: float = 0.0  # transformers wants one; the networks are initialised as torch does
-    dataset_version: str = ""  # what it was trained on: 12 hex digits of a dataset's version; empty where that is not known
+    time_features: bool = False  # always False: distances are in shots, not in seconds
+    initializer_range: float = 0.0  # required by transformers; torch initialises the networks
+    dataset_version: str = ""  # 12 hex digits of the dataset version that it was trained on; empty if unknown
 
 
 @dataclass
 class ContextualiserOutput(ModelOutput):
-    """The vectors that a model of either kind gives for B windows."""
+    """The output of a contextualiser of either kind for B windows."""
 
-    contextual_BSD: Tensor | None = None  # the shots, in the space of the fused embeddings; undefined where a window is padded
-    cls_BD: Tensor | None = (
-        None  # a vector of the window: [CLS] of an encoder, through the same output projection, or the mean of the shots
-    )
-    hidden_BLH: Tensor | None = None  # of an encoder, the last layer before the output projection: [CLS], [GLOBAL], shots
+    contextual_BSD: Tensor | None = None  # shots in the space of the fused embeddings; undefined where a window is padded
+    cls_BD: Tensor | None = None  # a vector of the window: an encoder's projected [CLS], or the mean of the shots
+    hidden_BLH: Tensor | None = None  # an encoder's last layer before the output projection: [CLS], [GLOBAL], shots
 
 
 @dataclass(frozen=True, eq=False)
 class Relations:
-    """How the shots of B windows relate, before anything is learned; float32."""
+    """The relations of the shots of B windows, without learned corrections; float32."""
 
     unit_BSD: Tensor  # zero where a shot is hidden, padded or has no vector
-    known_BS: Tensor  # bool, the others
+    known_BS: Tensor  # bool, True for all other shots
     cosine_BSS: Tensor
-    near_BSS: Tensor  # n of the module's formula; rows of zeros where no other shot is known
+    near_BSS: Tensor  # n of the module's formula; rows are zero if no other shot is known
     alike_BSS: Tensor  # s
-    top_BSK: Tensor  # cosines of the shots most alike, falling
+    top_BSK: Tensor  # cosines of the most similar shots, descending
     support_BS: Tensor  # a
     around_BS: Tensor  # b
-    keep_BS: Tensor  # g; 0 where a shot is not known
+    keep_BS: Tensor  # g; 0 if a shot is not known
     context_B: Tensor  # 1 - 1/S
     distance_SS: Tensor  # |i - j| in shots
 
 
 def relations(fused_BSD: Tensor, known_BS: Tensor) -> Relations:
-    """Relate the shots of every window; those that are not ``known_BS`` (bool) give nothing and are related to nothing."""
+    """Relate the shots of every window; shots that are not ``known_BS`` (bool) relate to none."""
     shots = fused_BSD.shape[1]
     place_S = torch.arange(shots, device=fused_BSD.device)
     distance_SS = (place_S[:, None] - place_S[None]).abs().float()
@@ -116,21 +114,21 @@ def relations(fused_BSD: Tensor, known_BS: Tensor) -> Relations:
     around_BS = (around_BSS @ support_BS[..., None])[..., 0]
     keep_BS = ((support_BS + NO_SUPPORT) / (around_BS + NO_SUPPORT)).clamp(max=1) * known_BS
     context_B = 1 - 1 / known_BS.sum(1).clamp(min=1)
-    context_B = torch.where(context_B > 0, context_B, 1.0)  # of the only shot that is known the others are the context, itself has none
+    context_B = torch.where(context_B > 0, context_B, 1.0)  # A single known shot has no context, but is the context of the others.
     return Relations(unit_BSD, known_BS, cosine_BSS, near_BSS, alike_BSS, top_BSK, support_BS, around_BS, keep_BS, context_B, distance_SS)
 
 
 def neighbour_context(fused_BSD: Tensor, known_BS: Tensor) -> Tensor:
-    """The formula of the module: (B, S, D) float32 of unit norm; zero where neither the shot nor any other is known."""
+    """Apply the module's formula: (B, S, D) float32 of unit norm; zero if neither the shot nor any other is known."""
     return _served(_weights(found := relations(fused_BSD, known_BS)), found, found.alike_BSS, found.near_BSS)
 
 
 class _Correction(nn.Linear):
-    """A last layer, which is zero before it is trained."""
+    """A last layer, which is zero before training."""
 
 
 class NeighbourAttention(PreTrainedModel):
-    """The model; its ``forward`` is called as that of models.contextualiser.Contextualiser."""
+    """The model of the module; ``forward`` has the arguments of models.contextualiser.Contextualiser."""
 
     config_class = NeighbourAttentionConfig
     base_model_prefix = "neighbours"
@@ -138,7 +136,7 @@ class NeighbourAttention(PreTrainedModel):
 
     def __init__(self, config: NeighbourAttentionConfig) -> None:
         super().__init__(config)
-        self.spans = sorted(tuple(span) for span in (config.spans or {}).values())  # config.json sorts the names
+        self.spans = sorted(tuple(span) for span in (config.spans or {}).values())  # config.json sorts the names.
         size = config.relation_size
         self.pair_network = self.shot_network = None
         if size:
@@ -150,7 +148,7 @@ class NeighbourAttention(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Torch's own initialisation, and zeros in the last layers: an untrained model is the formula."""
+        """Initialise as torch does, the last layers with zeros: an untrained model is the formula."""
         if isinstance(module, nn.Linear):
             module.reset_parameters()
             if isinstance(module, _Correction):
@@ -168,7 +166,7 @@ class NeighbourAttention(PreTrainedModel):
     ) -> ContextualiserOutput:
         """Contextualise B windows. ``shots_BS`` (bool) is False where a window is padded, ``masked_BS`` (bool) True where a shot is hidden.
 
-        Metadata and times are not looked at. ``contextual_BSD`` is float32 of unit norm; ``cls_BD`` is the unit mean of a window's shots.
+        Metadata and times are ignored. ``contextual_BSD`` is float32 of unit norm; ``cls_BD`` is the unit mean of a window's shots.
         """
         shots_BS = torch.ones(fused_BSD.shape[:2], dtype=torch.bool, device=fused_BSD.device) if shots_BS is None else shots_BS
         known_BS = shots_BS & (fused_BSD != 0).any(-1)
@@ -210,13 +208,13 @@ class NeighbourAttention(PreTrainedModel):
         features += [to_near_BSS, to_near_BSS.transpose(1, 2), torch.log1p(distance_BSS) / 3]
         features += [torch.exp(-distance_BSS / 2), torch.exp(-distance_BSS / SUPPORT_REACH), distance_BSS % 2]
         shots = shot_BSN.shape[1]
-        own_BSN = shot_BSN[..., [1, 3, 4, 5, 6, 7]]  # of the three cosines of shots most alike, the second says enough about a pair
+        own_BSN = shot_BSN[..., [1, 3, 4, 5, 6, 7]]  # The second of the three greatest cosines is enough for a pair.
         pairs = [own_BSN[:, :, None].expand(-1, -1, shots, -1), own_BSN[:, None].expand(-1, shots, -1, -1)]
         return torch.cat([torch.stack(features, -1), *pairs], -1)
 
 
 def _weights(found: Relations) -> Tensor:
-    """(B, S, 3) weights of a shot itself, of the shots near and alike, and of the near shots."""
+    """Return the (B, S, 3) weights of a shot itself, of s and of n."""
     context_BS = found.context_B[:, None].expand_as(found.keep_BS)
     return torch.stack([found.keep_BS, context_BS, (CONTEXT_WEIGHT - found.keep_BS) * context_BS], -1)
 
@@ -228,18 +226,18 @@ def _served(weight_BS3: Tensor, found: Relations, alike_BSS: Tensor, near_BSS: T
 
 
 def _bounded(corrections: Tensor, bound: float) -> Tensor:
-    """Corrections between -bound and bound, unchanged where they are small."""
+    """Squash corrections to between -bound and bound; small ones are unchanged."""
     return bound * torch.tanh(corrections / bound)
 
 
 def _softmax(logits_BSS: Tensor, allowed_BSS: Tensor) -> Tensor:
-    """Softmax over the allowed columns; a row of zeros where there is none."""
+    """Return the softmax over the allowed columns; a row without any is zero."""
     return logits_BSS.masked_fill(~allowed_BSS, MASKED_OUT).softmax(-1) * allowed_BSS
 
 
 def _most_alike(cosine_BSS: Tensor, allowed_BSS: Tensor, count: int) -> Tensor:
-    """(B, S, count) greatest cosines of each row among the allowed columns; where there are fewer, their mean stands in, or 0."""
-    nothing = -2.0  # below any cosine
+    """Return the (B, S, count) greatest cosines among the allowed columns; missing ones are the mean of the others, or 0."""
+    nothing = -2.0  # This is below every cosine.
     padded_BSS = F.pad(cosine_BSS.masked_fill(~allowed_BSS, nothing), (0, count), value=nothing)
     top_BSK = padded_BSS.topk(count, -1).values
     there_BSK = top_BSK > nothing
@@ -248,5 +246,5 @@ def _most_alike(cosine_BSS: Tensor, allowed_BSS: Tensor, count: int) -> Tensor:
 
 
 def builtin_model() -> Any:
-    """The model of ``builtin:neighbours``: the formula alone, for vectors of any dimension."""
+    """Return the model of ``builtin:neighbours``: the formula, for vectors of any dimension."""
     return NeighbourAttention(NeighbourAttentionConfig(relation_size=0)).eval()

@@ -1,20 +1,25 @@
-"""Frames to the pixels that a CLIP or SigLIP network takes: the checkpoint's own preprocessing, in batches on any device.
+"""Frames of video encoders: decoding, the common part of the encoders, and preprocessing for CLIP and SigLIP as checkpoints ask for it.
 
 Pillow's resampling is two matrix products with rounding to bytes after each. Done here in float64 with Pillow's own integer
-weights, every sum is exact and every byte equal to Pillow's, on a CPU or a GPU, and frames need not be scaled one by one.
+weights, every sum is exact and every byte equal to Pillow's, on a CPU or a GPU, and frames of one size are scaled together.
 
 Shapes
     B  frames of one size
+    S  shots
+    T  frames of a shot
+    F  frames of all shots
+    D  dimension of an embedding
     C  3 channels, RGB
     H, W  height and width
 """
 
 from __future__ import annotations
 
+import abc
 import functools
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +29,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mediafm_ray.models.encoder import Encoded
+from mediafm_ray.models.loading import MicroBatches, Workers, open_device
+from mediafm_ray.models.options import VideoEncoderConfig
 from mediafm_ray.models.weights import WeightsError, read_json
 
-# Pillow keeps the memory of so many pictures for the next ones. By default it keeps none, and until the system has handed out the pages
-# of a picture anew, with Python locked, decoding it takes twice as long.
-PICTURES_KEPT = 32
-Image.core.set_blocks_max(PICTURES_KEPT)
-PRECISION_BITS = 22  # of Pillow's integer weights: 32 less 8 of a pixel and 2 of headroom
+# Pillow reuses the memory of this many blocks (pictures). By default it reuses none: then the system allocates every picture's pages
+# again while Python is locked, and decoding takes twice as long.
+MAX_REUSED_BLOCKS = 32
+Image.core.set_blocks_max(MAX_REUSED_BLOCKS)
+PRECISION_BITS = 22  # Pillow's integer weights have 32 bits, less 8 of a pixel and 2 of headroom.
 PREPROCESSOR = "preprocessor_config.json"
 
 
 def _cubic(x: float) -> float:
-    """Keys' kernel with a = -0.5, Pillow's bicubic."""
+    """Return Keys' kernel with a = -0.5, Pillow's bicubic."""
     x = abs(x)
     if x < 1:
         return (1.5 * x - 2.5) * x * x + 1
@@ -46,7 +54,7 @@ def _triangle(x: float) -> float:
     return max(0.0, 1 - abs(x))
 
 
-FILTERS: dict[int, tuple[Callable[[float], float], float]] = {  # by Pillow's number: kernel, and how far it reaches
+FILTERS: dict[int, tuple[Callable[[float], float], float]] = {  # Pillow's number of the filter -> kernel, its reach
     Image.Resampling.BILINEAR: (_triangle, 1.0),
     Image.Resampling.BICUBIC: (_cubic, 2.0),
 }
@@ -54,17 +62,17 @@ FILTERS: dict[int, tuple[Callable[[float], float], float]] = {  # by Pillow's nu
 
 @dataclass(frozen=True)
 class PixelRecipe:
-    """What preprocessor_config.json of a checkpoint says."""
+    """The preprocessing that a checkpoint's preprocessor_config.json asks for."""
 
-    resize_to: tuple[int, int] | int  # (height, width), or the length of the shorter side
+    resize_to: tuple[int, int] | int  # (height, width), or the shorter side
     crop: tuple[int, int] | None  # (height, width) of the centre, after resizing
     resample: int  # Pillow's number of the filter
-    scale: float  # from bytes
-    mean: tuple[float, float, float]  # of RGB, after scaling
+    scale: float  # factor on bytes
+    mean: tuple[float, float, float]  # RGB, after scaling
     deviation: tuple[float, float, float]
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """The (height, width) to which a frame of that size is scaled, before the crop."""
+        """Return the (height, width) to which a frame is scaled before the crop."""
         if not isinstance(self.resize_to, int):
             return self.resize_to
         if width <= height:
@@ -73,10 +81,10 @@ class PixelRecipe:
 
 
 def read_pixel_recipe(folder: Path) -> PixelRecipe:
-    """The recipe of a checkpoint. Raises WeightsError where the file is missing or asks for what is not done here."""
+    """Return the recipe of a checkpoint. Raises WeightsError if its file is missing or asks for an unsupported step."""
     path = folder / PREPROCESSOR
     if not path.is_file():
-        raise WeightsError(f"no {PREPROCESSOR} in {folder}: the checkpoint must say how its pixels are prepared")
+        raise WeightsError(f"no {PREPROCESSOR} in {folder}: the checkpoint must describe the preparation of its pixels")
     config = read_json(path)
     try:
         for step in ("do_resize", "do_rescale", "do_normalize"):
@@ -99,24 +107,80 @@ def read_pixel_recipe(folder: Path) -> PixelRecipe:
         if crop is not None and max(crop) > (size if isinstance(size, int) else min(size)):
             raise ValueError(f"the crop {crop} is larger than the scaled picture {size}")
         if crop is None and isinstance(size, int):
-            raise ValueError("frames of different shapes would stay so: there is no crop")
+            raise ValueError("there is no crop, so frames of different shapes would not get one size")
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} cannot be followed: {error!r}") from error
     scale = float(config.get("rescale_factor", 1 / 255))
     return PixelRecipe(size, crop, resample, scale, mean, deviation)
 
 
-def decode_jpeg(jpeg: bytes, shot: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, read-only. Raises ValueError, with the position of its shot, for what Pillow cannot decode."""
+def open_jpeg(jpeg: bytes, shot: int) -> Image.Image:
+    """Decode a JPEG to an RGB image. Raises ValueError, with the index of its shot, if Pillow cannot decode it."""
     try:
-        with Image.open(io.BytesIO(jpeg)) as image:
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except OSError as error:  # Pillow's UnidentifiedImageError and its errors for truncated files are OSErrors
+        image = Image.open(io.BytesIO(jpeg))
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except OSError as error:  # Pillow's UnidentifiedImageError and its errors for truncated files are OSErrors.
         raise ValueError(f"a frame of shot {shot} ({len(jpeg)} bytes) is not a JPEG that Pillow can decode: {error}") from error
 
 
+def decode_jpeg(jpeg: bytes, shot: int) -> np.ndarray:
+    """Return a JPEG as read-only (H, W, 3) uint8 RGB; see ``open_jpeg``."""
+    return np.asarray(open_jpeg(jpeg, shot))
+
+
+class FrameEncoder(abc.ABC):
+    """The common part of video encoders: the embedding of a shot is the mean over its frames.
+
+    On a CPU, every frame is computed alone and on one thread: its numbers depend neither on neighbours nor on the number of threads. On a
+    GPU, frames of all shots share micro-batches, and numbers of different batchings agree to rounding.
+    """
+
+    dim: int
+    decoded_together = 256  # Frames that are decoded while the GPU computes the previous ones.
+
+    def __init__(self, config: VideoEncoderConfig) -> None:
+        """Prepare device, threads and micro-batches. Raises ValueError for a device that this machine does not have."""
+        self.device = open_device(config.device)
+        self.alone = self.device.type == "cpu"  # There one frame per call is also the fastest: its activations stay in the cache.
+        self.workers = Workers(config.threads)
+        self.micro_batches = MicroBatches(self.device, config.micro_batch)
+
+    def encode(self, shots: Sequence[Sequence[bytes]]) -> Encoded:
+        """See VideoEncoder. Raises ValueError, with the index of the shot, for a frame that Pillow cannot decode."""
+        jpegs = [(jpeg, shot) for shot, frames in enumerate(shots) for jpeg in frames]
+        if self.alone:
+            features = self.workers.map(lambda frame: self._embed_frames([self._decode(*frame)])[0], jpegs)
+        else:
+            features = self.workers.feed(
+                lambda frame: self._decode(*frame),
+                jpegs,
+                self.decoded_together,
+                lambda frames: self.micro_batches.compute(self._embed_frames, frames),
+            )
+        features_FD = torch.stack(features).cpu().numpy() if features else np.zeros((0, self.dim), np.float32)
+        ends = np.cumsum([len(frames) for frames in shots], dtype=np.int64)
+        of_shots = {shot: frames_TD for shot, frames_TD in enumerate(np.split(features_FD, ends[:-1])) if len(frames_TD)}
+        embeddings_SD = np.zeros((len(shots), self.dim), np.float32)
+        for shot, embedding_D in self._pool(of_shots).items():
+            embeddings_SD[shot] = embedding_D
+        return Encoded(embeddings_SD, np.array([len(frames) > 0 for frames in shots], bool))
+
+    @abc.abstractmethod
+    def _decode(self, jpeg: bytes, shot: int) -> Tensor:
+        """Return a decoded frame of a shot, in memory from which the device can copy."""
+
+    @abc.abstractmethod
+    def _embed_frames(self, frames: Sequence[Tensor]) -> list[Tensor]:
+        """Return a (D,) float32 embedding of each decoded frame, on the device; a GPU may still be computing them."""
+
+    def _pool(self, of_shots: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Pool the (T, D) frame embeddings of each shot to one (D,) embedding."""
+        return {shot: frames_TD.mean(axis=0, dtype=np.float64) for shot, frames_TD in of_shots.items()}
+
+
 def prepare(frames_BHWC: Tensor, recipe: PixelRecipe) -> Tensor:
-    """(B, H, W, 3) uint8 RGB to (B, 3, h, w) float32, scaled, cropped and normalised on the tensor's own device."""
+    """Scale, crop and normalise (B, H, W, 3) uint8 RGB to (B, 3, h, w) float32 on the tensor's device."""
     height, width = frames_BHWC.shape[1:3]
     rows, columns = recipe.resized(height, width)
     crop_rows, crop_columns = recipe.crop or (rows, columns)
@@ -131,29 +195,29 @@ def prepare(frames_BHWC: Tensor, recipe: PixelRecipe) -> Tensor:
     return ((pixels_BCHW * recipe.scale).float() - _of_channels(recipe.mean, device)) / _of_channels(recipe.deviation, device)
 
 
-@functools.lru_cache(maxsize=8)  # a copy to a GPU would wait for all that it has to compute before
+@functools.lru_cache(maxsize=8)  # A copy to a GPU would wait for all its earlier work.
 def _of_channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    """(C, 1, 1) float32."""
+    """Return a (C, 1, 1) float32 tensor."""
     return torch.tensor(values, device=device)[:, None, None]
 
 
 def _down_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:
-    """Whether Pillow (since 13.0) scales the height before the width. It shows: the bytes between the two passes are rounded."""
+    """Return True if Pillow (since 13.0) scales the height before the width. The order matters: bytes are rounded between the passes."""
     lost_rows, lost_columns = size[0] - resized[0], size[1] - resized[1]
     return lost_rows > 0 and lost_rows > 2 * lost_columns
 
 
 def _to_bytes(sums: Tensor) -> Tensor:
-    """Sums of bytes times integer weights, rounded half up to bytes; all whole numbers in float64."""
+    """Round sums of bytes times integer weights half up to bytes; all are whole numbers in float64."""
     return torch.floor((sums + 2 ** (PRECISION_BITS - 1)) / 2**PRECISION_BITS).clamp_(0, 255)
 
 
-@functools.lru_cache(maxsize=64)  # a title has one size, and there are few among many titles
+@functools.lru_cache(maxsize=64)  # A title has one frame size, and many titles share a few sizes.
 def _weights(size: int, resized: int, cropped: int, resample: int, device: torch.device) -> Tensor:
-    """(cropped, size) float64, whole numbers: row i holds the weights of the input for pixel i of the centre crop of the output."""
+    """Return (cropped, size) whole numbers as float64: row i weighs the input for pixel i of the output's centre crop."""
     kernel, reach = FILTERS[resample]
     scale = size / resized
-    stretch = max(scale, 1.0)  # antialiasing: the kernel grows when scaling down
+    stretch = max(scale, 1.0)  # For antialiasing, the kernel grows when scaling down.
     first = (resized - cropped) // 2
     weights = np.zeros((cropped, size))
     for row in range(cropped):

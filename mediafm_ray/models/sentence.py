@@ -1,8 +1,8 @@
-"""Any sentence-embedding checkpoint as a text encoder, by transformers alone.
+"""Any sentence-embedding checkpoint as a text encoder, with transformers only.
 
-Follows what sentence-transformers does with the same folder (Reimers and Gurevych 2019, arXiv:1908.10084): its tokenizer, its longest
-sequence, mean (or [CLS]) pooling, and unit norm where the folder's modules.json says so. Longer text is cut at the checkpoint's
-own ``max_seq_length`` (256 word pieces for all-MiniLM-L6-v2, about 200 words: more than is spoken in a shot of a minute).
+The encoder treats a folder as sentence-transformers does (Reimers and Gurevych 2019, arXiv:1908.10084): its tokenizer, its maximum
+sequence length, mean (or [CLS]) pooling, and unit norm if modules.json asks for it. Longer text is truncated to the checkpoint's
+``max_seq_length`` (256 word pieces for all-MiniLM-L6-v2, about 200 words: more than is spoken in a one-minute shot).
 
 Shapes
     S  texts
@@ -26,13 +26,13 @@ from mediafm_ray.models.encoder import Encoded
 from mediafm_ray.models.loading import Workers, load_checkpoint, open_device, quiet_transformers
 from mediafm_ray.models.options import TextEncoderConfig
 
-MODULES = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that are understood here
+MODULES = {"Transformer", "Pooling", "Normalize"}  # Supported modules of sentence-transformers.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-TEXTS_PER_CALL = {"cpu": 1, "cuda": 256}  # one at a time on a CPU: nothing is padded, and no text leaves a trace in another
+TEXTS_PER_CALL = {"cpu": 1, "cuda": 256}  # On a CPU nothing is padded, so that no text affects another.
 
 
 class SentenceEncoder:
-    """The text encoder of the offline profile, and of any other sentence checkpoint. A text of nothing but white space is absent."""
+    """The text encoder of the offline profile, for any sentence-embedding checkpoint. A text of only white space is absent."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         folder = weights.resolve(config.weights)
@@ -48,7 +48,7 @@ class SentenceEncoder:
         """See TextEncoder."""
         present_S = np.array([bool(text.strip()) for text in texts], bool)
         embeddings_SD = np.zeros((len(texts), self.dim), np.float32)
-        # texts of like length share a call, so that little is padding
+        # Texts of similar length share a call, so that little is padded.
         order = sorted(np.flatnonzero(present_S).tolist(), key=lambda index: len(texts[index]))
         per_call = TEXTS_PER_CALL[self.device.type]
         groups = [order[start : start + per_call] for start in range(0, len(order), per_call)]
@@ -74,25 +74,25 @@ class SentenceEncoder:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint's folder. Raises WeightsError where there is none: transformers would make one that knows no word."""
+    """Load the tokenizer of a checkpoint. Raises WeightsError if it has none: transformers would make one without a vocabulary."""
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise weights.WeightsError(f"no tokenizer in {folder}: it needs one of {', '.join(VOCABULARIES)}; copy the checkpoint whole")
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers, tokenizers and the OS each raise their own
+    except Exception as error:  # transformers, tokenizers and the OS raise errors of their own.
         raise weights.WeightsError(f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def _read_pooling(folder: Path) -> tuple[str, bool]:
-    """("mean" or "cls", whether unit norm follows). A folder that does not say gets what sentence-transformers gives it: mean, no norm."""
+    """Return the pooling ("mean" or "cls") and True if unit norm follows; mean without norm, as in sentence-transformers, by default."""
     modules = _read_json(folder / "modules.json", [])
     kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
     if unknown := sorted(set(kinds) - MODULES):
         raise weights.WeightsError(f"{folder} asks for the sentence-transformers modules {unknown}; supported are {sorted(MODULES)}")
     pooling = _read_json(folder / kinds["Pooling"] / "config.json", {}) if "Pooling" in kinds else {}
     modes = [name.removeprefix("pooling_mode_") for name, on in pooling.items() if name.startswith("pooling_mode_") and on is True]
-    if isinstance(pooling.get("pooling_mode"), str):  # how newer versions write it
+    if isinstance(pooling.get("pooling_mode"), str):  # Newer versions write it in this way.
         modes = [pooling["pooling_mode"]]
     names = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
     if len(modes) > 1 or any(mode not in names for mode in modes):
@@ -101,7 +101,7 @@ def _read_pooling(folder: Path) -> tuple[str, bool]:
 
 
 def _read_longest(folder: Path, tokenizer: Any, model: Any) -> int:
-    """The checkpoint's own longest sequence in word pieces, never above what its positions and tokenizer allow."""
+    """Return the checkpoint's maximum sequence length in word pieces, within the limits of its positions and tokenizer."""
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
     limits.append(_read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length"))
     return min(int(limit) for limit in limits if limit)

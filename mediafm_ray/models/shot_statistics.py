@@ -1,12 +1,12 @@
-"""How a title was cut into shots, in figures, and whether that is plausible. Numpy only.
+"""Statistics of a title's shots, and a warning if they are implausible. Numpy only.
 
-Too many and too few shots are the system's upstream failure modes, and nothing behind the detector can see them.
+Too many or too few shots spoil everything after the detector, and no later stage can notice.
 
-What is plausible: the average shot of English-language films fell from about 12 s in the 1930s to 2.5 ... 4 s today (Cutting, Brunick,
+Plausible values: the average shot of English-language films fell from about 12 s in the 1930s to 2.5 ... 4 s today (Cutting, Brunick,
 DeLong, Iricinschi and Candan 2011, "Quicker, faster, darker: changes in Hollywood film over 75 years"); trailers, music videos and
-montages come near 1 s. So an average below MIN_AVERAGE_S, or many shots that are over before an eye has fixed on them, speak of flicker,
-damage or noise that was taken for cuts. Above MAX_AVERAGE_S lie lectures, surveillance, games and a few films made in one take: or a
-detector that saw nothing.
+montages come near 1 s. So an average below MIN_AVERAGE_S, or many shots shorter than a fixation of the eye, suggest flicker, damage or
+noise that was taken for cuts. Averages above MAX_AVERAGE_S occur in lectures, surveillance, games and a few one-take films, or when
+the detector missed the cuts.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import numpy as np
 
 MIN_AVERAGE_S = 1.0
 MAX_AVERAGE_S = 60.0
-BLINK_S = 0.25  # about the shortest fixation of an eye
-MAX_BLINK_SHARE = 0.25  # of all shots
-MIN_SHOTS = 10  # too few shots to speak of a share of them
-JUDGED_FROM_S = 300.0  # a shorter title may well be one shot
+BLINK_S = 0.25  # About the shortest fixation of the eye.
+MAX_BLINK_SHARE = 0.25  # share of all shots
+MIN_SHOTS = 10  # Averages and shares of fewer shots mean little.
+MIN_JUDGED_S = 300.0  # A shorter title may be one shot.
 
 
 @dataclass(frozen=True)
 class ShotStatistics:
-    """Figures of one title's shots; lengths in seconds."""
+    """Statistics of one title's shots; lengths in seconds."""
 
     shots: int
     shots_per_minute: float
@@ -36,11 +36,11 @@ class ShotStatistics:
     median_s: float
     p90_s: float
     longest_s: float
-    warning: str  # for a person: why the shots are not plausible; empty when they are
+    warning: str  # why the shots are implausible, for people; empty if they are plausible
 
 
 def shot_statistics(lengths_s: Sequence[float]) -> ShotStatistics:
-    """Statistics of a title from the lengths of its shots in seconds; all zero for a title without shots.
+    """Return the statistics of a title from the lengths of its shots in seconds; all zero for a title without shots.
 
     Raises ValueError for a length that is negative or not finite.
     """
@@ -71,6 +71,6 @@ def _warning(lengths: np.ndarray, total_s: float) -> str:
     blinks = float((lengths < BLINK_S).mean())
     if len(lengths) >= MIN_SHOTS and blinks > MAX_BLINK_SHARE:
         return f"{blinks:.0%} of {len(lengths)} shots are shorter than {BLINK_S:g} s: flashes or damage may be taken for cuts"
-    if total_s >= JUDGED_FROM_S and average_s > MAX_AVERAGE_S:
+    if total_s >= MIN_JUDGED_S and average_s > MAX_AVERAGE_S:
         return f"{len(lengths)} shots in {total_s / 60:.0f} min (over {MAX_AVERAGE_S:g} s each on average): cuts may have been missed"
     return ""

@@ -2,7 +2,7 @@
 
     frames + position embeddings -> pre-norm transformer -> + frames -> mean over frames
 
-Modules are named as in CLIP4Clip's checkpoints, so theirs load once the prefix ``module.`` is dropped.
+Modules are named as in CLIP4Clip's checkpoints, which load once the prefix ``module.`` is removed.
 
 Shapes
     S  shots of one number of frames
@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class TemporalTransformerConfig(PreTrainedConfig):
-    """The shape of a temporal transformer: what config.json of its checkpoint holds."""
+    """The shape of a temporal transformer, as stored in config.json of its checkpoint."""
 
     model_type = "mediafm_temporal_transformer"
 
@@ -56,7 +56,7 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class TemporalTransformer(PreTrainedModel):
-    """(S, T, D) frame embeddings to (S, D) shot embeddings."""
+    """The transformer from (S, T, D) frame embeddings to (S, D) shot embeddings."""
 
     config_class = TemporalTransformerConfig
     main_input_name = "frames_STD"
@@ -83,7 +83,7 @@ class TemporalTransformer(PreTrainedModel):
             nn.init.zeros_(module.bias)
 
     def forward(self, frames_STD: Tensor) -> Tensor:
-        """Raises ValueError for more frames than the checkpoint has positions."""
+        """Pool the frames of each shot. Raises ValueError for more frames than the checkpoint has positions."""
         count = frames_STD.shape[1]
         if count > self.config.max_frames:
             raise ValueError(

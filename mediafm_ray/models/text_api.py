@@ -1,11 +1,11 @@
-"""OpenAI's embeddings API, or any server that speaks it, as a text encoder. No torch.
+"""OpenAI's embeddings API, or a compatible server, as a text encoder. No torch.
 
-Requests are as few as the API's limits allow; every distinct text is sent once, and what is sent again after a failure is only the
-request that failed. The key is read from the environment, kept out of every message, and never stored in a configuration.
+Requests are as few as the API's limits allow; every distinct text is sent once, and after a failure only the failed request is sent again.
+The key is read from the environment, kept out of every message, and never stored in a configuration.
 
 Shapes
     S  texts
-    D  dimensions asked for
+    D  dimensions requested
 """
 
 from __future__ import annotations
@@ -33,59 +33,59 @@ from mediafm_ray.models.encoder import ApiError, BudgetExceeded, Encoded
 from mediafm_ray.models.options import TextEncoderConfig
 from mediafm_ray.text import public_line
 
-INPUTS_PER_REQUEST = 2048  # the API's limits
-TOKENS_PER_REQUEST = 300_000
-VOCABULARY = "cl100k_base"  # of the text-embedding-3 models
-VOCABULARY_TIMEOUT_S = 15.0  # for tiktoken's download of it at first use
-REMEMBERED_TEXTS = 8192  # results kept for later calls: titles share lines such as "[music]"
-BURST_S = 5.0  # of the rate limit may go at once
+INPUTS_PER_REQUEST = 2048  # limit of the API
+TOKENS_PER_REQUEST = 300_000  # limit of the API
+VOCABULARY = "cl100k_base"  # vocabulary of the text-embedding-3 models
+VOCABULARY_TIMEOUT_S = 15.0  # tiktoken downloads the vocabulary at first use.
+MAX_CACHED_TEXTS = 8192  # Results kept for later calls: titles share lines such as "[music]".
+BURST_S = 5.0  # This many seconds' worth of the rate limit may be sent at once.
 FIRST_BACKOFF_S = 0.5
-LONGEST_BACKOFF_S = 60.0
-LONGEST_RETRY_AFTER_S = 600.0  # a server that asks for more has to be asked again another day
-TEXT_REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)  # the text may be what is wrong
-NO_KEY = "no-key"  # sent to servers of one's own that want none
+MAX_BACKOFF_S = 60.0
+MAX_RETRY_AFTER_S = 600.0  # A server that asks for a longer pause ends the request.
+TEXT_REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)  # These may be caused by the text.
+NO_KEY = "no-key"  # Compatible servers that need no key receive this.
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
 class ApiUnavailable(ApiError, OutageError):
-    """The API failed, or refused whoever asked, whatever the text was."""
+    """A failure of the API, or a refusal that does not depend on the text."""
 
 
 class Allowance(Protocol):
-    """Who decides when the next request may go; one for all encoders of a job, wherever they run."""
+    """The rate limiter and cost cap that all encoders of a job share, wherever they run."""
 
     def reserve(self, requests: int, tokens: int) -> float:
-        """Book one request; return after how many seconds it may go. Raises BudgetExceeded."""
+        """Book one request; return the seconds to wait before it may be sent. Raises BudgetExceeded."""
         ...
 
     def refund(self, tokens: int) -> None:
-        """A booked request failed and was not charged."""
+        """Give back the tokens of a booked request that failed and was not charged."""
         ...
 
     def pause(self, seconds: float) -> None:
-        """The server asked for time: nothing goes before it is over."""
+        """Hold all requests for the time that the server asked for."""
         ...
 
 
 @dataclass
 class Usage:
-    """What an encoder has asked of the API since it was made."""
+    """The requests of an encoder since it was made."""
 
-    api_requests: int = 0  # sent, repeated ones too
-    api_retries: int = 0  # of them, sent again after a failure
-    text_tokens: int = 0  # in the requests that were answered; an upper bound where tokens cannot be counted
+    api_requests: int = 0  # requests sent, including retries
+    api_retries: int = 0  # requests that were retries
+    text_tokens: int = 0  # tokens of the answered requests; an upper bound if tokens cannot be counted
 
 
 class LocalAllowance:
-    """Rate limits and a cap on tokens for the encoders that share this object; thread-safe, and plain enough to be a Ray actor."""
+    """Rate limits and a cap on tokens for the encoders that share this object; thread-safe, and usable as a Ray actor."""
 
     def __init__(
         self, requests_per_minute: int, tokens_per_minute: int, max_tokens: int = 0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """0 means no limit."""
-        self._rates = {"requests": requests_per_minute / 60, "tokens": tokens_per_minute / 60}  # a second
+        """Set the limits; 0 = no limit."""
+        self._rates = {"requests": requests_per_minute / 60, "tokens": tokens_per_minute / 60}  # per second
         self._free_at = {"requests": -math.inf, "tokens": -math.inf}
         self._paused_until = -math.inf
         self._max_tokens = max_tokens
@@ -94,11 +94,11 @@ class LocalAllowance:
         self._lock = threading.Lock()
 
     def reserve(self, requests: int, tokens: int) -> float:
-        """See Allowance. A steady rate, with bursts of 5 seconds' worth."""
+        """See Allowance. The rate is steady, with bursts of BURST_S."""
         with self._lock:
             if self._max_tokens and self._spent + tokens > self._max_tokens:
                 raise BudgetExceeded(
-                    f"text.max_cost_usd is reached: {self._spent} tokens are spent, {tokens} more would pass the cap of {self._max_tokens}"
+                    f"text.max_cost_usd is reached: {self._spent} tokens are spent, {tokens} more exceed the cap of {self._max_tokens}"
                 )
             self._spent += tokens
             now = self._clock()
@@ -120,13 +120,13 @@ class LocalAllowance:
             self._paused_until = max(self._paused_until, self._clock() + seconds)
 
     def spent(self) -> int:
-        """Tokens of requests that were answered or are under way."""
+        """Return the tokens of requests that were answered or are in progress."""
         with self._lock:
             return self._spent
 
 
 def allowance_of(config: TextEncoderConfig) -> LocalAllowance:
-    """The limits of a configuration, for one job."""
+    """Return an allowance with the limits of a configuration, for one job."""
     max_tokens = int(config.max_cost_usd / config.price_per_million_tokens * 1e6) if config.max_cost_usd else 0
     return LocalAllowance(config.requests_per_minute, config.tokens_per_minute, max_tokens)
 
@@ -135,19 +135,19 @@ def allowance_of(config: TextEncoderConfig) -> LocalAllowance:
 
 
 class TokenCounter:
-    """Counts tokens with tiktoken where its vocabulary can be had; else takes the UTF-8 bytes, of which a token has at least one."""
+    """A counter of tokens: tiktoken, or the number of UTF-8 bytes (an upper bound) if its vocabulary cannot be loaded."""
 
     def __init__(self, model: str) -> None:
         self._encoding = _load_vocabulary() if model.startswith("text-embedding-") else None
         self.exact = self._encoding is not None
 
     def count(self, text: str) -> int:
-        """Tokens of a text, or an upper bound of them."""
+        """Return the number of tokens of a text, or an upper bound."""
         return len(self._tokens(text)) if self._encoding else len(text.encode())
 
-    def cut(self, text: str, most: int) -> str:
-        """The longest beginning of a text that has at most so many tokens (or bytes, where tokens cannot be counted)."""
-        if len(text.encode()) <= most:  # no more tokens than bytes: nothing to count
+    def truncate(self, text: str, most: int) -> str:
+        """Return the longest beginning of a text with at most ``most`` tokens (or bytes if tokens cannot be counted)."""
+        if len(text.encode()) <= most:  # A text has at most as many tokens as bytes.
             return text
         if self._encoding:
             tokens = self._tokens(text)
@@ -156,12 +156,12 @@ class TokenCounter:
 
     def _tokens(self, text: str) -> list[int]:
         assert self._encoding is not None
-        return self._encoding.encode(text, disallowed_special=())  # "<|endoftext|>" in a subtitle is text
+        return self._encoding.encode(text, disallowed_special=())  # "<|endoftext|>" in a subtitle is text.
 
 
 @functools.cache
 def _load_vocabulary() -> Any:
-    """tiktoken's encoding, or None where the package or its vocabulary (downloaded at first use) cannot be had in time."""
+    """Return tiktoken's encoding, or None if the package or its vocabulary (downloaded at first use) cannot be loaded in time."""
     loaded: list[Any] = []
     reason: list[str] = ["no answer in time"]
 
@@ -170,16 +170,16 @@ def _load_vocabulary() -> Any:
             import tiktoken
 
             loaded.append(tiktoken.get_encoding(VOCABULARY))
-        except Exception as error:  # no package, no network, no cache folder, a damaged download: all end in the same fallback
+        except Exception as error:  # A missing package, network or cache folder or a damaged download: all use the fallback.
             reason[0] = public_line(f"{type(error).__name__}: {error}")
 
-    thread = threading.Thread(target=load, daemon=True, name="tiktoken")  # its download has no timeout of its own
+    thread = threading.Thread(target=load, daemon=True, name="tiktoken")  # The download has no timeout of its own.
     thread.start()
     thread.join(VOCABULARY_TIMEOUT_S)
     if loaded:
         return loaded[0]
     logger.warning(
-        "tokens are bounded by UTF-8 bytes: tiktoken's vocabulary %s could not be loaded (%s); set TIKTOKEN_CACHE_DIR to a copy to count",
+        "tokens are bounded by UTF-8 bytes: tiktoken's vocabulary %s could not be loaded (%s); set TIKTOKEN_CACHE_DIR to a copy of it",
         VOCABULARY,
         reason[0],
     )
@@ -188,26 +188,26 @@ def _load_vocabulary() -> Any:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What embedding some texts would take, before anything is sent. Tokens are an upper bound where they cannot be counted."""
+    """The estimated cost of embedding some texts. Tokens are an upper bound if they cannot be counted."""
 
     texts: int  # distinct and not empty
     requests: int
     tokens: int
     usd: float
-    exact: bool  # whether tokens were counted
+    exact: bool  # True if tokens were counted
 
 
 def estimate(config: TextEncoderConfig, texts: Sequence[str]) -> Estimate:
-    """The requests, tokens and price of one call of ``encode`` with these texts. Sends nothing, needs no key."""
+    """Return the requests, tokens and price of one call of ``encode`` with these texts. Sends nothing, needs no key."""
     counter = TokenCounter(config.model)
-    distinct = [counter.cut(text, config.max_tokens) for text in dict.fromkeys(texts) if text.strip()]
+    distinct = [counter.truncate(text, config.max_tokens) for text in dict.fromkeys(texts) if text.strip()]
     batches = _batches(distinct, counter)
     tokens = sum(count for _, count in batches)
     return Estimate(len(distinct), len(batches), tokens, tokens / 1e6 * config.price_per_million_tokens, counter.exact)
 
 
 def _batches(texts: Sequence[str], counter: TokenCounter) -> list[tuple[list[str], int]]:
-    """Texts in requests as full as the limits allow, each with its number of tokens."""
+    """Group texts into requests as large as the limits allow; return each with its number of tokens."""
     batches: list[tuple[list[str], int]] = []
     for text in texts:
         tokens = counter.count(text)
@@ -225,17 +225,15 @@ def _batches(texts: Sequence[str], counter: TokenCounter) -> list[tuple[list[str
 class ApiTextEncoder:
     """The text encoder of the MediaFM profile: text-embedding-3-large at 768 dimensions by default.
 
-    ``encode`` may be called from several threads, and ``encode_async`` from any event loop: all share one client, its connections, the
-    limit on concurrent requests and the results remembered. A text over ``max_tokens`` is cut, with a warning.
+    ``encode`` may be called from several threads: all share one client, its connections, the limit on concurrent requests and the cached
+    results. A text over ``max_tokens`` is truncated, with a warning.
     """
 
     def __init__(self, config: TextEncoderConfig, allowance: Allowance | None = None) -> None:
-        """``allowance`` is shared by all encoders of a job; without one this encoder keeps the configured limits for itself.
+        """Open the client. ``allowance`` is shared by all encoders of a job; without one this encoder has the configured limits alone.
 
-        Raises ValueError where the environment holds no key, or for a wrong option.
+        Raises ValueError if the environment holds no key.
         """
-        if config.dimensions < 1 or config.max_tokens < 1 or config.concurrent_requests < 1 or config.max_retries < 0:
-            raise ValueError("text.dimensions, max_tokens and concurrent_requests must be at least 1, max_retries at least 0")
         key = os.environ.get(config.api_key_variable, "")
         if not key and not config.base_url:
             raise ValueError(f"the environment variable {config.api_key_variable} must hold the key of the embeddings API (it is empty)")
@@ -245,18 +243,14 @@ class ApiTextEncoder:
         self.counter = TokenCounter(config.model)
         self.usage = Usage()
         self._key = key or NO_KEY
-        self._remembered: OrderedDict[str, asyncio.Future[np.ndarray]] = OrderedDict()
+        self._cache: OrderedDict[str, asyncio.Future[np.ndarray]] = OrderedDict()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="embeddings-api").start()
         self._run(self._open()).result()
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """See TextEncoder. Raises ApiError where the server refuses, fails for good or gives something else."""
+        """See TextEncoder. Raises ApiError if the server refuses, keeps failing or returns something else."""
         return self._run(self._encode(texts)).result()
-
-    async def encode_async(self, texts: Sequence[str]) -> Encoded:
-        """``encode`` for callers with an event loop of their own."""
-        return await asyncio.wrap_future(self._run(self._encode(texts)))
 
     def close(self) -> None:
         """Close the connections. The encoder cannot be used afterwards."""
@@ -271,26 +265,26 @@ class ApiTextEncoder:
             api_key=self._key,
             base_url=self.config.base_url or None,
             timeout=self.config.timeout_s,
-            max_retries=0,  # retries are ours: they go through the allowance
+            max_retries=0,  # Our own retries go through the allowance.
         )
         self._slots = asyncio.Semaphore(self.config.concurrent_requests)
 
     async def _encode(self, texts: Sequence[str]) -> Encoded:
         present_S = np.array([bool(text.strip()) for text in texts], bool)
-        wanted = {text: self._cut(text) for text in dict.fromkeys(texts) if text.strip()}
+        wanted = {text: self._truncate(text) for text in dict.fromkeys(texts) if text.strip()}
         distinct = dict.fromkeys(wanted.values())
-        found = {text: self._remembered[text] for text in distinct if text in self._remembered}
+        found = {text: self._cache[text] for text in distinct if text in self._cache}
         new = {text: self._loop.create_future() for text in distinct if text not in found}
-        self._remembered.update(new)
+        self._cache.update(new)
         try:
             sent = [self._send(batch, tokens, new) for batch, tokens in _batches(list(new), self.counter)]
-            # all are awaited, whichever fails: what was paid for is kept for the next attempt at these texts
+            # All are awaited even if one fails: paid results are kept for the next attempt at these texts.
             outcomes = await asyncio.gather(*sent, return_exceptions=True)
         finally:
             for text, future in new.items():
                 if not future.done():
                     future.cancel()
-                    self._remembered.pop(text, None)
+                    self._cache.pop(text, None)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -299,27 +293,29 @@ class ApiTextEncoder:
         for index in np.flatnonzero(present_S).tolist():
             text = wanted[texts[index]]
             embeddings_SD[index] = await self._result(futures[text], text)
-        while len(self._remembered) > REMEMBERED_TEXTS:
-            self._remembered.popitem(last=False)
+        while len(self._cache) > MAX_CACHED_TEXTS:
+            self._cache.popitem(last=False)
         return Encoded(embeddings_SD, present_S)
 
     async def _result(self, future: asyncio.Future[np.ndarray], text: str) -> np.ndarray:
-        """What another call asked for; where that call failed, ask for it here."""
+        """Return the result that another call requested; request it here if that call failed."""
         try:
             return await asyncio.shield(future)
         except (ApiError, asyncio.CancelledError):
             if not future.done():
-                raise  # it is this call that was cancelled
+                raise  # This call itself was cancelled.
             return (await self._encode([text])).embeddings_SD[0]
 
-    def _cut(self, text: str) -> str:
-        cut = self.counter.cut(text, self.config.max_tokens)
-        if len(cut) < len(text):
-            logger.warning("a text of %d characters was cut to %d: text.max_tokens is %d", len(text), len(cut), self.config.max_tokens)
-        return cut
+    def _truncate(self, text: str) -> str:
+        truncated = self.counter.truncate(text, self.config.max_tokens)
+        if len(truncated) < len(text):
+            logger.warning(
+                "a text of %d characters was truncated to %d: text.max_tokens is %d", len(text), len(truncated), self.config.max_tokens
+            )
+        return truncated
 
     async def _send(self, batch: list[str], tokens: int, futures: dict[str, asyncio.Future[np.ndarray]]) -> None:
-        """Ask for a batch, again where that may help, and settle the futures of its texts."""
+        """Request a batch, retry transient errors, and set the results of its texts."""
         for attempt in range(self.config.max_retries + 1):
             wait_s = await asyncio.to_thread(self.allowance.reserve, 1, tokens)
             await asyncio.sleep(wait_s)
@@ -332,13 +328,13 @@ class ApiTextEncoder:
                     )
                 rows = self._check(response, len(batch))
             except (openai.OpenAIError, json.JSONDecodeError) as error:
-                if isinstance(error, openai.APIStatusError):  # refused; after a timeout or a broken answer it may have been charged
+                if isinstance(error, openai.APIStatusError):  # It was refused; after a timeout or a broken answer it may have been charged.
                     await asyncio.to_thread(self.allowance.refund, tokens)
                 asked_s = _retry_after(error)
-                if not _may_pass(error) or attempt == self.config.max_retries or asked_s > LONGEST_RETRY_AFTER_S:
+                if not _is_transient(error) or attempt == self.config.max_retries or asked_s > MAX_RETRY_AFTER_S:
                     kind = ApiError if isinstance(error, TEXT_REFUSED) else ApiUnavailable
-                    raise kind(self._describe(error, attempt + 1)) from None  # the cause holds the request, and so the key
-                backoff_s = random.uniform(0, min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**attempt))
+                    raise kind(self._describe(error, attempt + 1)) from None  # The cause holds the request and its key.
+                backoff_s = random.uniform(0, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**attempt))
                 if asked_s:
                     await asyncio.to_thread(self.allowance.pause, asked_s)
                 logger.info(
@@ -355,20 +351,20 @@ class ApiTextEncoder:
                 return
 
     def _check(self, response: Any, count: int) -> list[np.ndarray]:
-        """The (D,) float32 embeddings of a response, in the order of its inputs. Raises ApiUnavailable for anything else."""
+        """Return the (D,) float32 embeddings of a response in the order of its inputs. Raises ApiUnavailable for anything else."""
         rows: list[Any] = [None] * count
         where = self.config.base_url or "the embeddings API"
         for item in getattr(response, "data", None) or []:
             if not isinstance(item.index, int) or not 0 <= item.index < count or rows[item.index] is not None:
-                raise ApiUnavailable(f"{where} gave an embedding for input {item.index} of {count}, or gave it twice")
+                raise ApiUnavailable(f"{where} returned an embedding for input {item.index} of {count}, or returned it twice")
             row_D = np.asarray(item.embedding, np.float32)
             if row_D.shape != (self.dim,):
                 raise ApiUnavailable(
-                    f"{where} gave an embedding of shape {row_D.shape}, not the {self.dim} dimensions asked for: does the model "
-                    f"{self.config.model} support 'dimensions'? Set text.dimensions to what it gives"
+                    f"{where} returned an embedding of shape {row_D.shape}, not the {self.dim} dimensions requested: does the model "
+                    f"{self.config.model} support 'dimensions'? Set text.dimensions to what it returns"
                 )
             if not np.isfinite(row_D).all():
-                raise ApiUnavailable(f"{where} gave an embedding with NaN or infinity for input {item.index} of {count}")
+                raise ApiUnavailable(f"{where} returned an embedding with NaN or infinity for input {item.index} of {count}")
             rows[item.index] = row_D
         if missing := sum(row is None for row in rows):
             raise ApiUnavailable(f"{where} left out {missing} of {count} embeddings")
@@ -389,17 +385,17 @@ class ApiTextEncoder:
         return f"{where} failed after {attempts} attempts ({type(error).__name__}: {words[:500]}){hint}"
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: overload, trouble at the server or on the way, an answer cut short."""
+def _is_transient(error: Exception) -> bool:
+    """Return True if the same request may succeed later: overload, an error of server or network, a truncated answer."""
     if isinstance(error, openai.RateLimitError):
-        return error.code != "insufficient_quota"  # nothing is left to spend: no use in waiting
+        return error.code != "insufficient_quota"  # The account has no credit left; waiting does not help.
     if isinstance(error, openai.APIStatusError):
         return error.status_code in (408, 409) or error.status_code >= 500
-    return isinstance(error, (openai.APIConnectionError, json.JSONDecodeError))  # timeouts are connection errors
+    return isinstance(error, (openai.APIConnectionError, json.JSONDecodeError))  # Timeouts are connection errors.
 
 
 def _retry_after(error: Exception) -> float:
-    """Seconds that the server asks to wait, 0 where it does not: milliseconds, seconds or a date (RFC 9110)."""
+    """Return the seconds that the server asks to wait, 0 if it does not; given as milliseconds, seconds or a date (RFC 9110)."""
     if not isinstance(error, openai.APIStatusError):
         return 0.0
     headers = error.response.headers
@@ -412,4 +408,4 @@ def _retry_after(error: Exception) -> float:
     try:
         return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
     except ValueError:
-        return 0.0  # unreadable: as if it were not there
+        return 0.0  # An unreadable header counts as missing.

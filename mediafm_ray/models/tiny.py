@@ -1,10 +1,10 @@
-"""Tiny checkpoints with seeded random weights, of every class that the MediaFM profile uses and with its 768 dimensions.
+"""Tiny checkpoints with seeded random weights of every class that the MediaFM profile uses, with its 768 dimensions.
 
     python -m mediafm_ray.models.tiny FOLDER
 
 writes FOLDER/video (CLIP), FOLDER/temporal (a temporal transformer), FOLDER/audio (wav2vec2), FOLDER/text (a BERT) and
-FOLDER/contextualiser (for their 2304 fused dimensions). They mean nothing: they let the whole recipe run on a CPU, in tests and when
-trying a cluster.
+FOLDER/contextualiser (for their 2304 fused dimensions). Their output is meaningless: they run the whole recipe on a CPU, in tests
+and in trials of a cluster.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ SPECIAL_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def make_clip(folder: Path) -> None:
-    """A whole CLIP model, text tower and tokenizer included, as published checkpoints are; 64 x 64 pixels, texts of single letters."""
+    """Write a whole CLIP model with text tower and tokenizer, like published checkpoints; 64 x 64 pixels, texts of single letters."""
     pieces = [*CLIP_SPECIALS.values(), *(letter + ending for letter in LETTERS for ending in ("", "</w>"))]
     ids = {piece: number for number, piece in enumerate(pieces)}
     specials = {f"{name}_id": ids[piece] for name, piece in CLIP_SPECIALS.items()}
@@ -80,19 +80,19 @@ def make_clip(folder: Path) -> None:
 
 
 def make_siglip(folder: Path) -> None:
-    """A whole SigLIP model; its embedding is as wide as its tower, 768."""
+    """Write a whole SigLIP model; its embedding has the width of its tower, 768."""
     vision = {**VISION, "hidden_size": DIM, "num_attention_heads": 12}
     save_seeded(folder, lambda: SiglipModel(SiglipConfig(vision_config=vision, text_config={**TEXT, "projection_size": DIM})))
     write_json(folder / "preprocessor_config.json", SIGLIP_PIXELS)
 
 
 def make_temporal(folder: Path) -> None:
-    """A temporal transformer of one layer."""
+    """Write a temporal transformer of one layer."""
     save_seeded(folder, lambda: TemporalTransformer(TemporalTransformerConfig(num_hidden_layers=1, initializer_range=0.05)))
 
 
 def make_wav2vec2(folder: Path, **changes: Any) -> None:
-    """wav2vec2 as facebook/wav2vec2-base has it (group norm, no attention mask), with narrow convolutions and two layers."""
+    """Write a wav2vec2 model like facebook/wav2vec2-base (group norm, no attention mask), with narrow convolutions and two layers."""
     shape = {"hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 64, "conv_dim": (32,) * 7}
     save_seeded(folder, lambda: Wav2Vec2Model(Wav2Vec2Config(**{**shape, **changes})))
     extractor = {"do_normalize": True, "feature_size": 1, "padding_value": 0.0, "return_attention_mask": False, "sampling_rate": 16000}
@@ -102,7 +102,7 @@ def make_wav2vec2(folder: Path, **changes: Any) -> None:
 
 
 def make_bert(folder: Path) -> None:
-    """A BERT over single letters and digits, 768 wide."""
+    """Write a BERT over single letters and digits, 768 wide."""
     pieces = SPECIAL_PIECES + [prefix + letter for letter in LETTERS for prefix in ("", "##")]
     shape = BertConfig(
         vocab_size=len(pieces),
@@ -118,7 +118,7 @@ def make_bert(folder: Path) -> None:
 
 
 def make_contextualiser(folder: Path, fused_dim: int = 3 * DIM, metadata_dim: int = DIM, **changes: Any) -> None:
-    """A contextualiser of two layers, 64 wide."""
+    """Write a contextualiser of two layers, 64 wide."""
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     save_seeded(
         folder, lambda: Contextualiser(ContextualiserModelConfig(fused_dim=fused_dim, metadata_dim=metadata_dim, **{**shape, **changes}))
@@ -139,7 +139,7 @@ def main(folder: Path) -> None:
 
 
 def save_seeded(folder: Path, make: Callable[[], Any]) -> None:
-    """Write the model that ``make`` gives, its random weights the same on every call; torch's own random state is left alone."""
+    """Write the model that ``make`` returns, with the same random weights on every call; torch's random state is not changed."""
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(SEED)
         make().save_pretrained(folder)

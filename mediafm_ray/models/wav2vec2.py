@@ -1,11 +1,11 @@
 """wav2vec 2.0 (Baevski et al. 2020, arXiv:2006.11477), HuBERT or WavLM as an audio encoder: the mean over time of one layer.
 
 facebook/wav2vec2-base normalises its first convolution over time (group norm) and was trained without an attention mask, so zeros
-appended to a sound change all of its output. Where sounds share a batch here, the statistics of that norm are taken over each
-sound's own samples, and attention is masked: a sound's numbers are then those it has alone, to rounding.
+appended to a sound change all of its output. If sounds share a batch, the statistics of that norm are computed over each sound's own
+samples, and attention is masked: a sound's numbers are then the same as alone, to rounding.
 
 Shapes
-    B  pieces of sound in one call
+    B  chunks of sound in one call
     N  samples
     T  time steps, 50 a second
     C  channels of a convolution
@@ -32,26 +32,26 @@ from mediafm_ray.models.options import AudioEncoderConfig
 from mediafm_ray.spec import SAMPLE_RATE
 
 KINDS = ("wav2vec2", "hubert", "wavlm")  # model_type of config.json
-SHORTEST = SAMPLE_RATE // 5  # samples, 9 time steps; the first norm leaves nothing of a sound of a single step
-VARIANCE_FLOOR = 1e-7  # of the checkpoints' own feature extractor
+MIN_SAMPLES = SAMPLE_RATE // 5  # These are 9 time steps; the first norm would turn a single step into zeros.
+VARIANCE_FLOOR = 1e-7  # The checkpoints' feature extractor has the same floor.
 INT16_SCALE = 32768.0
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Part of a shot: int16 samples as they came, and what makes them a network's input. Converted when its turn comes, to save memory."""
+class Chunk:
+    """A part of a shot: int16 samples and their normalisation. It is converted to float32 only when needed, to save memory."""
 
     samples_N: np.ndarray
-    mean: float  # of the whole shot, full scale = 1
+    mean: float  # mean of the whole shot, full scale = 1
     deviation: float
 
     @property
     def length(self) -> int:
-        """Samples of ``sound()``."""
-        return max(len(self.samples_N), SHORTEST)
+        """Return the number of samples of ``sound()``."""
+        return max(len(self.samples_N), MIN_SAMPLES)
 
     def sound(self) -> np.ndarray:
-        """(length,) float32, as the checkpoint's feature extractor gives it; what is shorter than 0.2 s in the middle of zeros."""
+        """Return (length,) float32 as the checkpoint's feature extractor does; a sound shorter than 0.2 s is centred between zeros."""
         sound_N = (self.samples_N / INT16_SCALE - self.mean) / self.deviation  # float64
         missing = self.length - len(sound_N)
         return np.pad(sound_N, (missing // 2, missing - missing // 2)).astype(np.float32)
@@ -60,20 +60,18 @@ class Piece:
 class Wav2Vec2Encoder:
     """The audio encoder of the MediaFM profile.
 
-    A shot is brought to zero mean and unit variance as a whole (where the checkpoint's feature extractor says so), cut into equal
-    pieces no longer than ``chunk_seconds``, and its embedding is the mean of theirs, weighted by length. A shot of less than 0.2 s
-    stands in the middle of 0.2 s of zeros. Silence (all samples equal) becomes zeros there, and a finite embedding; it is present.
+    A shot is normalised to zero mean and unit variance as a whole (if the checkpoint's feature extractor does so) and divided into equal
+    chunks no longer than ``chunk_seconds``; its embedding is their mean, weighted by length. A shot of less than 0.2 s is centred in
+    0.2 s of zeros. Silence (all samples equal) becomes zeros and gets a finite embedding; it is present.
 
-    On a CPU every piece is computed alone, on one thread and without padding.
+    On a CPU, every chunk is computed alone, on one thread and without padding.
     """
 
     def __init__(self, config: AudioEncoderConfig) -> None:
-        """Raises ValueError for a wrong option, WeightsError for weights that are missing, damaged or of another kind."""
-        if config.precision not in PRECISIONS:
-            raise ValueError(f"audio.precision must be one of {', '.join(PRECISIONS)}, not {config.precision!r}")
+        """Load the weights. Raises ValueError for a wrong option, WeightsError for weights that are missing, damaged or of another kind."""
         self.longest = round(config.chunk_seconds * SAMPLE_RATE)
-        if self.longest < SHORTEST:
-            raise ValueError(f"audio.chunk_seconds must be at least {SHORTEST / SAMPLE_RATE}, not {config.chunk_seconds}")
+        if self.longest < MIN_SAMPLES:
+            raise ValueError(f"audio.chunk_seconds must be at least {MIN_SAMPLES / SAMPLE_RATE}, not {config.chunk_seconds}")
         folder = weights.resolve(config.weights)
         kind = weights.read_config(config.weights).get("model_type")
         if kind not in KINDS:
@@ -97,47 +95,47 @@ class Wav2Vec2Encoder:
         """See AudioEncoder. Raises ValueError for an odd number of bytes."""
         embeddings_SD = np.zeros((len(shots), self.dim), np.float64)
         present_S = np.array([len(samples) > 0 for samples in shots], bool)
-        pieces: list[Piece] = []
-        places: list[tuple[int, float]] = []  # of each piece: its shot, and its share of it
+        chunks: list[Chunk] = []
+        places: list[tuple[int, float]] = []  # the shot of each chunk and its share of the shot
         for shot, samples in enumerate(shots):
             if len(samples) % 2:
                 raise ValueError(f"the audio of shot {shot} has {len(samples)} bytes: int16 samples take an even number")
             if samples:
                 samples_N = np.frombuffer(samples, "<i2")
-                for piece in self._cut(samples_N):
-                    pieces.append(piece)
-                    places.append((shot, len(piece.samples_N) / len(samples_N)))
-        for (shot, share), embedding_D in zip(places, self._embed(pieces), strict=True):
+                for chunk in self._chunks(samples_N):
+                    chunks.append(chunk)
+                    places.append((shot, len(chunk.samples_N) / len(samples_N)))
+        for (shot, share), embedding_D in zip(places, self._embed(chunks), strict=True):
             embeddings_SD[shot] += share * embedding_D
         return Encoded(embeddings_SD.astype(np.float32), present_S)
 
-    def _cut(self, samples_N: np.ndarray) -> list[Piece]:
+    def _chunks(self, samples_N: np.ndarray) -> list[Chunk]:
         mean, deviation = 0.0, 1.0
         if self.normalise:
             mean = float(samples_N.mean(dtype=np.float64)) / INT16_SCALE
             deviation = float(np.sqrt(samples_N.var(dtype=np.float64) / INT16_SCALE**2 + VARIANCE_FLOOR))
         count = -(-len(samples_N) // self.longest)
         bounds = [index * len(samples_N) // count for index in range(count + 1)]
-        return [Piece(samples_N[start:end], mean, deviation) for start, end in itertools.pairwise(bounds)]
+        return [Chunk(samples_N[start:end], mean, deviation) for start, end in itertools.pairwise(bounds)]
 
-    def _embed(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
+    def _embed(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
         if self.alone:
-            return self.workers.map(lambda piece: self._embed_batch([piece])[0], pieces)
-        # longest first: the first micro-batch measures the most memory, and like lengths share a call
-        order = sorted(range(len(pieces)), key=lambda index: -pieces[index].length)
-        computed = self.micro_batches.compute(self._embed_batch, [pieces[index] for index in order])
-        embeddings: list[Any] = [None] * len(pieces)
+            return self.workers.map(lambda chunk: self._embed_batch([chunk])[0], chunks)
+        # The longest come first: the first micro-batch measures the most memory, and similar lengths share a call.
+        order = sorted(range(len(chunks)), key=lambda index: -chunks[index].length)
+        computed = self.micro_batches.compute(self._embed_batch, [chunks[index] for index in order])
+        embeddings: list[Any] = [None] * len(chunks)
         for index, embedding_D in zip(order, computed, strict=True):
             embeddings[index] = embedding_D
         return embeddings
 
     @torch.inference_mode()
-    def _embed_batch(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
-        """A (D,) float32 embedding of each piece."""
-        lengths_B = np.array([piece.length for piece in pieces])
-        sounds_BN = np.zeros((len(pieces), lengths_B.max()), np.float32)
-        for row, piece in enumerate(pieces):
-            sounds_BN[row, : piece.length] = piece.sound()
+    def _embed_batch(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        """Return a (D,) float32 embedding of each chunk."""
+        lengths_B = np.array([chunk.length for chunk in chunks])
+        sounds_BN = np.zeros((len(chunks), lengths_B.max()), np.float32)
+        for row, chunk in enumerate(chunks):
+            sounds_BN[row, : chunk.length] = chunk.sound()
         padded = bool((lengths_B < lengths_B.max()).any())
         mask_BN = torch.from_numpy(np.arange(lengths_B.max()) < lengths_B[:, None]).to(self.device) if padded else None
         if self.norm is not None:
@@ -148,7 +146,7 @@ class Wav2Vec2Encoder:
             )
         finally:
             if self.norm is not None:
-                self.norm.lengths_B = None  # they are those of this call only
+                self.norm.lengths_B = None  # They apply to this call only.
         hidden_BTD = (output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]).float()
         if not padded:
             return list(hidden_BTD.mean(dim=1).cpu().numpy())
@@ -158,11 +156,11 @@ class Wav2Vec2Encoder:
 
 
 class OwnStatisticsGroupNorm(nn.GroupNorm):
-    """Group norm with one channel a group, whose mean and variance are taken over each sound's own part of a padded batch."""
+    """Group norm with one channel per group, with mean and variance over each sound's own part of a padded batch."""
 
     kernel: int
     stride: int
-    lengths_B: Tensor | None = None  # samples of each sound in the batch; None where nothing is padded
+    lengths_B: Tensor | None = None  # samples of each sound in the batch; None if nothing is padded
 
     def forward(self, values_BCT: Tensor) -> Tensor:
         if self.lengths_B is None:
@@ -179,7 +177,7 @@ class OwnStatisticsGroupNorm(nn.GroupNorm):
 
 
 def _own_statistics(model: Any) -> OwnStatisticsGroupNorm | None:
-    """Replace the model's group norm, where it has one, by one that can tell padding from sound."""
+    """Replace the model's group norm, if it has one, by one that excludes padding."""
     layer = model.feature_extractor.conv_layers[0]
     old = getattr(layer, "layer_norm", None)
     if not isinstance(old, nn.GroupNorm):
@@ -193,9 +191,9 @@ def _own_statistics(model: Any) -> OwnStatisticsGroupNorm | None:
 
 
 def _asks_to_normalise(folder: Path) -> bool:
-    """What the checkpoint's feature extractor says. Raises WeightsError where it is missing or takes another sampling rate."""
+    """Return do_normalize of the checkpoint's feature extractor. Raises WeightsError if it is missing or has another sampling rate."""
     if not (folder / "preprocessor_config.json").is_file():
-        raise weights.WeightsError(f"no preprocessor_config.json in {folder}: the checkpoint must say how its samples are prepared")
+        raise weights.WeightsError(f"no preprocessor_config.json in {folder}: the checkpoint must describe the preparation of its samples")
     config = weights.read_json(folder / "preprocessor_config.json")
     if config.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
         raise weights.WeightsError(f"the checkpoint {folder} takes {config['sampling_rate']} Hz; shots have {SAMPLE_RATE} Hz")

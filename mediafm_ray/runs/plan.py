@@ -16,7 +16,7 @@ from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConf
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.media.options import media_recipe
 from mediafm_ray.models import weights
-from mediafm_ray.models.encoder import audio_dim, text_dim, video_dim, weights_digest
+from mediafm_ray.models.encoder import encoder_dim, weights_digest
 from mediafm_ray.models.fusion import fusion_recipe, spans
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig, DetectorConfig
 from mediafm_ray.pipeline.rows import plan_table
@@ -71,7 +71,7 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
     Raises WeightsError for weights that are missing, ConfigError for encoders that do not exist.
     """
     try:
-        dims = {"video": video_dim(config.video), "audio": audio_dim(config.audio), "text": text_dim(config.text)}
+        dims = {"video": encoder_dim(config.video), "audio": encoder_dim(config.audio), "text": encoder_dim(config.text)}
     except ValueError as error:
         raise ConfigError(str(error)) from error
     recipe = {

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mediafm_ray.spec import resource
+from mediafm_ray.spec import ConfigSection, resource
 
 PROBE_BYTES = 1 << 20  # A job starts only where a local file of this size can be written.
 ADDRESSING_STYLES = ("auto", "path", "virtual")
@@ -14,28 +14,25 @@ MIN_PART_MB = 5  # S3 refuses smaller parts of an upload, but for the last.
 
 
 @dataclass(frozen=True)
-class StorageConfig:
+class StorageConfig(ConfigSection):
     """Access to object storage. Credentials come from the environment only (the standard AWS chain)."""
 
     endpoint_url: str = resource("", "URL of an S3-compatible server; empty = AWS, or AWS_ENDPOINT_URL_S3 where it is set")
     addressing: str = resource(
-        "auto", "place of the bucket's name in a request: path, virtual (in the host name), auto = path with an endpoint_url"
+        "auto",
+        "place of the bucket's name in a request: path, virtual (in the host name), auto = path with an endpoint_url",
+        choices=ADDRESSING_STYLES,
     )
-    connect_timeout_s: float = resource(10.0, "seconds after which an attempt to connect to object storage fails")
-    read_timeout_s: float = resource(60.0, "seconds without a byte after which a request to object storage fails")
-    retries: int = resource(8, "attempts at a request to object storage while its errors are transient; the pauses grow to 20 s")
-    part_mb: int = resource(64, "size of a part in MB; larger objects are uploaded in parts")
+    connect_timeout_s: float = resource(10.0, "seconds after which an attempt to connect to object storage fails", above=0)
+    read_timeout_s: float = resource(60.0, "seconds without a byte after which a request to object storage fails", above=0)
+    retries: int = resource(8, "attempts at a request to object storage while its errors are transient; the pauses grow to 20 s", min=1)
+    part_mb: int = resource(64, "size of a part in MB; larger objects are uploaded in parts", min=MIN_PART_MB)
     patience_s: ClassVar[float] = math.inf  # No attempt begins later than this after the first one.
 
     def __post_init__(self) -> None:
-        if self.retries < 1 or self.connect_timeout_s <= 0 or self.read_timeout_s <= 0:
-            raise ValueError("storage.retries must be at least 1, and storage timeouts positive")
-        if self.addressing not in ADDRESSING_STYLES:
-            raise ValueError(f"storage.addressing is one of {', '.join(ADDRESSING_STYLES)}, not {self.addressing}")
-        if self.part_mb < MIN_PART_MB:
-            raise ValueError(f"storage.part_mb must be at least {MIN_PART_MB}, is {self.part_mb}")
+        super().__post_init__()
         if self.endpoint_url and not self.endpoint_url.startswith(("http://", "https://")):
-            raise ValueError(f"storage.endpoint_url must begin with http:// or https://, is {self.endpoint_url.rpartition('@')[2]}")
+            raise ValueError(f"endpoint_url must begin with http:// or https://, is {self.endpoint_url.rpartition('@')[2]}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a masked shot can be guessed from without learning anything: the figures that a contextualiser has to beat. numpy only.
+"""Guesses of masked shots without learning: the baselines that a contextualiser must beat. numpy only.
 
 Shapes
     S  shots of a window
@@ -14,10 +14,10 @@ BASELINES = ("title_mean", "nearest_shot", "interpolation")
 
 
 def guess(name: str, fused_SD: np.ndarray, masked_S: np.ndarray) -> np.ndarray:
-    """(K, D) float32 guesses of the masked shots from the others; zero where no other is left.
+    """Return (K, D) float32 guesses of the masked shots from the others; zero if there are no others.
 
-    ``title_mean``: the mean of the window's other shots. ``nearest_shot``: the nearest of them, the earlier of two alike.
-    ``interpolation``: between the nearest before and after, linear in shots; the only one at an end of the window.
+    ``title_mean``: the mean of the window's other shots. ``nearest_shot``: the nearest of them, the earlier of two equally near.
+    ``interpolation``: linear in shots between the nearest before and after; at an end of the window, the nearest.
     """
     masked, seen = np.flatnonzero(masked_S), np.flatnonzero(~masked_S)
     if not len(seen):
@@ -33,11 +33,11 @@ def guess(name: str, fused_SD: np.ndarray, masked_S: np.ndarray) -> np.ndarray:
     if name == "interpolation":
         share = np.where(right == left, 0.0, (masked - left) / np.maximum(right - left, 1))[:, None]
         return ((1 - share) * fused_SD[left] + share * fused_SD[right]).astype(np.float32)
-    raise ValueError(f"no baseline {name!r}; there are {', '.join(BASELINES)}")
+    raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, is {name!r}")
 
 
 def cosines(guesses_KD: np.ndarray, truth_KD: np.ndarray) -> np.ndarray:
-    """(K,) float64 cosines between rows; 0 where one of them is zero."""
+    """Return (K,) float64 cosines between rows; 0 if one of them is zero."""
     norms_K = np.linalg.norm(guesses_KD.astype(np.float64), axis=1) * np.linalg.norm(truth_KD.astype(np.float64), axis=1)
     products_K = np.einsum("kd,kd->k", guesses_KD.astype(np.float64), truth_KD.astype(np.float64))
     return np.divide(products_K, norms_K, out=np.zeros_like(products_K), where=norms_K > 0)

@@ -1,9 +1,9 @@
-"""Muon for the hidden matrices, AdamW for the rest, and the learning rate over the steps.
+"""Muon for the hidden matrices, AdamW for the rest, and the schedule of the learning rate.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes every update of a matrix orthogonal. It is meant for the matrices
-inside the network; embeddings, input and output projections, norms and biases are AdamW's. An update has the singular values
-learning rate x sqrt(max(1, rows / columns)), whatever the width of the network: one learning rate serves small and large ones. Query, key
-and value are three maps that share one tensor: each is a matrix of its own to Muon, as its author advises.
+inside the network; embeddings, input and output projections, norms and biases use AdamW. The singular values of an update are
+learning rate x sqrt(max(1, rows / columns)) for every width of the network, so one learning rate fits small and large ones. Query, key
+and value are three matrices in one tensor: Muon treats each separately, as its author advises.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor, nn
 from mediafm_ray.models.contextualiser import Contextualiser
 from mediafm_ray.training.options import TrainingConfig
 
-ADAMW_BETAS = (0.9, 0.98)  # a second moment that forgets in 50 steps, as BERT-like models of few steps want it
+ADAMW_BETAS = (0.9, 0.98)  # The second moment averages over 50 steps, which suits BERT-like models and few steps.
 MUON_MOMENTUM = 0.95
-ORTHOGONAL_ABC = (3.4445, -4.775, 2.0315)  # of Newton and Schulz's iteration, those of torch.optim.Muon
+ORTHOGONAL_ABC = (3.4445, -4.775, 2.0315)  # Coefficients of the Newton-Schulz iteration, as in torch.optim.Muon.
 ORTHOGONAL_ITERATIONS = 5
-SHORTEST_UPDATE = 1e-7
-STACKED = {"query_key_value": 3}  # matrices that share one tensor, row blocks one above the other
+MIN_UPDATE_NORM = 1e-7
+STACKED = {"query_key_value": 3}  # Tensor -> number of matrices in it, as blocks of rows.
 
 
 class Optimisers:
-    """The optimisers of a model as one: ``step`` and a state that can be kept."""
+    """All optimisers of a model, with a common ``step`` and state."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig):
-        """Make it after the model is on its device: the optimisers hold on to its tensors."""
+        """Make the optimisers once the model is on its device, because they keep references to its tensors."""
         hidden = {name: tensor for name, tensor in model.named_parameters() if name.startswith("layers.") and tensor.ndim == 2}
-        if config.optimiser == "adamw" or not isinstance(model, Contextualiser):  # other models have no hidden matrices of that kind
+        if config.optimiser == "adamw" or not isinstance(model, Contextualiser):  # Other models have no such hidden matrices.
             hidden = {}
         self.blocks = [block for name, tensor in hidden.items() for block in _blocks(name, tensor)]
         rest = {name: tensor for name, tensor in model.named_parameters() if name not in hidden}
@@ -58,22 +58,22 @@ class Optimisers:
         self.config = config
 
     def step(self, step: int) -> Tensor:
-        """Clip the gradients, take a step at the learning rate of ``step``, and drop the gradients. Returns their norm before clipping."""
+        """Clip the gradients, take a step at the learning rate of ``step``, drop the gradients; return their norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_norm or math.inf)
         for block, tensor, rows in self.blocks:
             assert tensor.grad is not None
             block.grad = tensor.grad[rows]
         for name, optimiser in self.all.items():
-            highest = self.config.muon_learning_rate if name == "muon" else self.config.learning_rate
+            peak = self.config.muon_learning_rate if name == "muon" else self.config.learning_rate
             for group in optimiser.param_groups:
-                group["lr"] = highest * schedule(step, self.config)
+                group["lr"] = peak * schedule(step, self.config)
             optimiser.step()
         for tensor in self.parameters:
             tensor.grad = None
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors that a later ``load_state_dict`` goes on from, by optimiser, number of the parameter and name."""
+        """Return the tensors for ``load_state_dict``, by optimiser, index of the parameter and name."""
         return {
             f"{name}.{index}.{key}": tensor
             for name, optimiser in self.all.items()
@@ -82,7 +82,7 @@ class Optimisers:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state_dict``."""
+        """Restore the tensors of ``state_dict``."""
         for name, optimiser in self.all.items():
             entries: dict[int, dict[str, Any]] = {}
             for place, tensor in state.items():
@@ -94,14 +94,14 @@ class Optimisers:
 
 
 class BatchedMuon(torch.optim.Muon):
-    """torch.optim.Muon for a GPU, with the same state: matrices of one shape are computed together, in a tenth of the calls.
+    """Muon for a GPU with the state of torch.optim.Muon: matrices of one shape are computed together, in a tenth of the calls.
 
-    Numbers differ from torch's by rounding. A learning rate is adjusted as with ``adjust_lr_fn="original"``.
+    Numbers differ from torch's by rounding. The learning rate is adjusted as with ``adjust_lr_fn="original"``.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """All matrices must have gradients; there is no closure."""
+        """Update all matrices, which must have gradients; ``closure`` is ignored."""
         for group in self.param_groups:
             of_shape = defaultdict(list)
             for matrix in group["params"]:
@@ -118,10 +118,10 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def _orthogonal(matrices_NRC: Tensor) -> Tensor:
-    """(N, R, C) bfloat16: the orthogonal matrix nearest to each, roughly, by Newton and Schulz's iteration as torch.optim.Muon has it."""
+    """Return (N, R, C) bfloat16, roughly the nearest orthogonal matrices, by the Newton-Schulz iteration of torch.optim.Muon."""
     is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     found_NRC = (matrices_NRC.mT if is_tall else matrices_NRC).bfloat16()
-    found_NRC = found_NRC / found_NRC.norm(dim=(1, 2), keepdim=True).clamp(min=SHORTEST_UPDATE)
+    found_NRC = found_NRC / found_NRC.norm(dim=(1, 2), keepdim=True).clamp(min=MIN_UPDATE_NORM)
     first, second, third = ORTHOGONAL_ABC
     for _ in range(ORTHOGONAL_ITERATIONS):
         gram_NRR = found_NRC @ found_NRC.mT
@@ -131,7 +131,7 @@ def _orthogonal(matrices_NRC: Tensor) -> Tensor:
 
 
 def schedule(step: int, config: TrainingConfig) -> float:
-    """The share of the highest learning rate: rises linearly over the first ``warmup_steps``, then falls to 0 along half a cosine."""
+    """Return the share of the peak learning rate: a linear rise over ``warmup_steps``, then half a cosine down to 0."""
     warmup = min(config.warmup_steps, config.steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -139,7 +139,7 @@ def schedule(step: int, config: TrainingConfig) -> float:
 
 
 def _blocks(name: str, tensor: nn.Parameter) -> list[tuple[nn.Parameter, nn.Parameter, slice]]:
-    """The matrices in a tensor: each as a parameter in the same memory, with the tensor and its rows in it."""
+    """Return the matrices in a tensor, each as a parameter in the same memory, with the tensor and its rows."""
     count = next((count for part, count in STACKED.items() if part in name.split(".")), 1)
     rows = len(tensor) // count
     places = [slice(index * rows, (index + 1) * rows) for index in range(count)]
@@ -147,5 +147,5 @@ def _blocks(name: str, tensor: nn.Parameter) -> list[tuple[nn.Parameter, nn.Para
 
 
 def _decays(name: str, tensor: Tensor) -> bool:
-    """Matrices decay; norms, biases, tokens and position embeddings do not."""
+    """Return True for parameters with weight decay: matrices, but not norms, biases, tokens and position embeddings."""
     return tensor.ndim == 2 and not name.startswith("positions.")

@@ -1,22 +1,22 @@
-"""Masked shot modelling: 20 % of the shots are hidden, and the model has to say what their fused vectors were.
+"""Masked shot modelling: 20 % of the shots are hidden, and the model predicts their fused vectors.
 
-``training.objective=recipe`` is MediaFM's to the letter: the loss is the cosine distance to the original vectors, at the hidden shots only.
+``training.objective=recipe`` is exactly MediaFM's: the loss is the cosine distance to the original vectors at the hidden shots.
 
-``training.objective=context`` trains the vector where it is served, at every shot. Besides the hidden ones, 15 % of a window's shots are
-replaced by shots of other titles: cut-aways, of which the original shot is known. What the model makes of a window, damaged or not, must
-be as like the batch's other shots as the formula of models.neighbours finds them in the undamaged one:
+``training.objective=context`` trains the vectors that are served, at every shot. Besides the hidden shots, 15 % of a window's shots are
+replaced by shots of other titles (cut-aways), whose original shots are known. The model's vectors of a window, damaged or not, must be as
+similar to the batch's other shots as those that the formula of models.neighbours computes from the undamaged window:
 
     loss = mean over hidden shots of 1 - cos(c, x)  -  mean over shots i of  sum_k T_ik (log P_ik + log P'_ik)
     P_ik = softmax_k(c_i . c'_k / 0.1),  P'_ik = softmax_k(c'_i . c'_k / 0.1)
     T_ik = softmax_k(b_i . b_k / 0.1), k over the other shots of the batch
 
-with c of the damaged and c' of the undamaged window, b the formula's vectors of the undamaged one. Learning from relations that a teacher
-finds is Park et al. 2019 (arXiv:1904.05068) and Tejankar et al. 2021 (arXiv:2010.14713); that the student sees a damaged input, data2vec's
-(arXiv:2202.03555), with a teacher that needs no training and cannot collapse.
+with c of the damaged and c' of the undamaged window, and b the formula's vectors of the undamaged window. Learning relations from a
+teacher is from Park et al. 2019 (arXiv:1904.05068) and Tejankar et al. 2021 (arXiv:2010.14713); damaging the student's input is from
+data2vec (arXiv:2202.03555). This teacher needs no training and cannot collapse.
 
-Each worker takes its share of a step's windows, the sums are those of all, and gradients are averaged by DistributedDataParallel where
-torch.distributed is initialised. With the recipe only dropout depends on the number of workers (its numbers belong to seed, step and
-worker); with ``context`` cut-aways and the shots that are compared come from a worker's own windows.
+Each worker computes its share of a step's windows; sums are over all workers, and DistributedDataParallel averages gradients if
+torch.distributed is initialised. With the recipe, only dropout depends on the number of workers (its seed is made from seed, step and
+worker); with ``context``, cut-aways and compared shots also come from a worker's own windows.
 
 Shapes as in batches.py.
 """
@@ -49,16 +49,16 @@ from mediafm_ray.training.optimisers import Optimisers, schedule
 from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 from mediafm_ray.training.sampling import CUT_AWAYS, DROPOUT, HELD_OUT, random_of
 
-STATE_KEY = "training"  # in the metadata of a state's file: where the training stands, as JSON
+STATE_KEY = "training"  # Key of the TrainerState, as JSON, in the metadata of a state file.
 METRIC_DIGITS = 6  # significant digits of a row of metrics
-MIN_GAIN = 1e-4  # of the held-out score: less is no better model
-COMPILE_OPTIONS: dict[str, Any] = {"triton.coalesce_tiling_analysis": False}  # with lengths that change, torch 2.11 fails at it
-TERMS = ("masked", "context")  # of the loss
-FIGURES = ("cosine", "identity", "context")  # of served vectors on held-out titles
+MIN_GAIN = 1e-4  # A smaller gain of the held-out score is no improvement.
+COMPILE_OPTIONS: dict[str, Any] = {"triton.coalesce_tiling_analysis": False}  # It fails in torch 2.11 with changing lengths.
+TERMS = ("masked", "context")  # terms of the loss
+FIGURES = ("cosine", "identity", "context")  # metrics of the served vectors on held-out titles
 
 
 class TrainingError(Exception):
-    """A training that cannot go on; the message says why and what to do."""
+    """A training that cannot continue; the message says why and what to do."""
 
 
 class StateError(Exception):
@@ -67,30 +67,30 @@ class StateError(Exception):
 
 @dataclass
 class TrainerState:
-    """Where a training stands: all that is not a tensor."""
+    """The state of a training, without tensors."""
 
     step: int = 0  # steps done
-    best_score: float = -math.inf  # held-out, of the model that was kept
-    best_step: int = -1  # -1: none was kept yet
-    without_gain: int = 0  # evaluations since
-    loss_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * len(TERMS))  # since the last row of metrics
-    loss_counts: list[int] = dataclasses.field(default_factory=lambda: [0] * len(TERMS))  # shots that they belong to
-    stopped: str = ""  # why no more steps are taken
+    best_score: float = -math.inf  # held-out score of the best model
+    best_step: int = -1  # step of the best model; -1 = none yet
+    without_gain: int = 0  # evaluations since the best model
+    loss_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * len(TERMS))  # sums since the last row of metrics
+    loss_counts: list[int] = dataclasses.field(default_factory=lambda: [0] * len(TERMS))  # number of shots in these sums
+    stopped: str = ""  # the reason why training ended; empty while it runs
 
 
 class Recorder(Protocol):
-    """Whoever keeps what a training gives. Every worker calls its own, with the same, at the same steps."""
+    """The receiver of a training's results. All workers call theirs with the same arguments at the same steps."""
 
     def row(self, row: Mapping[str, float]) -> None:
-        """A row of metrics. The same rows come of the same training, however often it was interrupted."""
+        """Record a row of metrics. A training gives the same rows however often it was interrupted."""
         ...
 
     def best(self, model: Any) -> None:
-        """The model is better on held-out titles than any before."""
+        """Keep the model, which is better on held-out titles than all before."""
         ...
 
     def save(self, trainer: Trainer) -> None:
-        """The training can go on from where it stands (``trainer.standing``, ``trainer.state()``)."""
+        """Save the state, from which the training can continue (``trainer.standing``, ``trainer.state()``)."""
         ...
 
 
@@ -102,11 +102,11 @@ def new_model(
     seed: int,
     spans: Mapping[str, tuple[int, int]] | None = None,
 ) -> Any:
-    """A model with seeded weights that knows what it is trained on: neighbour attention where ``spans`` are given, else the recipe's.
+    """Make a model with seeded weights whose config names the dataset: neighbour attention if ``spans`` is given, else the recipe's.
 
-    ``spans``: ``[first, end)`` of each modality in a fused vector.
+    ``spans`` are ``[first, end)`` of each modality in a fused vector.
     """
-    told: dict[str, Any] = {
+    common: dict[str, Any] = {
         "fused_dim": fused_dim,
         "metadata_dim": metadata_dim,
         "dataset_version": dataset_version,
@@ -116,18 +116,18 @@ def new_model(
         torch.manual_seed(seed)
         if spans is not None:
             listed = {name: list(span) for name, span in spans.items()}
-            return NeighbourAttention(NeighbourAttentionConfig(spans=listed, relation_size=shape.relation_size, **told))
+            return NeighbourAttention(NeighbourAttentionConfig(spans=listed, relation_size=shape.relation_size, **common))
         encoder: dict[str, Any] = {
             name: value for name, value in dataclasses.asdict(shape).items() if name not in ("relation_size", "max_shots")
         }
-        return Contextualiser(ContextualiserModelConfig(**told, **encoder))
+        return Contextualiser(ContextualiserModelConfig(**common, **encoder))
 
 
 class Trainer:
-    """A model in training: one worker's part of every step."""
+    """One worker of a training: its part of every step."""
 
     def __init__(self, model: Any, titles: Titles, config: TrainingConfig, say_unusable: Any = print):
-        """``say_unusable`` is told of each title that has to be passed over. Raises ValueError for a device that is not there."""
+        """Prepare training. ``say_unusable`` is called for each title that is skipped. Raises ValueError for a missing device."""
         self.device = open_device(config.device)
         distributed = torch.distributed.is_initialized()
         self.rank = torch.distributed.get_rank() if distributed else 0
@@ -147,15 +147,15 @@ class Trainer:
             titles, config.seed, config.windows_per_step, int(model.config.max_shots), config.mask_fraction, say_unusable
         )
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.sums = torch.zeros(2, len(TERMS), dtype=torch.float64, device=self.device)  # of the terms since the last row, and their shots
+        self.sums = torch.zeros(2, len(TERMS), dtype=torch.float64, device=self.device)  # sums of terms, numbers of shots
         self.norm = torch.zeros(())
         self.is_context = config.objective == "context"
         self.cut_aways = config.cut_away_fraction if self.is_context else 0.0
 
     def train(self, recorder: Recorder) -> None:
-        """Train to the end from where it stands, and record; what ended it is ``standing.stopped`` afterwards.
+        """Train from the current state to the end and record; ``standing.stopped`` says why it ended.
 
-        Raises TrainingError where numbers stop being numbers.
+        Raises TrainingError for NaN or infinity.
         """
         standing, config = self.standing, self.config
         if standing.step == 0:
@@ -183,7 +183,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------- a step
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
-        """This worker's batches from a step on, read ahead."""
+        """Yield this worker's batches from a step on, read ahead."""
 
         def make(step: int) -> Batch:
             windows = self.source.of_step(step, self.rank, self.workers)
@@ -194,7 +194,7 @@ class Trainer:
         return read_ahead(make, range(first_step, self.config.steps), self.config.read_threads, self.config.read_ahead)
 
     def step(self, batch: Batch) -> None:
-        """One step: loss, gradients, update. Nothing waits for the device."""
+        """Take one step: loss, gradients, update. Nothing waits for the device."""
         step = self.standing.step
         torch.manual_seed(int(random_of(self.config.seed, DROPOUT, step, self.rank).integers(2**62)))
         self.model.train()
@@ -202,14 +202,14 @@ class Trainer:
         everywhere_T = counts_T.clone()
         if self.workers > 1:
             torch.distributed.all_reduce(everywhere_T)
-        # Gradients are averaged over workers: of all terms this is the mean.
+        # DistributedDataParallel averages gradients over workers, so this gives the mean over all shots.
         (sums_T * (self.workers / everywhere_T.clamp(min=1))).sum().float().backward()
         self.norm = self.optimisers.step(step)
         self.sums += torch.stack([sums_T.detach(), counts_T])
         self.standing.step += 1
 
     def _on_device(self, batch: Batch) -> Batch:
-        """The batch on the device; a GPU copies it while it computes the steps before."""
+        """Copy the batch to the device; a GPU copies it while it computes the previous steps."""
         if self.copies is None:
             return batch.to(self.device)
         with torch.cuda.stream(self.copies):
@@ -222,7 +222,7 @@ class Trainer:
         return batch
 
     def _loss_terms(self, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(TERMS,) float64 sums of the loss's terms over shots, and how many shots each has."""
+        """Return (TERMS,) float64 sums of the terms of the loss over shots, and the number of shots of each."""
         contextual_BSD, clean_BSD = self._read(network, batch)
         distances_K = 1 - cosines_at_masked(contextual_BSD, batch)
         sums, counts = [distances_K.sum().double()], [len(distances_K)]
@@ -233,13 +233,13 @@ class Trainer:
         else:
             sums.append(torch.zeros_like(sums[0]))
             counts.append(0)
-        # Filled on the device: to copy a number there would wait for all that the device has to compute.
+        # The counts are filled on the device: copying a number there would wait for all its work.
         return torch.stack(sums), torch.stack([torch.full((), count, dtype=torch.float64, device=self.device) for count in counts])
 
     def _read(self, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, S, D) of the damaged windows, and of the undamaged ones where the objective asks for them (else the former again)."""
+        """Return the (B, S, D) output for damaged windows, and for undamaged ones if the objective needs them (else the former again)."""
         fused_BSD, masked_BS, repeat = batch.given_BSD, batch.masked_BS, 1
-        if self.is_context:  # both in one call: DistributedDataParallel wants one before every backward pass
+        if self.is_context:  # One call for both: DistributedDataParallel needs one before every backward pass.
             fused_BSD, repeat = torch.cat([batch.given_BSD, batch.fused_BSD]), 2
             masked_BS = torch.cat([batch.masked_BS, torch.zeros_like(batch.masked_BS)])
 
@@ -259,7 +259,7 @@ class Trainer:
         return parts[0], parts[-1]
 
     def _row(self) -> dict[str, float]:
-        """The metrics since the last row, of all workers. Raises TrainingError where the loss is no number."""
+        """Return the metrics of all workers since the last row. Raises TrainingError if the loss is NaN or infinite."""
         self._gather_sums()
         standing = self.standing
         loss = loss_of(standing.loss_sums, standing.loss_counts)
@@ -277,7 +277,7 @@ class Trainer:
         }
 
     def _gather_sums(self) -> None:
-        """Take the sums of all workers over into the standing."""
+        """Add the sums of all workers to the state."""
         if self.workers > 1:
             torch.distributed.all_reduce(self.sums)
         sums, counts = self.sums.tolist()
@@ -288,18 +288,20 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, with_baselines: bool = False) -> dict[str, float]:
-        """Figures of the served vectors on held-out titles; empty without such titles.
+        """Return metrics of the served vectors on held-out titles; empty without such titles.
 
         ``held_out_cosine``: mean cosine to the original at hidden shots. ``held_out_identity``: mean cosine to the original at the shots
-        that were left alone. ``held_out_context``: mean cosine to the original at shots that were replaced by another title's.
-        ``held_out_loss``: the objective (context only). ``with_baselines``: the same of ``builtin:neighbours`` (``..._neighbours``), and
-        the cosine of guesses that learn nothing.
+        that were not changed. ``held_out_context``: mean cosine to the original at shots that were replaced by another title's.
+        ``held_out_loss``: the objective (context only). ``with_baselines`` adds the same of ``builtin:neighbours`` (``..._neighbours``)
+        and the cosines of the baselines.
         """
         if not len(self.titles.held_out):
             return {}
         names = [*FIGURES, *(f"{term}_loss" for term in TERMS)]
         names += [*(f"{name}_neighbours" for name in FIGURES), *BASELINES] if with_baselines else []
-        totals = {name: torch.zeros(2, dtype=torch.float64) for name in names}  # of every worker the same, for a sum over all
+        totals = {
+            name: torch.zeros(2, dtype=torch.float64) for name in names
+        }  # All workers have the same keys, so that the sums can be added.
 
         def add(name: str, values: Tensor) -> None:
             totals[name] += torch.tensor([float(values.double().sum()), len(values)])
@@ -330,7 +332,7 @@ class Trainer:
 
     @torch.no_grad()
     def _held_out(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """Terms of the loss (context only), and the vectors of the model without dropout: with hidden shots, and with all shots visible."""
+        """Return the terms of the loss (context only) and the vectors without dropout, with hidden shots and with all shots visible."""
         self.model.eval()
         terms: dict[str, Tensor] = {}
         hidden_BSD, clean_BSD = self._read(self.network, batch)
@@ -341,9 +343,9 @@ class Trainer:
         return terms, (hidden_BSD, visible_BSD)
 
     def _held_out_batches(self) -> Generator[tuple[list[Window], Batch], None, None]:
-        """This worker's share of the held-out windows, titles of like size together."""
+        """Yield this worker's share of the held-out windows, titles of similar size together."""
         by_size = np.argsort(self.titles.sizes[self.titles.held_out], kind="stable")
-        size = self.config.windows_per_step  # whatever the number of workers: cut-aways come from the windows of a group
+        size = self.config.windows_per_step  # It must not depend on the number of workers: cut-aways come from the group.
         groups = [by_size[first : first + size].tolist() for first in range(0, len(by_size), size)][self.rank :: self.workers]
 
         def make(slots: list[int]) -> tuple[list[Window], Batch]:
@@ -354,15 +356,15 @@ class Trainer:
         return read_ahead(make, groups, self.config.read_threads, self.config.read_ahead)
 
     def _record_evaluation(self, recorder: Recorder, row: Mapping[str, float] | None = None, with_baselines: bool = False) -> None:
-        """Evaluate, add it to the row, keep the model when it is the best, and decide whether to stop early."""
+        """Evaluate, add the metrics to the row, keep the model if it is the best, and decide on an early stop."""
         standing = self.standing
         found = self.evaluate(with_baselines)
         if not all(map(math.isfinite, found.values())):
-            raise TrainingError(f"the model gives numbers that are none at step {standing.step}: lower training.learning_rate")
+            raise TrainingError(f"the output of the model is NaN or infinite at step {standing.step}: lower training.learning_rate")
         if found or row:
             recorder.row({"step": standing.step, **(row or {}), **found})
         score = -found["held_out_loss"] if "held_out_loss" in found else found.get("held_out_cosine")
-        if score is None:  # nothing to compare with: the last model is the one to keep
+        if score is None:  # There are no held-out titles: the last model is kept.
             if standing.step:
                 standing.best_step = standing.step
                 recorder.best(self.model)
@@ -379,14 +381,14 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------------- state
 
     def state(self) -> bytes:
-        """All that a resumed training needs, as one safetensors file: weights, the optimisers' state, where it stands."""
+        """Return all that a resumed training needs as one safetensors file: weights, state of the optimisers, TrainerState."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"optimiser.{name}": tensor for name, tensor in self.optimisers.state_dict().items()}
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         return save_tensors(contiguous, {STATE_KEY: json.dumps(dataclasses.asdict(self.standing))})
 
     def resume(self, state: bytes) -> None:
-        """Go on from a state. Raises StateError where it is not whole or not of this model."""
+        """Restore a state. Raises StateError if it is incomplete or of another model."""
         try:
             tensors = load_tensors(state)
             standing = TrainerState(**json.loads(state_header(state)["__metadata__"][STATE_KEY]))
@@ -398,7 +400,7 @@ class Trainer:
 
 
 def state_header(beginning: bytes) -> dict[str, Any]:
-    """The header of a safetensors file from its first bytes. Raises StateError where they do not hold it."""
+    """Return the header of a safetensors file from its first bytes. Raises StateError if they do not contain it."""
     length = int.from_bytes(beginning[:8], "little")
     if len(beginning) < 8 + length or not length:
         raise StateError(f"it ends inside its header: {len(beginning)} of {8 + length} bytes")
@@ -409,10 +411,10 @@ def state_header(beginning: bytes) -> dict[str, Any]:
 
 
 def state_bytes(header: Mapping[str, Any], header_length: int) -> int:
-    """How long a whole file with this header is."""
+    """Return the length in bytes of a complete file with this header."""
     return 8 + header_length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
 
 
 def significant(value: float) -> float:
-    """A number rounded to METRIC_DIGITS significant digits."""
+    """Round a number to METRIC_DIGITS significant digits."""
     return float(f"{value:.{METRIC_DIGITS}g}")

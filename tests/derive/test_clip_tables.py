@@ -144,7 +144,7 @@ def test_all_that_is_wrong_with_a_table_is_said_at_once(folders, tmp_path, capsy
         "row 2 (03): no such title is committed; similar: 003",
         "row 3 (nothing like it): no such title is committed; there are 12 others",
         "row 4 (001): the clip [5, 5) s is empty",
-        "row 5 (001): the clip [90, 99) s lies outside the title, which is [0, 20) s",
+        "row 5 (001): the clip [90, 99) s is outside the title, which is [0, 20) s",
     )
     places = [error.index(line) for line in lines]
     assert places == sorted(places)

@@ -95,7 +95,7 @@ def test_what_cannot_be_embedded_is_named(folders):
     with pytest.raises(DatasetError, match="no title 'c'"):
         embedder.clip_embedding("c", 0.0, 1.0)
     for context in (True, False):
-        with pytest.raises(ValueError, match=r"title 'a': the clip \[50, 60\) s lies outside the title"):
+        with pytest.raises(ValueError, match=r"title 'a': the clip \[50, 60\) s is outside the title"):
             embedder.clip_embedding("a", 50.0, 60.0, context)
     with pytest.raises(DatasetError):
         ClipEmbedder(str(output / "nowhere"), str(checkpoint))

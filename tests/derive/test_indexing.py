@@ -249,7 +249,7 @@ def test_what_cannot_be_indexed_is_said_before_anything_is_written(output, tmp_p
     for overrides, reason in (
         (["index.uri="], "index.uri is required"),
         (["vectors.kind=contextual"], "no contextual embeddings; there are: shots"),
-        (["index.parts=[smell]"], "index.parts are some of video, audio, text"),
+        (["index.parts=[smell]"], "index.parts must be one of video, audio, text"),
         (["index.least_shots=10"], "index.least_shots must be at least 256"),
         (["index.recall=2"], "index.recall must be above 0"),
         ([f"index.uri={output}"], f"it is not empty; there is: {MODEL.dataset_version}"),

@@ -154,7 +154,7 @@ def test_what_is_not_there_is_said_with_what_is(folder, tmp_path, capsys):
     for overrides, reason in (
         ([], "no contextual embeddings; there are: shots"),
         (["vectors.checkpoint=ffffffffffff"], "no contextual-ffffffffffff; there are: shots"),
-        (["vectors.kind=smell"], "vectors.kind must be contextual or fused"),
+        (["vectors.kind=smell"], "vectors.kind must be one of contextual, fused"),
         (["dataset.version=ffffffffffff"], "there are: 0123456789ab"),
         (["scenes.penalty=0"], "scenes.penalty"),
     ):

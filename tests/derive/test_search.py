@@ -147,21 +147,21 @@ def test_what_cannot_be_searched_is_said(output, tmp_path, capsys):
         (["shot=film:1", "by=video"], "the index has no video vectors, there are: all, text; build it with index.parts"),
         (["shot=film:1", "by=smell"], "by must be one of all, video, audio, text"),
         (["clip=film:5-3"], "the clip [5, 3) s is empty"),
-        (["clip=film:90-99"], "lies outside the title, which is [0, 24) s"),
+        (["clip=film:90-99"], "is outside the title, which is [0, 24) s"),
         (["clip=film:soon"], "expected TITLE:START-END in seconds"),
         (
             ["shot=film:1", "filter.titles=[series/s01e1]"],
             "filter.titles: the index has no title 'series/s01e1'; similar: series/s01e01",
         ),
-        (["shot=film:1", "filter.start_s=9", "filter.end_s=3"], "filter.end_s (3) must come after filter.start_s (9)"),
+        (["shot=film:1", "filter.start_s=9", "filter.end_s=3"], "filter.end_s (3) must be greater than start_s (9)"),
         (["query=hello", "filter.other_titles=true"], "the index does not record the encoder of its text vectors"),
         (["query=hello", "by=audio"], "words are compared with the text of shots"),
         (["shot=film:1", "index.version=ffffffffffff"], "is of dataset version 0123456789ab, not ffffffffffff"),
         (["shot=film:1", "index.uri="], "index.uri is required"),
         (["shot=film:1", f"index.uri={tmp_path}/nowhere"], "has no index of shots; there is nothing: run mediafm index"),
         (["shot=film:1", f"index.uri={output}"], "has no index of shots; there is: 0123456789ab"),
-        (["shot=film:1", "count=0"], "count must be from 1 to"),
-        (["shot=film:1", "format=xml"], "format must be table or json"),
+        (["shot=film:1", "count=0"], "count must be at least 1 and at most 1000"),
+        (["shot=film:1", "format=xml"], "format must be one of table, json"),
     ):
         assert search(index, *overrides) == 2, overrides
         error = capsys.readouterr().err

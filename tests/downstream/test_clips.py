@@ -1,9 +1,9 @@
-"""Pooling of a clip: answers worked out by hand, and the errors."""
+"""Pooling of a clip: results computed by hand, and errors."""
 
 import numpy as np
 import pytest
 
-from mediafm_ray.downstream.clips import SLACK_S, clip_overlaps, pool_clip
+from mediafm_ray.downstream.clips import MAX_OVERHANG_S, clip_overlaps, pool_clip
 
 START = np.array([0.0, 2.0, 6.0])
 END = np.array([2.0, 6.0, 10.0])
@@ -32,7 +32,7 @@ def test_the_length_of_a_vector_has_no_say_and_a_zero_vector_none_at_all():
 
 def test_a_clip_may_be_rounded_beyond_the_ends_of_its_title():
     whole = pool_clip(START, END, AXES, 0.0, 10.0)
-    assert pool_clip(START, END, AXES, -SLACK_S, 10.0 + SLACK_S).tobytes() == whole.tobytes()
+    assert pool_clip(START, END, AXES, -MAX_OVERHANG_S, 10.0 + MAX_OVERHANG_S).tobytes() == whole.tobytes()
 
 
 @pytest.mark.parametrize(

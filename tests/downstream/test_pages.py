@@ -1,4 +1,4 @@
-"""Pages as files: what stands in them, and that nothing from a catalog becomes markup. How they behave: tests/end_to_end/test_pages.py."""
+"""Pages as files: their content, and that no text of a catalog becomes markup. tests/end_to_end/test_pages.py tests their behaviour."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Exact search in blocks against one that looks at everything at once; recall in cases whose answer is known."""
+"""Exact search in blocks against a search of everything at once; recall in known cases."""
 
 import numpy as np
 import pytest

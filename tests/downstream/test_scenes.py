@@ -1,4 +1,4 @@
-"""Scenes: known joins are found, the optimum is the optimum, and what must not matter does not."""
+"""Scenes: known joins are found, the optimum is exact, and irrelevant changes have no effect."""
 
 import itertools
 import time
@@ -170,5 +170,5 @@ def test_input_without_sense_is_refused():
     with pytest.raises(ValueError, match="shot 3 is not finite"):
         find_scenes(broken)
     for penalty in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"scenes\.penalty"):
+        with pytest.raises(ValueError, match="penalty must be above 0 and finite"):
             ScenesConfig(penalty=penalty)

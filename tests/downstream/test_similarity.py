@@ -1,4 +1,4 @@
-"""Nearest shots and the map of all pairs, against sums written out one by one."""
+"""Nearest shots and the map of all pairs, against plain loops."""
 
 import numpy as np
 import pytest

@@ -214,7 +214,7 @@ def test_what_cannot_begin_is_one_line(dataset, tmp_path, capsys):
     assert "resources.workers=9" in refused(capsys, dataset, checkpoint, resources__workers=9)
     assert "model.hidden_size 32 is not a multiple" in refused(capsys, dataset, checkpoint, model__num_attention_heads=5)
     assert "training.optimiser" in refused(capsys, dataset, checkpoint, training__optimiser="sgd")
-    assert "training.device is cpu or cuda" in refused(capsys, dataset, checkpoint, training__device="gpu")
+    assert "training.device must be cpu or cuda" in refused(capsys, dataset, checkpoint, training__device="gpu")
     assert "training.no_such_key" in refused(capsys, dataset, checkpoint, training__no_such_key=1)
     assert not checkpoint.exists()
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""The text towers of CLIP and SigLIP: against what transformers' whole models say of the same tokens."""
+"""The text towers of CLIP and SigLIP, against transformers' whole models on the same tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contextualiser: against transformers' BERT with the same weights, windows by their invariants, checkpoints whole and damaged."""
+"""The contextualiser, against transformers' BERT with the same weights; windows by their invariants; whole and damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -419,7 +419,7 @@ def test_missing_and_damaged_checkpoints(tmp_path: Path) -> None:
     reshaped = make_checkpoint(tmp_path / "reshaped")
     config = json.loads((reshaped / "config.json").read_text())
     (reshaped / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(weights.WeightsError, match=r"not complete for Contextualiser.*layers\.2\."):
+    with pytest.raises(weights.WeightsError, match=r"incomplete for Contextualiser.*layers\.2\."):
         TitleContextualiser(ContextualiserConfig(checkpoint=str(reshaped)))
     (reshaped / "config.json").write_text(json.dumps({**config, "fused_dim": 50}))
     with pytest.raises(weights.WeightsError, match="reshaped"):
@@ -443,7 +443,7 @@ def test_output_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     with torch.no_grad():
         model.shot_output.weight.fill_(1e38)
     model.save_pretrained(huge)
-    with pytest.raises(ValueError, match="gave numbers that are not finite"):
+    with pytest.raises(ValueError, match="is not finite: is it trained"):
         TitleContextualiser(ContextualiserConfig(checkpoint=str(huge))).contextualise(unit_rows(3), None)
 
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: against the reference implementation, against what its weights say of their training, and on real footage."""
+"""EfficientNet-Lite0, against the reference implementation, against statistics in its weights, and on real footage."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def golden_image() -> np.ndarray:
 
 def test_agrees_with_the_reference_implementation(encoder: EfficientNetLiteEncoder) -> None:
     golden = json.loads(GOLDEN.read_text())
-    features = encoder._features([torch.from_numpy(golden_image())])[0].numpy()
+    features = encoder._embed_frames([torch.from_numpy(golden_image())])[0].numpy()
     for index, value in golden["features"].items():
         assert features[int(index)] == pytest.approx(value, abs=2e-4), index
     assert np.linalg.norm(features) == pytest.approx(golden["features_norm"], rel=1e-4)
@@ -77,7 +77,7 @@ def test_pixels_are_scaled_as_in_training() -> None:
     frames = []
     for path in sorted(CLIPS.glob("*.mp4")):
         with av.open(path) as container:
-            frames += [load_frame(to_jpeg(frame.to_image())) for frame in itertools.islice(container.decode(video=0), 30, 91, 60)]
+            frames += [load_frame(to_jpeg(frame.to_image()), 0) for frame in itertools.islice(container.decode(video=0), 30, 91, 60)]
     pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float()
     ours = (pixels - 127) / 128
     imagenet = (pixels / 255 - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_DEVIATION)[:, None, None]
@@ -136,7 +136,7 @@ def test_the_frame_is_the_central_square_in_rgb() -> None:
     picture = np.zeros((400, 1000, 3), np.uint8)
     picture[..., 2] = 255
     picture[20:380, 320:680] = (255, 0, 0)
-    frame = load_frame(to_jpeg(Image.fromarray(picture)))
+    frame = load_frame(to_jpeg(Image.fromarray(picture)), 0)
     assert frame.shape == (224, 224, 3)
     assert frame.dtype == np.uint8
     assert (frame[..., 0] > 230).all()

@@ -40,7 +40,7 @@ class Case:
         return getattr(encoder, f"build_{self.modality}_encoder")(self.config)
 
     def dim(self) -> int:
-        return getattr(encoder, f"{self.modality}_dim")(self.config)
+        return encoder.encoder_dim(self.config)
 
 
 def jpeg(seed: int, width: int = 320, height: int = 180, mode: str = "RGB") -> bytes:
@@ -265,7 +265,7 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"video\.encoder.*'clop'.*efficientnet_lite0"):
         encoder.build_video_encoder(VideoEncoderConfig(encoder="clop"))
     with pytest.raises(ValueError, match=r"audio\.encoder.*'mel'.*log_mel"):
-        encoder.audio_dim(AudioEncoderConfig(encoder="mel"))
+        encoder.encoder_dim(AudioEncoderConfig(encoder="mel"))
     with pytest.raises(ValueError, match=r"text\.encoder.*''.*sentence_transformer"):
         encoder.weights_digest(TextEncoderConfig(encoder=""))
 
@@ -287,7 +287,7 @@ import sys
 sys.modules["torch"] = sys.modules["transformers"] = None  # importing them now raises
 from mediafm_ray.models import encoder, fusion, options, weights
 video, audio, text = options.VideoEncoderConfig(), options.AudioEncoderConfig(), options.TextEncoderConfig()
-print((encoder.video_dim(video), encoder.audio_dim(audio), encoder.text_dim(text)))
+print((encoder.encoder_dim(video), encoder.encoder_dim(audio), encoder.encoder_dim(text)))
 print(len(encoder.weights_digest(video)), len(encoder.weights_digest(audio)), len(encoder.weights_digest(text)))
 encoder.build_audio_encoder(audio).encode([b"ab"])
 """

@@ -1,4 +1,4 @@
-"""The program that proves the GPU side, at tiny shapes on a CPU."""
+"""The GPU benchmark, with tiny shapes on a CPU."""
 
 import json
 import os

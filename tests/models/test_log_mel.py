@@ -1,4 +1,4 @@
-"""Log-mel statistics: sounds whose statistics are known beforehand."""
+"""Log-mel statistics of sounds with known statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Context from neighbours: the formula against a plain loop over its definition, and what must hold for any title."""
+"""Context from neighbours: the formula against a plain loop over its definition, and invariants of any title."""
 
 from __future__ import annotations
 

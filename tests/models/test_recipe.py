@@ -41,7 +41,7 @@ def test_a_title_runs_through_the_recipe(folder: Path) -> None:
         "audio": encoder.build_audio_encoder(audio).encode([*sounds[:3], b"", sounds[4]]),
         "text": words.encode(["a shot", "", "", "with words", ""]),
     }
-    where = spans({"video": encoder.video_dim(video), "audio": encoder.audio_dim(audio), "text": encoder.text_dim(text)})
+    where = spans({"video": encoder.encoder_dim(video), "audio": encoder.encoder_dim(audio), "text": encoder.encoder_dim(text)})
     assert where == {"video": (0, 768), "audio": (768, 1536), "text": (1536, 2304)}
     fused, norm = fuse({name: part.embeddings_SD for name, part in encoded.items()}, FusionConfig("none"))
     np.testing.assert_allclose(np.linalg.norm(fused, axis=1), 1, atol=1e-6)

@@ -117,4 +117,4 @@ def test_missing_checkpoints_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(weights.WeightsError, match=r"no config\.json in"):
         encoder.build_text_encoder(TextEncoderConfig(weights=str(tmp_path)))
     with pytest.raises(weights.WeightsError, match=r"no config\.json in"):
-        encoder.text_dim(TextEncoderConfig(weights=str(tmp_path)))
+        encoder.encoder_dim(TextEncoderConfig(weights=str(tmp_path)))

@@ -12,7 +12,7 @@ from transformers import AutoFeatureExtractor, AutoModel, HubertConfig, HubertMo
 from mediafm_ray.models import encoder, tiny, weights
 from mediafm_ray.models.loading import MicroBatches
 from mediafm_ray.models.options import AudioEncoderConfig
-from mediafm_ray.models.wav2vec2 import SHORTEST, Wav2Vec2Encoder
+from mediafm_ray.models.wav2vec2 import MIN_SAMPLES, Wav2Vec2Encoder
 from mediafm_ray.spec import SAMPLE_RATE
 
 
@@ -52,7 +52,7 @@ def reference(folder: Path, samples: np.ndarray, layer: int = -1) -> np.ndarray:
     return (output.last_hidden_state if layer == -1 else output.hidden_states[layer])[0].mean(dim=0).numpy()
 
 
-@pytest.mark.parametrize(("samples", "layer"), [(SHORTEST, -1), (8001, 0), (8001, 1), (8001, 2), (40_000, -1)])
+@pytest.mark.parametrize(("samples", "layer"), [(MIN_SAMPLES, -1), (8001, 0), (8001, 1), (8001, 2), (40_000, -1)])
 def test_agrees_with_transformers(folder: Path, samples: int, layer: int) -> None:
     ours = build(folder, layer=layer).encode([sound(1, samples).tobytes()]).embeddings_SD[0]
     np.testing.assert_allclose(ours, reference(folder, sound(1, samples), layer), rtol=1e-3, atol=1e-4)
@@ -110,7 +110,7 @@ def test_long_shots_are_equal_pieces_averaged_by_length(folder: Path) -> None:
     np.testing.assert_allclose(built.encode([samples.tobytes()]).embeddings_SD[0], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("samples", [1, 2, 399, 400, SHORTEST - 1])
+@pytest.mark.parametrize("samples", [1, 2, 399, 400, MIN_SAMPLES - 1])
 def test_short_shots_are_finite_and_tell_sounds_apart(folder: Path, samples: int) -> None:
     built = build(folder)
     one, other = built.encode([sound(1, samples).tobytes(), sound(2, samples).tobytes()]).embeddings_SD
@@ -156,7 +156,7 @@ def test_hubert_is_read_too(tmp_path: Path) -> None:
     tiny.make_wav2vec2(tmp_path / "other")
     (tmp_path / "preprocessor_config.json").write_bytes((tmp_path / "other" / "preprocessor_config.json").read_bytes())
     config = AudioEncoderConfig(encoder="wav2vec2", weights=str(tmp_path))
-    assert encoder.audio_dim(config) == build(tmp_path).dim == 48
+    assert encoder.encoder_dim(config) == build(tmp_path).dim == 48
     ours = build(tmp_path).encode([sound(1, 8000).tobytes()]).embeddings_SD[0]
     np.testing.assert_allclose(ours, reference(tmp_path, sound(1, 8000)), rtol=1e-3, atol=1e-4)
 

@@ -360,7 +360,7 @@ def test_a_checkpoint_that_was_cut_short_is_refused(output, checkpoint, tmp_path
     damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
     tensors = damaged / "model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:length])
-    with pytest.raises(WeightsError, match=r"model\.safetensors is damaged or cut short"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors is damaged or truncated"):
         make_stored_plan(configured(output, damaged))
 
 

@@ -188,7 +188,7 @@ def test_weights_on_object_storage_are_fetched_once_and_checked(server, tmp_path
 )
 def test_weights_are_fetched_from_a_server_that_fails_now_and_then(proxy, swift, tmp_path, monkeypatch, fault):
     monkeypatch.setenv(weights.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(weights, "TROUBLE_PAUSES_S", (0.01,) * 4)
+    monkeypatch.setattr(weights, "MAX_LISTING_PAUSES_S", (0.01,) * 4)
     bucket = swift.bucket()
     Store(f"s3://{bucket}", StorageConfig(endpoint_url=swift.url)).write("detector.pth", b"tensors")
     requests = ("^HEAD", "^GET .*list-type", r"^GET [^?]*\.pth$")

@@ -1,4 +1,4 @@
-"""A made dataset of shots in storage, as embed_catalog leaves one."""
+"""A generated dataset of shots in storage, as embed_catalog writes it."""
 
 from __future__ import annotations
 

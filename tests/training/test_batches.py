@@ -45,7 +45,6 @@ def test_a_batch_holds_the_windows_and_says_where_it_is_padded():
         assert not batch.fused_BSD[row, count:].any()
         assert bool(batch.has_metadata_B[row]) == (window.title.metadata_M is not None)
         for shot in np.flatnonzero(window.masked_S):
-            assert batch.window_K[place] == row
             np.testing.assert_array_equal(flat[batch.masked_K[place]], window.title.fused_SD[window.start + shot])
             place += 1
     assert place == len(batch.masked_K) == int(batch.masked_BS.sum())

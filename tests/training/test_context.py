@@ -1,4 +1,4 @@
-"""The sign of what context is for, on films of made places: the shot is kept, its surroundings are gained, and training loses neither."""
+"""The purpose of context, on films of generated places: a shot keeps its content and gains its surroundings, also after training."""
 
 from __future__ import annotations
 

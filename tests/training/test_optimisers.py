@@ -1,4 +1,4 @@
-"""Which parameters which optimiser has, what a step of Muon does, and the learning rate."""
+"""The parameters of each optimiser, a step of Muon, and the learning rate."""
 
 import numpy as np
 import pytest

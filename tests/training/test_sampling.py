@@ -1,4 +1,4 @@
-"""Sampling by its invariants: every title once an epoch, nothing remembered, exact shares."""
+"""Invariants of sampling: every title once per epoch, no hidden state, exact shares."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Training from outside: what the loss looks at, that it learns, that it goes on after a stop, that several workers are as good as one."""
+"""Training from outside: the inputs of the loss, learning, resuming, and several workers against one."""
 
 from __future__ import annotations
 

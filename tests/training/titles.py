@@ -1,4 +1,4 @@
-"""Made titles for the tests of training: two places that alternate, so that a hidden shot can be told from the others."""
+"""Generated titles for the tests of training: two places alternate, so that a hidden shot can be predicted."""
 
 from __future__ import annotations
 
