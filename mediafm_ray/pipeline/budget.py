@@ -14,11 +14,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mediafm_ray.pipeline.rows import TitleLeft, was_left
+from mediafm_ray.pipeline.rows import SKIPPED
 from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.report import Tally
 
@@ -77,14 +78,12 @@ class SharedBudget:
         keeper = ray.remote(num_cpus=0)(Budget).options(scheduling_strategy=here)
         self.keeper: Any = keeper.remote(limits.max_video_s, limits.wall_until - time.monotonic(), dict(limits.expected_s))
 
-    def take(self, title_id: str) -> None:
+    def take(self, title_id: str) -> bool:
         """See TitleBudget."""
         try:
-            ended_by = ray.get(self.keeper.take.remote(title_id))
-        except RayActorError as error:  # no fault of the title's; the driver finds the same, and ends the run
-            raise TitleLeft(f"the keeper of the run's budget is gone: {error}") from error
-        if ended_by:
-            raise TitleLeft(f"not taken: {ended_by}")
+            return not ray.get(self.keeper.take.remote(title_id))
+        except RayActorError:  # This is no fault of the title's; the driver finds the same, and ends the run.
+            return False
 
     def was_read(self, title_id: str, duration_s: float) -> None:
         """See TitleBudget."""
@@ -102,15 +101,14 @@ class SharedBudget:
         finished = 0
         with draining(lambda: self.keeper.end.remote(ASKED_TO_END)) if self.drains else nullcontext():
             for table in results:
-                left = [was_left(error) for error in table["error"].to_pylist()] if table.num_columns else []
-                taken = table.filter(pa.array([not one for one in left], pa.bool_())) if any(left) else table
+                taken = table.filter(pc.not_equal(table["outcome"], SKIPPED)) if table.num_columns else table
                 finished += taken.num_rows
                 if taken.num_rows:
                     yield taken
                 reason = interrupted()
                 if reason:
                     ray.get(self.keeper.end.remote(reason))
-                if any(left) or reason:
+                if taken.num_rows < table.num_rows or reason:
                     ended_by, begun = ray.get(self.keeper.state.remote())
                     if ended_by and finished >= begun:
                         break

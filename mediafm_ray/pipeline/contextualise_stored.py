@@ -24,7 +24,7 @@ import pyarrow as pa
 from mediafm_ray.derive.reader import to_model_input
 from mediafm_ray.errors import TitleError
 from mediafm_ray.models.options import ContextualiserConfig
-from mediafm_ray.pipeline.rows import ERROR, MEASURES, SECONDS, error_value
+from mediafm_ray.pipeline.rows import ERROR, FAILED, MEASURES, OK, SECONDS, error_value
 from mediafm_ray.pipeline.write_title import contextual_file, remove_superseded
 from mediafm_ray.storage.dataset import (
     FAILURES,
@@ -52,6 +52,7 @@ RESULT_SCHEMA = pa.schema(
         ("duration_s", pa.float64()),
         ("warnings", pa.list_(pa.string())),
         ("bytes_written", pa.int64()),
+        ("outcome", pa.string()),
         ("error", ERROR),
     ]
 )
@@ -91,6 +92,7 @@ class _Title:
             "source": self.row["source"],
             "seconds": self.seconds,
             "measures": [{"name": name, "value": value} for name, value in self.measures.items()],
+            "outcome": OK if self.error is None else FAILED,
             "error": self.error,
         }
         if self.error is None:

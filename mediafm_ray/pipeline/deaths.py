@@ -16,7 +16,7 @@ import ray
 
 from mediafm_ray.errors import TitleError
 from mediafm_ray.pipeline.cluster import on_this_node
-from mediafm_ray.pipeline.rows import TitleRow, failed
+from mediafm_ray.pipeline.rows import OK, TitleRow, failed
 
 
 class TooManyDeaths(RuntimeError):
@@ -92,7 +92,7 @@ class DeathGuard:
             )
         if deaths:
             stage.measure("process_deaths", deaths)
-        if deaths < self.max_deaths or row["error"] is not None:
+        if deaths < self.max_deaths or row["outcome"] != OK:
             return row.table
         if ray.get(self.register.alone_with.remote(stage.name, row.title_id)) == 1:  # this one: the others may have ended of another title
             return row.table

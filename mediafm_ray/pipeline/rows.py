@@ -1,8 +1,8 @@
 """A title as a row: the Arrow columns that stages hand on, and what a stage is. No ray here: a stage is a plain callable.
 
 One title is one row, in one block, from the catalog to the commit. A stage declares the columns that it takes, adds and
-drops; they are checked at run time. Whatever goes wrong with a title becomes the value of its column ``error``, and later
-stages pass such a row through.
+drops; they are checked at run time. The column ``outcome`` says how the title is doing: OK; FAILED, with the reason in the
+column ``error``; or SKIPPED, where the run takes no more titles. Later stages pass rows through that are not OK.
 
 Shapes
     S  shots of the title
@@ -29,6 +29,7 @@ from mediafm_ray.text import public_line, public_lines
 log = logging.getLogger(__name__)
 MAX_TRACEBACK_PARTS = 6  # the last frames and the error itself
 
+OK, FAILED, SKIPPED = "ok", "failed", "skipped"  # values of the column ``outcome``
 ERROR = pa.struct(
     [("stage", pa.string()), ("type", pa.string()), ("message", pa.string()), ("traceback", pa.string()), ("outage", pa.bool_())]
 )
@@ -68,6 +69,7 @@ PLAN_SCHEMA = pa.schema(
         ("synopsis", pa.string()),
         ("tags", pa.list_(pa.string())),
         ("superseded", pa.list_(pa.string())),  # objects of older sources, to remove once this one is committed
+        ("outcome", pa.string()),
         ("error", ERROR),
         ("seconds", SECONDS),
         ("measures", MEASURES),  # what stages counted of the title: frames, bytes, tokens, ...
@@ -170,32 +172,35 @@ class Stage(ABC):
         """The columns that this stage adds, with their types."""
 
     @abstractmethod
-    def process(self, row: TitleRow) -> Mapping[str, Any]:
-        """The added columns of one title: Python values, or Arrow arrays of length one. Whatever it raises is that title's error."""
+    def process(self, row: TitleRow) -> Mapping[str, Any] | None:
+        """Return the added columns of one title, Python values or Arrow arrays of length one, or None to skip the title.
+
+        Whatever it raises is that title's error.
+        """
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Process every title of the table that has no error yet."""
+        """Process every title of the table whose outcome is OK so far."""
         if table.num_columns == 0:  # Ray may hand on one empty block without columns
             return table
-        missing = [column for column in (*self.takes, "error", "seconds", "measures") if column not in table.column_names]
+        missing = [column for column in (*self.takes, "outcome", "error", "seconds", "measures") if column not in table.column_names]
         if missing:
             raise TypeError(f"stage {self.name}: the columns {', '.join(missing)} are missing; there are: {', '.join(table.column_names)}")
         rows = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)]
-        well = [row for row in rows if row["error"] is None]
+        well = [row for row in rows if row["outcome"] == OK]
         together = self._together(well) if self.supports_batching and len(well) > 1 else {}
         parts = [self._one(row, together.get(id(row))) for row in rows]
-        return pa.concat_tables(parts) if parts else self._with(table, {}, None, 0.0)
+        return pa.concat_tables(parts) if parts else self._with(table, {}, 0.0)
 
     def measure(self, name: str, value: float) -> None:
         """Count something of the title at hand. It travels with the title's row, also when the title fails."""
         measured = self.__dict__.setdefault("_measured", {})
         measured[name] = measured.get(name, 0.0) + value
 
-    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any]]:
-        """The added columns of several titles, in order. Stages that gain from it (to fill a GPU) do them in one call."""
+    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any] | None]:
+        """Return what ``process`` gives for each of several titles, in order. Stages that gain from it (to fill a GPU) do them in one call."""
         return [self.process(row) for row in rows]
 
-    def _together(self, rows: Sequence[TitleRow]) -> dict[int, tuple[Mapping[str, Any], float]]:
+    def _together(self, rows: Sequence[TitleRow]) -> dict[int, tuple[Mapping[str, Any] | None, float]]:
         """What one call gives for each row (by identity), with its share of the seconds; empty where every title is to go alone."""
         start = time.perf_counter()
         try:
@@ -206,29 +211,30 @@ class Stage(ABC):
         share_s = (time.perf_counter() - start) / len(rows)
         return {id(row): (one, share_s) for row, one in zip(rows, added, strict=True)}
 
-    def _one(self, row: TitleRow, done: tuple[Mapping[str, Any], float] | None) -> pa.Table:
-        if row["error"] is not None:
-            return self._with(row.table, {}, None, 0.0)
+    def _one(self, row: TitleRow, done: tuple[Mapping[str, Any] | None, float] | None) -> pa.Table:
+        table, cells, seconds = row.table, {}, 0.0
+        if row["outcome"] != OK:
+            return self._with(table, cells, seconds)
         start = time.perf_counter()
         try:
             added, seconds = done or (self.process(row), 0.0)
-            if set(added) != set(self.adds):
+            if added is None:
+                table = skipped(table)
+            elif set(added) != set(self.adds):
                 raise TypeError(f"stage {self.name} declares {sorted(self.adds)} and gave {sorted(added)}")
-            cells = {name: _cell(value, self.adds[name]) for name, value in added.items()}
-            error = None
+            else:
+                cells = {name: _cell(value, self.adds[name]) for name, value in added.items()}
         except Exception as failure:  # any: a title's failure is a value, the job goes on
             if not isinstance(failure, (TitleError, OutageError)):
                 log.exception("title %s: stage %s failed", row.title_id, self.name)
-            cells, error, seconds = {}, error_value(self.name, failure), 0.0
-        return self._with(row.table, cells, error, seconds + time.perf_counter() - start)
+            table = failed(table, self.name, failure)
+        return self._with(table, cells, seconds + time.perf_counter() - start)
 
-    def _with(self, table: pa.Table, cells: Mapping[str, pa.Array], error: dict[str, str] | None, seconds: float) -> pa.Table:
+    def _with(self, table: pa.Table, cells: Mapping[str, pa.Array], seconds: float) -> pa.Table:
         """The table with this stage's columns added (null where there are no cells) and its drops dropped."""
         measured = self.__dict__.pop("_measured", {})
         for name, type_ in self.adds.items():
             table = table.append_column(name, cells[name] if name in cells else pa.nulls(table.num_rows, type_))
-        if error is not None:
-            table = _replaced(table, "error", pa.array([error], ERROR))
         if table.num_rows == 1 and seconds:
             spent = [*TitleRow(table)["seconds"], {"stage": self.name, "seconds": seconds}]
             table = _replaced(table, "seconds", pa.array([spent], SECONDS))
@@ -254,22 +260,19 @@ def error_value(stage: str, failure: BaseException) -> dict[str, Any]:
 
 
 def failed(title: pa.Table, stage: str, failure: BaseException) -> pa.Table:
-    """The row of a title (a table of one row) with this failure."""
-    return _replaced(title, "error", pa.array([error_value(stage, failure)], ERROR))
+    """Return the row of a title (a table of one row) with this failure."""
+    title = _replaced(title, "error", pa.array([error_value(stage, failure)], ERROR))
+    return _replaced(title, "outcome", pa.array([FAILED]))
 
 
-class TitleLeft(TitleError):
-    """The run takes no more titles: this one is neither done nor failed, and is there for the next run."""
-
-
-def was_left(error: Mapping[str, str] | None) -> bool:
-    """Whether the value of the column ``error`` is no failure, but that the title was not taken."""
-    return error is not None and error["type"] == TitleLeft.__name__
+def skipped(title: pa.Table) -> pa.Table:
+    """Return the row of a title that this run does not take and a later one will."""
+    return _replaced(title, "outcome", pa.array([SKIPPED]))
 
 
 def plan_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Rows of the plan as a table of PLAN_SCHEMA: nothing has gone wrong, no time is spent and nothing counted yet."""
-    return pa.Table.from_pylist([{**row, "error": None, "seconds": [], "measures": []} for row in rows], schema=PLAN_SCHEMA)
+    return pa.Table.from_pylist([{**row, "outcome": OK, "error": None, "seconds": [], "measures": []} for row in rows], schema=PLAN_SCHEMA)
 
 
 def to_json(value: Any) -> str:

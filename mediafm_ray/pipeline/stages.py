@@ -34,7 +34,6 @@ from mediafm_ray.pipeline.rows import (
     NORMS,
     SHOTS,
     Stage,
-    TitleLeft,
     TitleRow,
     list_cell,
     nested_cell,
@@ -52,8 +51,8 @@ CAP_REACHED = "max_cost_usd"  # why a run took no more titles
 class TitleBudget(Protocol):
     """Decides whether the run takes another title; one for all actors of a job (budget.SharedBudget)."""
 
-    def take(self, title_id: str) -> None:
-        """Begin a title. Raises TitleLeft when the run takes no more."""
+    def take(self, title_id: str) -> bool:
+        """Begin a title; return False where the run takes no more."""
         ...
 
     def was_read(self, title_id: str, duration_s: float) -> None:
@@ -92,10 +91,10 @@ class DetectShots(Stage):
     def adds(self) -> Mapping[str, pa.DataType]:
         return {"shots": SHOTS, "frames": FRAMES, "audio": AUDIO, "media": pa.string()}
 
-    def process(self, row: TitleRow) -> Mapping[str, Any]:
+    def process(self, row: TitleRow) -> Mapping[str, Any] | None:
         title = row.title()
-        if self.budget is not None:
-            self.budget.take(title.title_id)
+        if self.budget is not None and not self.budget.take(title.title_id):
+            return None
         self.reader.media = media_options(self.media, title.video, self.storage)
         try:
             media = self.reader.read(title, self.detector.stream())
@@ -217,17 +216,17 @@ class EncodeText(Stage):
             "metadata_embedding": pa.list_(pa.float32()),  # null where the title has neither synopsis nor tags
         }
 
-    def process(self, row: TitleRow) -> Mapping[str, Any]:
+    def process(self, row: TitleRow) -> Mapping[str, Any] | None:
         shots = [shot["text"] for shot in row["shots"]]
         before = self._usage()
         try:
             encoded = self.encoder.encode(
                 [*shots, metadata_text(row["synopsis"], row["tags"])]
             )  # one call: one request where an API is asked
-        except BudgetExceeded as error:
+        except BudgetExceeded:
             if self.budget is not None:
                 self.budget.give_back(row.title_id, CAP_REACHED)
-            raise TitleLeft(str(error)) from None
+            return None
         finally:  # what a failed title used counts, too
             for name, used in self._usage().items():
                 self.measure(name, used - before[name])

@@ -10,13 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.pipeline.rows import (
-    SHOTS,
-    Stage,
-    TitleRow,
-    error_value,
-    was_left,
-)
+from mediafm_ray.pipeline.rows import FAILED, SHOTS, Stage, TitleRow, error_value
 from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, matching_object, object_name, record_failure
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
@@ -65,16 +59,16 @@ class WriteTitle(Stage):
         table = super().__call__(table)
         if table.num_columns == 0:
             return table
-        errors = table.column("error").to_pylist()
-        for index, error in enumerate(errors):
-            if error is not None and not was_left(error):
+        outcomes, errors = table["outcome"].to_pylist(), table["error"].to_pylist()
+        for index, (outcome, error) in enumerate(zip(outcomes, errors, strict=True)):
+            if outcome == FAILED:
                 row = TitleRow(table.slice(index, 1))
                 try:
                     self._record_failure(row, error)
                 except Exception as failure:  # the store is gone too: the driver still hears of both
                     unrecorded = error_value(self.name, failure)["message"]
                     errors[index] = {**error, "message": f"{error['message']} (and its failure record could not be written: {unrecorded})"}
-        kept = ["title_id", "source", "seconds", "measures", *self.adds]
+        kept = ["title_id", "source", "seconds", "measures", *self.adds, "outcome"]
         return table.select(kept).append_column("error", pa.array(errors, table.schema.field("error").type))
 
     def _record_failure(self, row: TitleRow, error: Mapping[str, str]) -> None:

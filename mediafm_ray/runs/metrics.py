@@ -59,7 +59,7 @@ class Metrics:
         if self.open_series is None:
             return
         error = result["error"]
-        self._add("mediafm_titles", 1, outcome="ok" if error is None else "failed", stage="" if error is None else error["stage"])
+        self._add("mediafm_titles", 1, outcome=result["outcome"], stage="" if error is None else error["stage"])
         self._add("mediafm_shots", result["shot_count"])
         self._add("mediafm_video_seconds", result["duration_s"])
         self._add("mediafm_bytes_written", result["bytes_written"])

@@ -21,6 +21,7 @@ from typing import Any, TextIO, cast
 
 import pyarrow as pa
 
+from mediafm_ray.pipeline.rows import FAILED
 from mediafm_ray.runs.metrics import Metrics
 from mediafm_ray.runs.plan import IN_CATALOG, WITH_SHOTS, Plan
 from mediafm_ray.storage.store import Store
@@ -145,7 +146,7 @@ class Tally:
         for measure in result.get("measures", ()):
             self.measures[measure["name"]] += measure["value"]
         error = result["error"]
-        if error is not None:
+        if result["outcome"] == FAILED:
             self.failed += 1
             self.failures.append({"title_id": result["title_id"], **{key: value for key, value in error.items() if key != "traceback"}})
             return
@@ -180,7 +181,7 @@ def progress_line(result: Mapping[str, Any], tally: Tally, elapsed_s: float) -> 
     count = f"[{tally.finished:>{width}}/{expected}]"
     left_s = elapsed_s / tally.finished * (expected - tally.finished)
     pace = f"{tally.video_s / max(elapsed_s, 1e-9):.2f} video-h/h, {clock(left_s)} left, {tally.failed} failed"
-    if result["error"] is not None:
+    if result["outcome"] == FAILED:
         return f"{count} FAILED {result['title_id']}: {result['error']['stage']}: {result['error']['message']} | {pace}"
     return f"{count} ok     {result['title_id']}: {result['shot_count']} shots, {result['duration_s']:.1f} s of video | {pace}"
 
@@ -191,7 +192,7 @@ def title_record(result: Mapping[str, Any], tally: Tally) -> dict[str, Any]:
     return {
         "event": "title",
         "title_id": result["title_id"],
-        "outcome": "failed" if error else "ok",
+        "outcome": result["outcome"],
         **({"stage": error["stage"], "reason": error["message"], "error": error["type"]} if error else {}),
         **({"traceback": error["traceback"]} if error.get("traceback") else {}),
         "shots": result["shot_count"],
@@ -206,7 +207,7 @@ def title_record(result: Mapping[str, Any], tally: Tally) -> dict[str, Any]:
 
 
 def _json_line(record: Mapping[str, Any]) -> str:
-    level = "error" if record.get("outcome") == "failed" else "info"
+    level = "error" if record.get("outcome") == FAILED else "info"
     return _json({"time": time.strftime(TIME_FORMAT), "level": level, **record}) + "\n"
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from mediafm_ray.config.jobs import ContextualiseCatalogConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS
-from mediafm_ray.pipeline.rows import ERROR
+from mediafm_ray.pipeline.rows import ERROR, OK
 from mediafm_ray.runs.plan import WITH_SHOTS, Plan, checkpoint_name
 from mediafm_ray.storage.dataset import (
     FAILURES,
@@ -33,6 +33,7 @@ STORED_SCHEMA = pa.schema(
         ("shots", pa.string()),  # name of the committed object
         ("bytes", pa.int64()),  # of that object
         ("superseded", pa.list_(pa.string())),  # objects to remove once this title is committed
+        ("outcome", pa.string()),
         ("error", ERROR),  # what failed before the stage began: see deaths
     ]
 )
@@ -68,7 +69,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
             failed_before += 1
         else:
             failed = [matching_object(shots.name, FAILURES)] if key in failures else []
-            row = {"title_id": urllib.parse.unquote(title), "source": source, "shots": shots.name, "bytes": shots.size}
+            row = {"title_id": urllib.parse.unquote(title), "source": source, "shots": shots.name, "bytes": shots.size, "outcome": OK}
             rows.append({**row, "superseded": [*(info.name for info in older), *failed]})
     taken = rows[: config.run.max_titles] if config.run.max_titles else rows
     return Plan(

@@ -13,9 +13,10 @@ import pytest
 
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.config.loader import ConfigError, read_config
+from mediafm_ray.errors import TitleError
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline import write_title
-from mediafm_ray.pipeline.rows import FLAGS, SHOTS, TitleRow, plan_table, vectors_cell, vectors_type
+from mediafm_ray.pipeline.rows import FLAGS, SHOTS, TitleRow, failed, plan_table, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import DetectShots, Fuse, metadata_text
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs.dry_run import describe_cost
@@ -66,8 +67,7 @@ def encoded(row, model, failing=()):
         row = row.append_column(f"has_{modality}", pa.array([[True, True]], FLAGS))
     row = row.append_column("metadata_embedding", pa.array([None], pa.list_(pa.float32())))
     if title_id in failing:
-        error = {"stage": "detect_shots", "type": "TitleError", "message": f"{title_id} is bad"}
-        row = row.set_column(row.column_names.index("error"), "error", pa.array([error], row.schema.field("error").type))
+        row = failed(row, "detect_shots", TitleError(f"{title_id} is bad"))
     return row
 
 

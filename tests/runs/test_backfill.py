@@ -15,7 +15,7 @@ from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.budget import Budget
-from mediafm_ray.pipeline.rows import TitleLeft, TitleRow, was_left
+from mediafm_ray.pipeline.rows import SKIPPED, TitleRow, failed
 from mediafm_ray.pipeline.stages import DetectShots, Fuse
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs.backfill import HOUR, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
@@ -27,7 +27,7 @@ from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.dataset import Output, lease_folder
 from mediafm_ray.storage.lease import LeaseHeld, held
 from mediafm_ray.storage.store import StorageError, Store
-from tests.datasets import finished_row, kill_after_one_removal, with_error
+from tests.datasets import finished_row, kill_after_one_removal
 
 NAMES = ("a", "b", "c", "d")
 BAD = TitleError("it is bad")
@@ -67,7 +67,7 @@ def compute(config, failing=(), now=None, failure=BAD):
         row = backfill.plan.pending.slice(index, 1)
         title = TitleRow(row).title()
         row = finished_row(row, model, [25, 25 * (os.path.getsize(title.video) // 2 - 1)])
-        row = with_error(row, failure) if title.title_id in failing else row
+        row = failed(row, "detect_shots", failure) if title.title_id in failing else row
         for step in steps:
             row = step(row)
     return backfill
@@ -416,7 +416,7 @@ def test_a_title_that_is_not_taken_is_left_without_a_record(config, tmp_path):
 
     class Spent:
         def take(self, title_id):
-            raise TitleLeft("not taken: max_wall_minutes")
+            return False
 
         def was_read(self, title_id, duration_s):
             raise AssertionError("nothing was read")
@@ -428,7 +428,7 @@ def test_a_title_that_is_not_taken_is_left_without_a_record(config, tmp_path):
         row = row.append_column(f"has_{modality}", pa.nulls(1)).append_column(f"{modality}_embeddings", pa.nulls(1))
     for step in (Fuse(model.dims["fused"], config.fusion), WriteTitle(config.output.uri, model, "", config.storage)):
         row = step(row)
-    assert was_left(row["error"][0].as_py())
+    assert (row["outcome"][0].as_py(), row["error"][0].as_py()) == (SKIPPED, None)
     assert not list((tmp_path / "out").rglob("failures/*/*"))
     assert not list((tmp_path / "out").rglob("*.parquet"))
 

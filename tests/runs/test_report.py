@@ -30,6 +30,7 @@ def result(title_id, error=None, warnings=()):
         "duration_s": None if error else 60.0,
         "warnings": None if error else list(warnings),
         "bytes_written": None if error else 100,
+        "outcome": "failed" if error else "ok",
         "error": {"stage": "detect_shots", "type": "TitleError", "message": error} if error else None,
     }
 

@@ -220,7 +220,8 @@ def test_control_characters_reach_neither_terminal_nor_log_and_ids_stay(log_form
     title_id = f"{HOSTILE}\n[2/2] ok     forged: 1 shots\r"
     error = {"stage": "detect_shots", "type": "TitleError", "message": f"{HOSTILE}\nforged", "traceback": ""}
     result = {"title_id": title_id, "source": "s", "seconds": [], "measures": [], "shot_count": 1, "duration_s": 1.0, "bytes_written": 1}
-    rows = [{**result, "warnings": [f"{HOSTILE}\nforged"], "error": None}, {**result, "warnings": None, "error": error}]
+    ok = {**result, "outcome": "ok", "warnings": [f"{HOSTILE}\nforged"], "error": None}
+    rows = [ok, {**result, "outcome": "failed", "warnings": None, "error": error}]
     stream = io.StringIO()
     console, tally = Console(stream, log_format), Tally(2)
     follow(iter([pa.Table.from_pylist([row]) for row in rows]), tally, 0.0, console)
