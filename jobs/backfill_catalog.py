@@ -23,7 +23,7 @@ from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_OK, holder_of_lease, run
 from mediafm_ray.runs.dry_run import describe_cost
 from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.plan import describe_model, prepare_output
-from mediafm_ray.runs.report import Console, Tally
+from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.storage.dataset import Output, lease_folder
 from mediafm_ray.storage.lease import Lease, held
@@ -51,12 +51,12 @@ def main(config: BackfillCatalogConfig) -> int:
         pace = last_pace(store)
         with working():
             deleted = delete(backfill, config, console)
-            tally, budget = Tally.of(backfill.plan), limits(backfill, config, start, lease)
-            run(backfill.plan, tally, console, lambda: embed(backfill.plan, config, console, tally, budget))
+            budget = limits(backfill, config, start, lease)
+            result = run(backfill.plan, console, lambda result: embed(backfill.plan, config, console, result, budget))
             wall_s = time.monotonic() - start
-            part = summary_part(backfill, tally, wall_s, deleted, pace)
-            code = report(backfill.plan, tally, wall_s, config, console, log, more={"backfill": part})
-    if tally.ended_by == LEASE_LOST:
+            part = summary_part(backfill, result, wall_s, deleted, pace)
+            code = report(backfill.plan, result, wall_s, config, console, log, more={"backfill": part})
+    if result.ended_by == LEASE_LOST:
         console.say(
             "error: the run took no more titles because its lease was lost: another may be at work; look, and run the same command again"
         )

@@ -18,7 +18,7 @@ from mediafm_ray.pipeline.execute import contextualise
 from mediafm_ray.runs.catalog_run import report, run
 from mediafm_ray.runs.command import EXIT_OK, run_job, working
 from mediafm_ray.runs.plan import Plan
-from mediafm_ray.runs.report import Console, Tally
+from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.runs.stored import make_stored_plan, prepare_stored_output
 from mediafm_ray.storage.store import Store
@@ -35,9 +35,8 @@ def main(config: ContextualiseCatalogConfig) -> int:
         return EXIT_OK
     prepare_stored_output(plan, config)
     with working(), RunLog(console, Store(config.output.uri, config.storage), LOGS) as log:
-        tally = Tally.of(plan)
-        run(plan, tally, console, lambda: contextualise(plan, config, console, tally))
-        return report(plan, tally, time.monotonic() - start, config, console, log)
+        result = run(plan, console, lambda result: contextualise(plan, config, console, result))
+        return report(plan, result, time.monotonic() - start, config, console, log)
 
 
 def log_plan(plan: Plan, console: Console) -> None:

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mediafm_ray.pipeline.rows import SKIPPED
 from mediafm_ray.runs.limits import Limits
-from mediafm_ray.runs.report import Tally
+from mediafm_ray.runs.report import RunResult
 
 ASKED_TO_END = "SIGTERM"
 
@@ -93,14 +93,15 @@ class SharedBudget:
         """See TitleBudget."""
         ray.get(self.keeper.give_back.remote(title_id, reason))  # before the title goes on: whoever follows the results asks next
 
-    def follow(self, results: Iterator[pa.Table], tally: Tally, interrupted: Callable[[], str]) -> Iterator[pa.Table]:
-        """The results of the titles taken, until the last of them is finished; ``tally`` then knows how many were left and why.
+    def follow(self, ended: Iterator[pa.Table], result: RunResult, interrupted: Callable[[], str]) -> Iterator[pa.Table]:
+        """Yield the titles that ended, without those that were skipped, until the last one that was taken is finished.
 
-        ``interrupted``: asked after each title; a reason to take no more, or empty. Titles that the graph never came to are not waited for.
+        Afterwards ``result`` has the number of titles that are left and the reason. ``interrupted`` is called after each title and gives a
+        reason to take no more, or an empty string. Titles that the graph has not reached then are not waited for.
         """
         finished = 0
         with draining(lambda: self.keeper.end.remote(ASKED_TO_END)) if self.drains else nullcontext():
-            for table in results:
+            for table in ended:
                 taken = table.filter(pc.not_equal(table["outcome"], SKIPPED)) if table.num_columns else table
                 finished += taken.num_rows
                 if taken.num_rows:
@@ -113,8 +114,8 @@ class SharedBudget:
                     if ended_by and finished >= begun:
                         break
         ended_by, begun = ray.get(self.keeper.state.remote())
-        tally.ended_by = ended_by or tally.ended_by
-        tally.left = tally.planned - begun
+        result.ended_by = ended_by or result.ended_by
+        result.left = result.planned - begun
 
 
 @contextmanager

@@ -197,7 +197,7 @@ class Stage(ABC):
         measured[name] = measured.get(name, 0.0) + value
 
     def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any] | None]:
-        """Return what ``process`` gives for each of several titles, in order. Stages that gain from it (to fill a GPU) do them in one call."""
+        """Return what ``process`` gives for each of several titles, in order; override it where one call for all of them costs less."""
         return [self.process(row) for row in rows]
 
     def _together(self, rows: Sequence[TitleRow]) -> dict[int, tuple[Mapping[str, Any] | None, float]]:
@@ -212,7 +212,8 @@ class Stage(ABC):
         return {id(row): (one, share_s) for row, one in zip(rows, added, strict=True)}
 
     def _one(self, row: TitleRow, done: tuple[Mapping[str, Any] | None, float] | None) -> pa.Table:
-        table, cells, seconds = row.table, {}, 0.0
+        table, seconds = row.table, 0.0
+        cells: dict[str, pa.Array] = {}
         if row["outcome"] != OK:
             return self._with(table, cells, seconds)
         start = time.perf_counter()

@@ -30,7 +30,7 @@ from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.config.sections import BackfillConfig
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.runs.plan import Plan, Survey, key_of, shots_first, survey
-from mediafm_ray.runs.report import SUMMARY, Tally
+from mediafm_ray.runs.report import SUMMARY, RunResult
 from mediafm_ray.spec import parse_json
 from mediafm_ray.storage.catalog import Entry
 from mediafm_ray.storage.dataset import SHOTS, Model, Output, dataset_versions, encode_title, parse_failure
@@ -341,15 +341,15 @@ def last_pace(store: Store) -> float:
         return 0.0
 
 
-def summary_part(backfill: Backfill, tally: Tally, wall_s: float, deleted: int, pace_before: float) -> dict[str, Any]:
+def summary_part(backfill: Backfill, result: RunResult, wall_s: float, deleted: int, pace_before: float) -> dict[str, Any]:
     """What run-summary.json says of a backfill: ok + failed + left + lost == planned."""
     return {
-        "planned": tally.planned,
-        "ok": tally.ok,
-        "failed": tally.failed,
-        "left": tally.left,
-        "lost": tally.lost,
-        "ended_by": tally.ended_by or None,
+        "planned": result.planned,
+        "ok": result.ok,
+        "failed": result.failed,
+        "left": result.left,
+        "lost": result.lost,
+        "ended_by": result.ended_by or None,
         "reasons": dict(backfill.reasons),
         "passed_over": dict(backfill.passed_over),
         "missing": {
@@ -358,7 +358,7 @@ def summary_part(backfill: Backfill, tally: Tally, wall_s: float, deleted: int, 
             "first": backfill.missing.first_names(),
             "objects_deleted": deleted,
         },
-        "pace_video_hours_per_hour": _pace(tally.video_s, wall_s - tally.startup_s) or pace_before,
+        "pace_video_hours_per_hour": _pace(result.video_s, wall_s - result.startup_s) or pace_before,
     }
 
 

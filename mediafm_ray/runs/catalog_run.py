@@ -11,7 +11,7 @@ from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConf
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, debugging
 from mediafm_ray.runs.plan import Plan
-from mediafm_ray.runs.report import Console, Tally, reason_of, summary, summary_table
+from mediafm_ray.runs.report import Console, RunResult, reason_of, summary, summary_table
 from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.text import public_line
@@ -19,19 +19,24 @@ from mediafm_ray.text import public_line
 UNKNOWN_SHOWN = 5  # titles
 
 
-def run(plan: Plan, tally: Tally, console: Console, work: Callable[[], None]) -> None:
-    """Do the work, if anything is pending; what ends it early is kept in ``tally``. Raises ConfigError, unless titles were done."""
+def run(plan: Plan, console: Console, work: Callable[[RunResult], None]) -> RunResult:
+    """Do the work, which counts the titles that it finishes, if anything is pending; return how it ended.
+
+    Raises ConfigError, unless titles were done.
+    """
+    result = RunResult.of(plan)
     if not plan.pending.num_rows:
-        return
+        return result
     try:
-        work()
+        work(result)
     except ConfigError as error:
-        if not tally.finished:
+        if not result.finished:
             raise
-        tally.aborted, tally.retry_helps = str(error), False
+        result.aborted, result.retry_helps = str(error), False
     except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
         console.keep(traceback.format_exc(), shown=debugging())
-        tally.aborted = reason_of(error)
+        result.aborted = reason_of(error)
+    return result
 
 
 def log_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
@@ -72,7 +77,7 @@ def say_unknown(plan: Plan, console: Console) -> None:
 
 def report(
     plan: Plan,
-    tally: Tally,
+    result: RunResult,
     wall_s: float,
     config: EmbedCatalogConfig | ContextualiseCatalogConfig,
     console: Console,
@@ -80,7 +85,7 @@ def report(
     more: Mapping[str, Any] | None = None,
 ) -> int:
     """Summary on the terminal and in the output, with ``more`` in it and the logs beside it; the exit code."""
-    content = {**summary(plan, tally, wall_s, dataclasses.asdict(config)), **(more or {})}
+    content = {**summary(plan, result, wall_s, dataclasses.asdict(config)), **(more or {})}
     console.say()
     console.say(summary_table(content, config.output.uri, log.names[0]))
     try:
@@ -88,13 +93,14 @@ def report(
     except StorageError as error:
         console.say(f"error: the run's summary could not be written: {error}")
         return EXIT_ABORTED
-    if tally.aborted:
-        hint = "; run the same command again" if tally.retry_helps else ""
-        console.say(f"error: the run ended early, {tally.lost} titles were not done: {tally.aborted}{hint}")
+    if result.aborted:
+        hint = "; run the same command again" if result.retry_helps else ""
+        console.say(f"error: the run ended early, {result.lost} titles were not done: {result.aborted}{hint}")
         return EXIT_ABORTED
-    if tally.lost:
-        console.say(f"error: {tally.lost} titles were planned and never came back; run the same command again")
+    if result.lost:
+        console.say(f"error: {result.lost} titles were planned and never came back; run the same command again")
         return EXIT_FAILED_TITLES
     fraction = config.run.max_failed_fraction
-    too_many = tally.failed > fraction * tally.finished or len(plan.unknown) + plan.given_up + len(plan.bad_titles) > fraction * plan.titles
+    not_tried = len(plan.unknown) + plan.given_up + len(plan.bad_titles)
+    too_many = result.failed > fraction * result.finished or not_tried > fraction * plan.titles
     return EXIT_FAILED_TITLES if too_many else EXIT_OK

@@ -105,8 +105,8 @@ def _kept_lines() -> TextIO:
 
 
 @dataclass
-class Tally:
-    """What the finished titles add up to."""
+class RunResult:
+    """Counts of the titles that a run finished, and how the run ended."""
 
     planned: int
     left: int = 0  # planned, but beyond what the run may take
@@ -125,8 +125,8 @@ class Tally:
     warned: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, plan: Plan) -> Tally:
-        """Nothing is done yet; what the plan leaves to later runs is left."""
+    def of(cls, plan: Plan) -> RunResult:
+        """Return the result of a run that has done nothing yet; what the plan leaves to later runs is left."""
         return cls(plan.pending.num_rows + plan.left, plan.left, ended_by="max_titles" if plan.left else "")
 
     @property
@@ -139,70 +139,70 @@ class Tally:
         """Titles that were begun, or should have been, and never came back: a defect of the job, not of a title."""
         return self.planned - self.left - self.finished
 
-    def add(self, result: Mapping[str, Any]) -> None:
-        """Count one title's result, a row that WriteTitle left."""
-        for spent in result["seconds"]:
+    def add(self, title: Mapping[str, Any]) -> None:
+        """Count a title that ended: a row that the last stage left."""
+        for spent in title["seconds"]:
             self.seconds_by_stage[spent["stage"]] += spent["seconds"]
-        for measure in result.get("measures", ()):
+        for measure in title.get("measures", ()):
             self.measures[measure["name"]] += measure["value"]
-        error = result["error"]
-        if result["outcome"] == FAILED:
+        error = title["error"]
+        if title["outcome"] == FAILED:
             self.failed += 1
-            self.failures.append({"title_id": result["title_id"], **{key: value for key, value in error.items() if key != "traceback"}})
+            self.failures.append({"title_id": title["title_id"], **{key: value for key, value in error.items() if key != "traceback"}})
             return
         self.ok += 1
-        self.shots += result["shot_count"]
-        self.video_s += result["duration_s"]
-        self.bytes_written += result["bytes_written"]
-        if result["warnings"]:
-            self.warned.append({"title_id": result["title_id"], "warnings": result["warnings"]})
+        self.shots += title["shot_count"]
+        self.video_s += title["duration_s"]
+        self.bytes_written += title["bytes_written"]
+        if title["warnings"]:
+            self.warned.append({"title_id": title["title_id"], "warnings": title["warnings"]})
 
 
-def follow(results: Iterator[pa.Table], tally: Tally, begun: float, console: Console, metrics: Metrics | None = None) -> None:
-    """Count the results as they come, and say a line for each title. ``begun``: time.monotonic() when Ray's start began."""
+def follow(ended: Iterator[pa.Table], result: RunResult, begun: float, console: Console, metrics: Metrics | None = None) -> None:
+    """Count titles as they end, and print a line for each. ``begun``: time.monotonic() when Ray's start began."""
     metrics = metrics or Metrics()
-    metrics.planned(tally.planned - tally.left)
-    for table in results:
-        for result in table.to_pylist() if table.num_columns else []:
-            tally.add(result)
+    metrics.planned(result.planned - result.left)
+    for table in ended:
+        for title in table.to_pylist() if table.num_columns else []:
+            result.add(title)
             elapsed_s = time.monotonic() - begun
-            if tally.finished == 1:
-                tally.startup_s = elapsed_s - sum(tally.seconds_by_stage.values())
-            metrics.title(result)
-            console.say_title(progress_line(result, tally, elapsed_s - tally.startup_s), title_record(result, tally))
-            for warning in result["warnings"] or []:
-                console.say(public_line(f"        warning: {result['title_id']}: {warning}"))
+            if result.finished == 1:
+                result.startup_s = elapsed_s - sum(result.seconds_by_stage.values())
+            metrics.title(title)
+            console.say_title(progress_line(title, result, elapsed_s - result.startup_s), title_record(title, result))
+            for warning in title["warnings"] or []:
+                console.say(public_line(f"        warning: {title['title_id']}: {warning}"))
 
 
-def progress_line(result: Mapping[str, Any], tally: Tally, elapsed_s: float) -> str:
+def progress_line(title: Mapping[str, Any], result: RunResult, elapsed_s: float) -> str:
     """How one title ended, and how far the run is."""
-    expected = tally.planned - tally.left
+    expected = result.planned - result.left
     width = len(str(expected))
-    count = f"[{tally.finished:>{width}}/{expected}]"
-    left_s = elapsed_s / tally.finished * (expected - tally.finished)
-    pace = f"{tally.video_s / max(elapsed_s, 1e-9):.2f} video-h/h, {clock(left_s)} left, {tally.failed} failed"
-    if result["outcome"] == FAILED:
-        return f"{count} FAILED {result['title_id']}: {result['error']['stage']}: {result['error']['message']} | {pace}"
-    return f"{count} ok     {result['title_id']}: {result['shot_count']} shots, {result['duration_s']:.1f} s of video | {pace}"
+    count = f"[{result.finished:>{width}}/{expected}]"
+    left_s = elapsed_s / result.finished * (expected - result.finished)
+    pace = f"{result.video_s / max(elapsed_s, 1e-9):.2f} video-h/h, {clock(left_s)} left, {result.failed} failed"
+    if title["outcome"] == FAILED:
+        return f"{count} FAILED {title['title_id']}: {title['error']['stage']}: {title['error']['message']} | {pace}"
+    return f"{count} ok     {title['title_id']}: {title['shot_count']} shots, {title['duration_s']:.1f} s of video | {pace}"
 
 
-def title_record(result: Mapping[str, Any], tally: Tally) -> dict[str, Any]:
+def title_record(title: Mapping[str, Any], result: RunResult) -> dict[str, Any]:
     """How one title ended, for a machine: one JSON line of titles.jsonl (and of the log, where run.log_format=json)."""
-    error = result["error"] or {}
+    error = title["error"] or {}
     return {
         "event": "title",
-        "title_id": result["title_id"],
-        "outcome": result["outcome"],
+        "title_id": title["title_id"],
+        "outcome": title["outcome"],
         **({"stage": error["stage"], "reason": error["message"], "error": error["type"]} if error else {}),
         **({"traceback": error["traceback"]} if error.get("traceback") else {}),
-        "shots": result["shot_count"],
-        "video_s": result["duration_s"],
-        "bytes_written": result["bytes_written"],
-        "seconds": {spent["stage"]: round(spent["seconds"], 3) for spent in result["seconds"]},
-        "measures": {measure["name"]: measure["value"] for measure in result.get("measures", ())},
-        "warnings": result["warnings"] or [],
-        "finished": tally.finished,
-        "planned": tally.planned,
+        "shots": title["shot_count"],
+        "video_s": title["duration_s"],
+        "bytes_written": title["bytes_written"],
+        "seconds": {spent["stage"]: round(spent["seconds"], 3) for spent in title["seconds"]},
+        "measures": {measure["name"]: measure["value"] for measure in title.get("measures", ())},
+        "warnings": title["warnings"] or [],
+        "finished": result.finished,
+        "planned": result.planned,
     }
 
 
@@ -215,34 +215,34 @@ def _json(content: Mapping[str, Any], indent: int | None = None) -> str:
     return escape_controls_in_json(json.dumps(content, indent=indent, ensure_ascii=False))
 
 
-def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) -> dict[str, Any]:
+def summary(plan: Plan, result: RunResult, wall_s: float, config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of run-summary.json. Values of the configuration that look like secrets are left out."""
     return {
         "titles": {
             plan.titles_are: plan.titles,
-            "planned": tally.planned,
-            "ok": tally.ok,
-            "failed": tally.failed,
-            "lost": tally.lost,
+            "planned": result.planned,
+            "ok": result.ok,
+            "failed": result.failed,
+            "lost": result.lost,
             "skipped": plan.done,
             "skipped_failed_before": plan.failed_before,
             "given_up": plan.given_up,
             "skipped_unknown": len(plan.unknown),
             "skipped_bad_rows": len(plan.bad_titles),
-            "left": tally.left,
+            "left": result.left,
         },
-        "left_because_of": tally.ended_by or None,
-        "aborted": tally.aborted or None,
-        "failures": tally.failures,
-        "warnings": tally.warned,
-        "shots": tally.shots,
-        "video_hours": tally.video_s / 3600,
-        "bytes_written": tally.bytes_written,
+        "left_because_of": result.ended_by or None,
+        "aborted": result.aborted or None,
+        "failures": result.failures,
+        "warnings": result.warned,
+        "shots": result.shots,
+        "video_hours": result.video_s / 3600,
+        "bytes_written": result.bytes_written,
         "wall_s": wall_s,
-        "startup_s": tally.startup_s,
-        "video_hours_per_hour": tally.video_s / wall_s if wall_s else 0.0,
-        "seconds_by_stage": dict(tally.seconds_by_stage),
-        "measures": dict(tally.measures),
+        "startup_s": result.startup_s,
+        "video_hours_per_hour": result.video_s / wall_s if wall_s else 0.0,
+        "seconds_by_stage": dict(result.seconds_by_stage),
+        "measures": dict(result.measures),
         "dataset_version": plan.model.dataset_version,
         "checkpoint": plan.checkpoint or None,
         "dims": dict(plan.model.dims),

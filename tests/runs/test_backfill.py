@@ -22,7 +22,7 @@ from mediafm_ray.runs.backfill import HOUR, delete_missing, describe, describe_t
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.plan import describe_model, prepare_output
-from mediafm_ray.runs.report import Tally, write_summary
+from mediafm_ray.runs.report import RunResult, write_summary
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.dataset import Output, lease_folder
 from mediafm_ray.storage.lease import LeaseHeld, held
@@ -238,9 +238,9 @@ def test_the_newest_videos_go_first_or_the_catalogs_order(config, tmp_path):
 def test_what_max_titles_leaves_is_neither_done_nor_failed(config):
     few = changed(config, backfill={"max_titles": 3})
     backfill = compute(few, failing=["c"])
-    tally = Tally.of(backfill.plan)
-    tally.ok, tally.failed = 2, 1
-    part = summary_part(backfill, tally, 60.0, 0, 0.0)
+    result = RunResult.of(backfill.plan)
+    result.ok, result.failed = 2, 1
+    part = summary_part(backfill, result, 60.0, 0, 0.0)
     assert part["ok"] + part["failed"] + part["left"] == part["planned"] == 4
     assert (part["left"], part["lost"], part["ended_by"]) == (1, 0, "max_titles")
     after = plan_backfill(config)
@@ -372,7 +372,7 @@ def test_the_pace_of_the_last_run_that_did_something_is_carried_on(config):
     assert "no earlier run" in describe_time(backfill, last_pace(store))
     write_summary(store, {"video_hours": 6.0, "wall_s": 7300.0, "startup_s": 100.0})
     assert last_pace(store) == pytest.approx(3.0)
-    part = summary_part(backfill, Tally.of(backfill.plan), 5.0, 0, last_pace(store))
+    part = summary_part(backfill, RunResult.of(backfill.plan), 5.0, 0, last_pace(store))
     write_summary(store, {"video_hours": 0.0, "wall_s": 5.0, "startup_s": 0.0, "backfill": part})
     assert last_pace(store) == pytest.approx(3.0)
     known = dataclasses.replace(backfill, hours=dataclasses.replace(backfill.hours, expected_s={"a": 6 * HOUR}))
