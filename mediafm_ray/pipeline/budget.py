@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from ray.exceptions import RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mediafm_ray.pipeline.cluster import on_this_node
+from mediafm_ray.pipeline.coordination import Budget
 from mediafm_ray.pipeline.rows import SKIPPED
 from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.report import RunResult
@@ -26,56 +27,12 @@ from mediafm_ray.runs.report import RunResult
 ASKED_TO_END = "SIGTERM"
 
 
-class Budget:
-    """What is left of the limits; plain enough to be a Ray actor."""
-
-    def __init__(
-        self, max_video_s: float, wall_left_s: float, expected_s: Mapping[str, float], clock: Callable[[], float] = time.monotonic
-    ):
-        self.max_video_s, self.expected_s, self.clock = max_video_s, expected_s, clock
-        self.wall_until = clock() + wall_left_s
-        self.seconds_of_title: dict[str, float] = {}  # taken titles: expected until they are read, then true; failed ones stay as expected
-        self.video_s = 0.0  # their sum
-        self.ended_by = ""
-
-    def take(self, title_id: str) -> str:
-        """Begin a title: empty when it may, else what ended the budget. A title that was begun before may always begin again."""
-        if title_id in self.seconds_of_title:  # its actor died
-            return ""
-        if not self.ended_by and self.max_video_s and self.video_s >= self.max_video_s:
-            self.ended_by = "max_video_hours"
-        if not self.ended_by and self.clock() >= self.wall_until:
-            self.ended_by = "max_wall_minutes"
-        if not self.ended_by:
-            self.was_read(title_id, self.expected_s.get(title_id, 0.0))
-        return self.ended_by
-
-    def was_read(self, title_id: str, duration_s: float) -> None:
-        """The seconds of video of a title that was begun."""
-        self.video_s += duration_s - self.seconds_of_title.get(title_id, 0.0)
-        self.seconds_of_title[title_id] = duration_s
-
-    def give_back(self, title_id: str, reason: str) -> None:
-        """A title that was begun is not finished in this run, and no more are taken."""
-        self.video_s -= self.seconds_of_title.pop(title_id, 0.0)
-        self.end(reason)
-
-    def end(self, reason: str) -> None:
-        """Take no more titles."""
-        self.ended_by = self.ended_by or reason
-
-    def state(self) -> tuple[str, int]:
-        """What ended the budget (empty while it lasts), and how many titles were taken."""
-        return self.ended_by, len(self.seconds_of_title)
-
-
 class SharedBudget:
     """The budget of a job, for all its actors: a ``stages.TitleBudget`` that may be sent to any of them."""
 
     def __init__(self, limits: Limits):
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # the driver's node: it lives as long
         self.drains = limits.drains
-        keeper = ray.remote(num_cpus=0)(Budget).options(scheduling_strategy=here)
+        keeper = ray.remote(num_cpus=0)(Budget).options(scheduling_strategy=on_this_node())
         self.keeper: Any = keeper.remote(limits.max_video_s, limits.wall_until - time.monotonic(), dict(limits.expected_s))
 
     def take(self, title_id: str) -> bool:

@@ -7,7 +7,6 @@ for memory, crashed in native code, lost with their node.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -16,35 +15,12 @@ import ray
 
 from mediafm_ray.errors import TitleError
 from mediafm_ray.pipeline.cluster import on_this_node
+from mediafm_ray.pipeline.coordination import DeathRegister
 from mediafm_ray.pipeline.rows import OK, TitleRow, failed
 
 
 class TooManyDeaths(RuntimeError):
     """Not even the record of a title's failure could be written without ending the process."""
-
-
-class DeathRegister:
-    """Which process has which titles in hand: what the actor keeps. Its size is the number of processes, not of titles."""
-
-    def __init__(self) -> None:
-        self.in_hand: dict[str, list[tuple[str, str]]] = {}  # process -> (stage, title)
-        self.processes_with: Counter[tuple[str, str]] = Counter()
-
-    def take(self, process: str, stage: str, titles: Sequence[str]) -> list[int]:
-        """A process goes on to these titles. How many others took each of them and never went on: they ended, or soon will be found to."""
-        for key in self.in_hand.pop(process, ()):
-            self.processes_with[key] -= 1
-            if not self.processes_with[key]:
-                del self.processes_with[key]
-        keys = [(stage, title) for title in titles]
-        others = [self.processes_with[key] for key in keys]
-        self.in_hand[process] = keys
-        self.processes_with.update(keys)
-        return others
-
-    def alone_with(self, stage: str, title: str) -> int:
-        """Count the processes that have this title in hand and no other."""
-        return sum(keys == [(stage, title)] for keys in self.in_hand.values())
 
 
 class GuardedStage(Protocol):

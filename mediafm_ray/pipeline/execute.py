@@ -22,12 +22,14 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, result: RunR
 
     begun = time.monotonic()
     with connected(config.resources):
-        budget = SharedBudget(limits)
+        may_skip = limits is not NO_LIMITS or config.text.encoder == "openai"  # Nothing else makes a run leave titles.
+        budget = SharedBudget(limits) if may_skip else None
         allowance = SharedAllowance(config.text) if config.text.encoder == "openai" else None
         pools = make_pools(recipe_steps(plan, config, budget, allowance), config.resources)
         check_room(config.resources, pools)
         titles = graph.run_pools(graph.plan_dataset(plan), pools, config.resources.max_deaths_per_title)
-        ended = budget.follow(graph.blocks(titles, console.say), result, limits.interrupted)
+        ended = graph.blocks(titles, console.say)
+        ended = budget.follow(ended, result, limits.interrupted) if budget else ended
         follow(ended, result, begun, console, Metrics(partial(metric_series, dataset=plan.model.dataset_version)))
 
 

@@ -24,7 +24,7 @@ NICENESS = 10  # of encoders that share their cores with the detector
 TASKS_IN_FLIGHT_PER_ACTOR = 2  # one at work, the next one's row already on its way
 CALLS_PER_ACTOR = 8  # at least, of stored titles: the actors end at about the same time
 MAX_TITLES_PER_CALL = 128  # stored titles: few enough that one actor's end costs little
-TITLES_PER_PART = 100  # of the plan that travel together to where they are divided
+TITLES_PER_PART = 100  # Titles of a large plan that travel together to where they are divided.
 SHARE_OF_NODE_RESOURCE = 0.001  # what an actor takes of stage.node_resource: no number of actors on a node uses it up
 
 
@@ -35,11 +35,14 @@ def plan_dataset(plan: Plan) -> Dataset:
     first one began; a read task for each would cost more than the rest of a title's way; and a repartition is a barrier that switches
     off Ray's no-progress guard.
     """
-    starts = range(0, plan.pending.num_rows, TITLES_PER_PART)
-    parts = (plan.pending.slice(start, TITLES_PER_PART).to_pylist() for start in starts)
+    titles_per_block = TITLES_PER_PART if plan.pending.num_rows > TITLES_PER_PART else 1
+    starts = range(0, plan.pending.num_rows, titles_per_block)
+    parts = (plan.pending.slice(start, titles_per_block).to_pylist() for start in starts)
     titles = ray.data.from_blocks([pa.Table.from_pylist(rows, plan.pending.schema) for rows in parts])  # slices would carry the whole plan
     titles.context.target_max_block_size = 1  # byte: no two titles share a block
     ray_compat.limit_waiting_titles(titles)
+    if titles_per_block == 1:  # A task that has nothing to divide would still take a process, which starts beside the detector's.
+        return titles
     # it asks for no CPU: tasks get what the actors of all pools leave, which may be none until the last title has passed them
     return titles.map_batches(
         _as_they_are, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, compute=TaskPoolStrategy(size=1), num_cpus=0

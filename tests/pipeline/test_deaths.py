@@ -11,7 +11,7 @@ from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import graph
 from mediafm_ray.pipeline.cluster import connected
-from mediafm_ray.pipeline.deaths import DeathRegister
+from mediafm_ray.pipeline.coordination import DeathRegister
 from mediafm_ray.pipeline.rows import Stage, plan_table
 from mediafm_ray.pipeline.stage_list import Pool, Step
 from mediafm_ray.runs.plan import Plan

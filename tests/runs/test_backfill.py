@@ -14,7 +14,7 @@ from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.models.tiny import make_contextualiser
-from mediafm_ray.pipeline.budget import Budget
+from mediafm_ray.pipeline.coordination import Budget
 from mediafm_ray.pipeline.rows import SKIPPED, TitleRow, failed
 from mediafm_ray.pipeline.stages import DetectShots, Fuse
 from mediafm_ray.pipeline.write_title import WriteTitle
