@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 
 from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.pipeline.execute import embed
@@ -52,7 +53,7 @@ def main(config: BackfillCatalogConfig) -> int:
         with working():
             deleted = delete(backfill, config, console)
             budget = limits(backfill, config, start, lease)
-            result = run(backfill.plan, console, lambda result: embed(backfill.plan, config, console, result, budget))
+            result = run(backfill.plan, console, partial(embed, backfill.plan, config, console, limits=budget))
             wall_s = time.monotonic() - start
             part = summary_part(backfill, result, wall_s, deleted, pace)
             code = report(backfill.plan, result, wall_s, config, console, log, more={"backfill": part})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 
 from mediafm_ray.config.jobs import ContextualiseCatalogConfig
 from mediafm_ray.pipeline.execute import contextualise
@@ -35,7 +36,7 @@ def main(config: ContextualiseCatalogConfig) -> int:
         return EXIT_OK
     prepare_stored_output(plan, config)
     with working(), RunLog(console, Store(config.output.uri, config.storage), LOGS) as log:
-        result = run(plan, console, lambda result: contextualise(plan, config, console, result))
+        result = run(plan, console, partial(contextualise, plan, config, console))
         return report(plan, result, time.monotonic() - start, config, console, log)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.pipeline.execute import embed
@@ -33,7 +34,7 @@ def main(config: EmbedCatalogConfig) -> int:
         return EXIT_OK
     prepare_output(plan, config)
     with working(), RunLog(console, Store(config.output.uri, config.storage)) as log:
-        result = run(plan, console, lambda result: embed(plan, config, console, result))
+        result = run(plan, console, partial(embed, plan, config, console))
         return report(plan, result, time.monotonic() - start, config, console, log)
 
 

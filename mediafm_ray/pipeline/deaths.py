@@ -7,7 +7,7 @@ for memory, crashed in native code, lost with their node.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
@@ -43,10 +43,6 @@ class DeathGuard:
     def __init__(self, max_deaths: int):
         self.max_deaths = max_deaths
         self.register: Any = ray.remote(num_cpus=0)(DeathRegister).options(scheduling_strategy=on_this_node()).remote()
-
-    def run(self, stage: GuardedStage, work: Callable[[pa.Table], pa.Table], table: pa.Table) -> pa.Table:
-        """``work(table)``, which is ``stage`` over titles, in the parts that ``parts`` makes of them."""
-        return pa.concat_tables([work(part) for part in self.parts(stage, table)])
 
     def parts(self, stage: GuardedStage, table: pa.Table) -> Iterator[pa.Table]:
         """The titles at once or, when a process has ended with one of them, each alone; one that too many ended with has its failure.

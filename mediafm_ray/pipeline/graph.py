@@ -88,7 +88,7 @@ class PoolActor:
     def __call__(self, table: pa.Table) -> Any:
         """Give the rows with the columns of every stage."""
         for stage in self.stages:
-            table = self.guard.run(stage, stage, table)
+            table = pa.concat_tables([*map(stage, self.guard.parts(stage, table))])
         return table
 
 

@@ -188,7 +188,7 @@ class Stage(ABC):
         rows = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)]
         well = [row for row in rows if row["outcome"] == OK]
         together = self._together(well) if self.supports_batching and len(well) > 1 else {}
-        parts = [self._one(row, together.get(id(row))) for row in rows]
+        parts = [*map(self._one, rows, [together.get(id(row)) for row in rows])]
         return pa.concat_tables(parts) if parts else self._with(table, {}, 0.0)
 
     def measure(self, name: str, value: float) -> None:

@@ -20,9 +20,9 @@ UNKNOWN_SHOWN = 5  # titles
 
 
 def run(plan: Plan, console: Console, work: Callable[[RunResult], None]) -> RunResult:
-    """Do the work, which counts the titles that it finishes, if anything is pending; return how it ended.
+    """Call ``work``, which counts the titles that it finishes, if any are pending; return how the run ended.
 
-    Raises ConfigError, unless titles were done.
+    Raises ConfigError where ``work`` does before a title was finished.
     """
     result = RunResult.of(plan)
     if not plan.pending.num_rows:
