@@ -1,7 +1,8 @@
-"""What a run may take: one actor that every ``DetectShots`` asks before it begins a title, so that the job ends within its budget.
+"""The budget of a run: one actor that every ``DetectShots`` asks before it begins a title, so that the job ends within its limits.
 
-A budget stops new titles only; those begun are finished. It may be passed by what is under way when it is reached: a title for each
-actor. A title that does not fit whole is taken all the same, or a film longer than the budget would never be done.
+A budget stops new titles only; titles that have begun are finished. A run can therefore exceed it by the titles that are being processed
+when it is reached, one for each actor. A title that does not fit as a whole is taken nevertheless: otherwise a film longer than the
+budget would never be processed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ASKED_TO_END = "SIGTERM"
 
 
 class SharedBudget:
-    """The budget of a job, for all its actors: a ``stages.TitleBudget`` that may be sent to any of them."""
+    """A ``stages.TitleBudget`` that can be sent to any actor of the job."""
 
     def __init__(self, limits: Limits):
         self.drains = limits.drains
@@ -44,11 +45,11 @@ class SharedBudget:
 
     def was_read(self, title_id: str, duration_s: float) -> None:
         """See TitleBudget."""
-        self.keeper.was_read.remote(title_id, duration_s)  # nothing to wait for
+        self.keeper.was_read.remote(title_id, duration_s)  # There is no answer to wait for.
 
     def give_back(self, title_id: str, reason: str) -> None:
         """See TitleBudget."""
-        ray.get(self.keeper.give_back.remote(title_id, reason))  # before the title goes on: whoever follows the results asks next
+        ray.get(self.keeper.give_back.remote(title_id, reason))  # It waits, because ``follow`` asks for the state next.
 
     def follow(self, ended: Iterator[pa.Table], result: RunResult, interrupted: Callable[[], str]) -> Iterator[pa.Table]:
         """Yield the titles that ended, without those that were skipped, until the last one that was taken is finished.
@@ -77,9 +78,9 @@ class SharedBudget:
 
 @contextmanager
 def draining(end: Callable[[], Any]) -> Iterator[None]:
-    """The first SIGTERM makes the run ``end`` with the titles that are begun; a second one does what it did before (Ray's: ends at once).
+    """Call ``end`` at the first SIGTERM, so that the run finishes the titles that have begun; a second SIGTERM has its previous effect.
 
-    Elsewhere than in the main thread, where Python takes no signals, nothing changes.
+    Outside the main thread, where Python handles no signals, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -91,7 +92,7 @@ def draining(end: Callable[[], Any]) -> Iterator[None]:
         asked.set()
         signal.signal(signal.SIGTERM, before)
 
-    def wait() -> None:  # in a thread: the signal may have come while the main one held a lock of Ray's
+    def wait() -> None:  # It runs in a thread, because the signal may interrupt the main thread while that holds a lock of Ray.
         asked.wait()
         if not over.is_set():
             end()

@@ -12,20 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 class Budget:
-    """What is left of the limits; plain enough to be a Ray actor."""
+    """The limits of a run and what the titles that have begun use of them."""
 
     def __init__(
         self, max_video_s: float, wall_left_s: float, expected_s: Mapping[str, float], clock: Callable[[], float] = time.monotonic
     ):
         self.max_video_s, self.expected_s, self.clock = max_video_s, expected_s, clock
         self.wall_until = clock() + wall_left_s
-        self.seconds_of_title: dict[str, float] = {}  # taken titles: expected until they are read, then true; failed ones stay as expected
-        self.video_s = 0.0  # their sum
+        self.seconds_of_title: dict[str, float] = {}  # Expected seconds until a title is read, then the true ones.
+        self.video_s = 0.0  # The sum of the above.
         self.ended_by = ""
 
     def take(self, title_id: str) -> str:
-        """Begin a title: empty when it may, else what ended the budget. A title that was begun before may always begin again."""
-        if title_id in self.seconds_of_title:  # its actor died
+        """Begin a title; return an empty string, or the limit that keeps it from beginning. A title that began before may begin again."""
+        if title_id in self.seconds_of_title:  # Its actor died.
             return ""
         if not self.ended_by and self.max_video_s and self.video_s >= self.max_video_s:
             self.ended_by = "max_video_hours"
@@ -36,12 +36,12 @@ class Budget:
         return self.ended_by
 
     def was_read(self, title_id: str, duration_s: float) -> None:
-        """The seconds of video of a title that was begun."""
+        """Replace the expected seconds of video of a title that has begun by the true ones."""
         self.video_s += duration_s - self.seconds_of_title.get(title_id, 0.0)
         self.seconds_of_title[title_id] = duration_s
 
     def give_back(self, title_id: str, reason: str) -> None:
-        """A title that was begun is not finished in this run, and no more are taken."""
+        """Count a title that has begun as not taken after all, and take no more titles."""
         self.video_s -= self.seconds_of_title.pop(title_id, 0.0)
         self.end(reason)
 
@@ -50,19 +50,22 @@ class Budget:
         self.ended_by = self.ended_by or reason
 
     def state(self) -> tuple[str, int]:
-        """What ended the budget (empty while it lasts), and how many titles were taken."""
+        """Return the limit that ended the budget (empty while it lasts) and the number of titles that were taken."""
         return self.ended_by, len(self.seconds_of_title)
 
 
 class DeathRegister:
-    """Which process has which titles in hand: what the actor keeps. Its size is the number of processes, not of titles."""
+    """The titles that each process is working on. Its size grows with the number of processes, not of titles."""
 
     def __init__(self) -> None:
         self.in_hand: dict[str, list[tuple[str, str]]] = {}  # process -> (stage, title)
         self.processes_with: Counter[tuple[str, str]] = Counter()
 
     def take(self, process: str, stage: str, titles: Sequence[str]) -> list[int]:
-        """A process goes on to these titles. How many others took each of them and never went on: they ended, or soon will be found to."""
+        """Note that a process begins these titles; return for each the number of other processes that began it and never went on.
+
+        Those processes have ended, or are about to be found dead.
+        """
         for key in self.in_hand.pop(process, ()):
             self.processes_with[key] -= 1
             if not self.processes_with[key]:
@@ -74,5 +77,5 @@ class DeathRegister:
         return others
 
     def alone_with(self, stage: str, title: str) -> int:
-        """Count the processes that have this title in hand and no other."""
+        """Return the number of processes that are working on this title alone."""
         return sum(keys == [(stage, title)] for keys in self.in_hand.values())

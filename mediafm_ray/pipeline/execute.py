@@ -1,4 +1,4 @@
-"""The work of the main jobs on Ray, which is imported only when titles are pending."""
+"""Embedding and contextualising the pending titles on Ray, which is imported only here: a run without pending titles does without."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mediafm_ray.runs.report import Console, RunResult, follow
 
 
 def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, result: RunResult, limits: Limits = NO_LIMITS) -> None:
-    """The recipe, step by step, over the pending titles; ``result`` counts how they end."""
-    from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
+    """Take the pending titles through all steps of the recipe; ``result`` counts how they end."""
+    from mediafm_ray.pipeline import graph
     from mediafm_ray.pipeline.allowance import SharedAllowance
     from mediafm_ray.pipeline.budget import SharedBudget
     from mediafm_ray.pipeline.cluster import check_room, connected, metric_series
@@ -34,8 +34,8 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, result: RunR
 
 
 def contextualise(plan: Plan, config: ContextualiseCatalogConfig, console: Console, result: RunResult) -> None:
-    """Read, compute and write the pending titles; ``result`` counts how they end."""
-    from mediafm_ray.pipeline import graph  # ray takes a second to import: not for a run that has nothing to do
+    """Contextualise the committed shots of the pending titles; ``result`` counts how they end."""
+    from mediafm_ray.pipeline import graph
     from mediafm_ray.pipeline.cluster import check_room, connected, metric_series
 
     begun = time.monotonic()
