@@ -89,7 +89,7 @@ class Pool:
         return Pool(tuple(map(decided, self.steps)))
 
     def build(self) -> list[Any]:
-        """Build the stages with their models. Raises ConfigError with the name of a stage that cannot work: a new process would fail as well."""
+        """Build the stages with their models. Raises ConfigError with the name of a stage that can work in no process."""
         found = []
         for step in self.steps:
             try:
