@@ -19,7 +19,7 @@ from functools import partial
 from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.pipeline.execute import embed
 from mediafm_ray.runs.backfill import HOUR, Backfill, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
-from mediafm_ray.runs.catalog_run import report, run, say_unknown
+from mediafm_ray.runs.catalog_run import log_passed_over, report, run
 from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.runs.dry_run import describe_cost
 from mediafm_ray.runs.limits import Limits
@@ -47,7 +47,7 @@ def main(config: BackfillCatalogConfig) -> int:
     with held(store, lease_folder(model.dataset_version), holder, duration_s) as lease, RunLog(console, store) as log:
         backfill = plan_backfill(config, model)
         console.say(describe(backfill, config))
-        say_unknown(backfill.plan, console)
+        log_passed_over(backfill.plan, console)
         prepare_output(backfill.plan, config)
         pace = last_pace(store)
         with working():
@@ -69,7 +69,7 @@ def preview(config: BackfillCatalogConfig, store: Store, console: Console) -> in
     """What a run would do, take and cost."""
     backfill = plan_backfill(config)
     console.say(describe(backfill, config))
-    say_unknown(backfill.plan, console)
+    log_passed_over(backfill.plan, console)
     console.say(describe_time(backfill, last_pace(store)))
     console.say(describe_cost(backfill.plan, config))
     return EXIT_OK

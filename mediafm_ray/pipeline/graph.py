@@ -38,9 +38,8 @@ def plan_dataset(plan: Plan) -> Dataset:
     titles_per_block = TITLES_PER_PART if plan.pending.num_rows > TITLES_PER_PART else 1
     starts = range(0, plan.pending.num_rows, titles_per_block)
     parts = (plan.pending.slice(start, titles_per_block).to_pylist() for start in starts)
-    titles = ray.data.from_blocks(
-        [pa.Table.from_pylist(rows, plan.pending.schema) for rows in parts]
-    )  # A slice would carry the whole plan.
+    # The blocks are made anew, because slices would carry the whole plan.
+    titles = ray.data.from_blocks([pa.Table.from_pylist(rows, plan.pending.schema) for rows in parts])
     titles.context.target_max_block_size = 1  # With a bound of one byte, no two titles share a block.
     ray_compat.limit_waiting_titles(titles)
     if titles_per_block == 1:  # A task that has nothing to divide would still take a process, which starts beside the detector's.
@@ -72,9 +71,8 @@ def contextualise_stored(plan: Plan, pool: Pool, max_deaths_per_title: int) -> D
     blocks = [pa.Table.from_pylist(rows[start:end], plan.pending.schema) for start, end in itertools.pairwise(bounds)]
     dataset = ray.data.from_blocks(blocks)
     dataset.context.target_max_block_size = 1  # With a bound of one byte, a title is reported when it is done, not when its call ends.
-    return dataset.map_batches(
-        _actor(pool, DeathGuard(max_deaths_per_title), StoredActor), batch_size=None, **_pool_options(pool.resources)
-    )
+    actor = _actor(pool, DeathGuard(max_deaths_per_title), StoredActor)
+    return dataset.map_batches(actor, batch_size=None, **_pool_options(pool.resources))
 
 
 class PoolActor:

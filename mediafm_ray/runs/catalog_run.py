@@ -1,4 +1,4 @@
-"""The parts that the jobs over a catalog share: say what is planned, do it, report how it ended."""
+"""Steps that the jobs over a catalog share: log the plan, run it, report how it ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.text import public_line
 
-UNKNOWN_SHOWN = 5  # titles
+MAX_TITLES_SHOWN = 5
 
 
 def run(plan: Plan, console: Console, work: Callable[[RunResult], None]) -> RunResult:
@@ -33,14 +33,14 @@ def run(plan: Plan, console: Console, work: Callable[[RunResult], None]) -> RunR
         if not result.finished:
             raise
         result.aborted, result.retry_helps = str(error), False
-    except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
+    except Exception as error:  # Titles that were finished are reported, whatever ended the run.
         console.keep(traceback.format_exc(), shown=debugging())
         result.aborted = reason_of(error)
     return result
 
 
 def log_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
-    """What the run is about to do."""
+    """Log the plan of a run."""
     console.say(
         f"dataset version {plan.model.dataset_version}: {plan.titles} titles in the catalog, {plan.done} committed before, "
         f"{plan.pending.num_rows} to compute"
@@ -58,20 +58,20 @@ def log_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
             f"{plan.without_context} titles were embedded without context; to add it, without a video: "
             f"python -m jobs.contextualise_catalog output.uri={config.output.uri} dataset.version={plan.model.dataset_version}"
         )
-    say_unknown(plan, console)
+    log_passed_over(plan, console)
     if not plan.checkpoint:
         console.say("no contextualiser.checkpoint is set: writing fused (raw) embeddings only")
 
 
-def say_unknown(plan: Plan, console: Console) -> None:
-    """Name titles that are passed over: their rows are bad, or nobody can say whether their sources are those that are committed."""
+def log_passed_over(plan: Plan, console: Console) -> None:
+    """Log titles that are passed over, because their rows are bad or their sources cannot be compared with the committed ones."""
     if plan.bad_rows:
         console.say(f"warning: {len(plan.bad_rows)} problems of the catalog; their titles are recorded as failures; the first:")
-        for row in plan.bad_rows[:UNKNOWN_SHOWN]:
+        for row in plan.bad_rows[:MAX_TITLES_SHOWN]:
             console.say(public_line(f"  {row}"))
     if plan.unknown:
         console.say(f"warning: {len(plan.unknown)} titles are passed over, because their sources cannot be looked at; the first:")
-        for title_id, reason in plan.unknown[:UNKNOWN_SHOWN]:
+        for title_id, reason in plan.unknown[:MAX_TITLES_SHOWN]:
             console.say(public_line(f"  {title_id}: {reason}"))
 
 
@@ -84,7 +84,7 @@ def report(
     log: RunLog,
     more: Mapping[str, Any] | None = None,
 ) -> int:
-    """Summary on the terminal and in the output, with ``more`` in it and the logs beside it; the exit code."""
+    """Print the summary, write it with ``more`` and the logs to the output, and return the exit code."""
     content = {**summary(plan, result, wall_s, dataclasses.asdict(config)), **(more or {})}
     console.say()
     console.say(summary_table(content, config.output.uri, log.names[0]))
