@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line a title while it goes, a table and ``run-summary.json`` at the end."""
+"""Progress, summary and logs of a run: a line for each title, and a table and ``run-summary.json`` at the end."""
 
 from __future__ import annotations
 
@@ -35,19 +35,21 @@ MAX_FAILURES_SHOWN = 20
 SECRET = re.compile("secret|password|token$|credential|api_key$|access_key|^key$", re.IGNORECASE)
 HARMLESS_OPTIONS = ("anon", "endpoint_url", "region", "use_ssl")
 REDACTED = "(redacted)"
-RAISED = re.compile(r"[\w.]+(Error|Exception|Exceeded)\w*: ")  # how a traceback ends
+RAISED = re.compile(r"[\w.]+(Error|Exception|Exceeded)\w*: ")  # The beginning of the last line of a traceback.
 VERSIONS_OF = ("mediafm_ray", "ray", "torch", "transformers", "pyarrow", "av", "numpy")
 
 
-@functools.cache  # once a process
+@functools.cache  # It has an effect once in a process.
 def clean_logs() -> None:
-    """Keep secrets of addresses and control characters out of what this process logs, whichever library does: a record is one line,
-    and the lines of its traceback are indented, so that none can be taken for a record."""
+    """Remove secrets in addresses and control characters from all log records of this process, those of libraries included.
+
+    A record becomes one line, and the lines of its traceback are indented, so that none can be mistaken for a record.
+    """
     make = logging.getLogRecordFactory()
 
     def make_public(*arguments: Any, **options: Any) -> logging.LogRecord:
         record = make(*arguments, **options)
-        with contextlib.suppress(TypeError, ValueError, KeyError):  # arguments that do not fit the message: logging itself says so
+        with contextlib.suppress(TypeError, ValueError, KeyError):  # Logging itself reports arguments that do not fit the message.
             record.msg, record.args = public_line(record.getMessage()), ()
         if record.exc_info and record.exc_info[0]:
             record.exc_text = textwrap.indent(public_lines("".join(traceback.format_exception(*record.exc_info)).rstrip()), "  ")
@@ -57,7 +59,7 @@ def clean_logs() -> None:
 
 
 class Console:
-    """What a run says, at once: lines for a person, or JSON objects for a machine. All of it is kept on disk for the run's logs."""
+    """Output of a run as lines of text or of JSON. All of it is also kept on disk for the run's logs."""
 
     def __init__(self, stream: TextIO | None = None, log_format: str = "text"):
         self.stream = stream or sys.stdout
@@ -65,14 +67,14 @@ class Console:
         self.lines, self.titles = _kept_lines(), _kept_lines()
 
     def say(self, text: str = "") -> None:
-        """Print a text of one or more lines and keep it, with the time of day, for the log; what others wrote belongs into public_line."""
+        """Print a text of one or more lines, and keep it with a time stamp for the log. Pass foreign text through public_line."""
         text = public_lines(text)
         self._print(text, {"event": "message", "message": text})
         stamp = time.strftime(TIME_FORMAT)
         self.lines.writelines(f"{stamp} {part}\n" for part in text.split("\n"))
 
     def say_title(self, line: str, record: Mapping[str, Any]) -> None:
-        """How a title ended: a line for a person, or this record of it."""
+        """Print how a title ended: the line, or the record where the log format is JSON."""
         line = public_line(line)
         self._print(line, record)
         stamp = time.strftime(TIME_FORMAT)
@@ -80,14 +82,14 @@ class Console:
         self.titles.write(_json_line(record))
 
     def keep(self, lines: str, shown: bool = False) -> None:
-        """Put lines into the log that a person wants who looks for a cause, such as a traceback; on the terminal only if ``shown``."""
+        """Put lines such as a traceback into the log, and on the terminal only if ``shown``."""
         lines, stamp = public_lines(lines), time.strftime(TIME_FORMAT)
         self.lines.writelines(f"{stamp} {line}\n" for line in lines.splitlines())
         if shown:
             print(lines, file=sys.stderr)
 
     def write_log(self, store: Store, names: tuple[str, str] = (LOG, TITLES_LOG)) -> None:
-        """Put the logs of this run into the output: what was said, and a JSON line for each title that ended."""
+        """Write the logs of this run to the output: the printed lines, and a JSON line for each title that ended."""
         for name, kept in zip(names, (self.lines, self.titles), strict=True):
             kept.seek(0)
             store.write(name, kept.read().encode())
@@ -100,7 +102,7 @@ class Console:
 
 
 def _kept_lines() -> TextIO:
-    """A file without a name that lasts as long as the run; a line is on disk as soon as it is written."""
+    """Return a temporary file of the run, which has every line on disk as soon as it is written."""
     return cast(TextIO, tempfile.TemporaryFile("w+", buffering=1, encoding="utf-8", errors="backslashreplace"))
 
 
@@ -109,16 +111,16 @@ class RunResult:
     """Counts of the titles that a run finished, and how the run ended."""
 
     planned: int
-    left: int = 0  # planned, but beyond what the run may take
+    left: int = 0  # Planned titles beyond the limits of the run.
     ok: int = 0
     failed: int = 0
     shots: int = 0
     video_s: float = 0.0
     bytes_written: int = 0
-    ended_by: str = ""  # the limit that kept the run from taking the titles that are left
-    aborted: str = ""  # why the run ended before its titles did
-    retry_helps: bool = True  # whether the same command may do better than a run that was aborted
-    startup_s: float = 0.0  # until the first title could have begun: Ray, its actors, their models
+    ended_by: str = ""  # The limit because of which titles are left.
+    aborted: str = ""  # The reason why the run ended early.
+    retry_helps: bool = True  # Whether the same command may succeed after a run that was aborted.
+    startup_s: float = 0.0  # Until the first title could have begun: Ray, its actors, their models.
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     measures: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     failures: list[dict[str, str]] = field(default_factory=list)
@@ -131,12 +133,12 @@ class RunResult:
 
     @property
     def finished(self) -> int:
-        """Titles that ended, one way or the other."""
+        """The number of titles that are done or failed."""
         return self.ok + self.failed
 
     @property
     def lost(self) -> int:
-        """Titles that were begun, or should have been, and never came back: a defect of the job, not of a title."""
+        """The number of titles without a result: a defect of the job, not of a title."""
         return self.planned - self.left - self.finished
 
     def add(self, title: Mapping[str, Any]) -> None:
@@ -175,7 +177,7 @@ def follow(ended: Iterator[pa.Table], result: RunResult, begun: float, console: 
 
 
 def progress_line(title: Mapping[str, Any], result: RunResult, elapsed_s: float) -> str:
-    """How one title ended, and how far the run is."""
+    """Return a line with the result of a title and the progress of the run."""
     expected = result.planned - result.left
     width = len(str(expected))
     count = f"[{result.finished:>{width}}/{expected}]"
@@ -187,7 +189,7 @@ def progress_line(title: Mapping[str, Any], result: RunResult, elapsed_s: float)
 
 
 def title_record(title: Mapping[str, Any], result: RunResult) -> dict[str, Any]:
-    """How one title ended, for a machine: one JSON line of titles.jsonl (and of the log, where run.log_format=json)."""
+    """Return the result of a title for a JSON line of titles.jsonl (and of the log, where run.log_format=json)."""
     error = title["error"] or {}
     return {
         "event": "title",
@@ -216,7 +218,7 @@ def _json(content: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def summary(plan: Plan, result: RunResult, wall_s: float, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of run-summary.json. Values of the configuration that look like secrets are left out."""
+    """Return the content of run-summary.json, without values of the configuration that look like secrets."""
     return {
         "titles": {
             plan.titles_are: plan.titles,
@@ -252,13 +254,13 @@ def summary(plan: Plan, result: RunResult, wall_s: float, config: Mapping[str, A
 
 
 def reason_of(error: BaseException) -> str:
-    """What ended a run, in one line: of an error that Ray carried over, whose text is a traceback, the error that began it."""
+    """Return an error in one line; for one that Ray carried over, whose text is a traceback, the original error."""
     lines = [line for line in str(error).splitlines() if RAISED.match(line)]
     return public_line(f"{type(error).__name__}: {lines[-1] if lines else ' '.join(str(error).split()) or repr(error)}")
 
 
 def redacted(config: Any) -> Any:
-    """A configuration without the values of keys that look like secrets; of storage options only those known to be harmless."""
+    """Return a configuration without values that look like secrets, and with only those storage options that are known to be harmless."""
     if isinstance(config, Mapping):
         return {key: _redacted_value(key, value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
@@ -273,7 +275,7 @@ def _redacted_value(key: str, value: Any) -> Any:
 
 
 def summary_table(content: Mapping[str, Any], output_uri: str, name: str = SUMMARY) -> str:
-    """The end of a run for a person. ``name``: of the summary, where they find more."""
+    """Return the summary as a table for the terminal. ``name``: the name of the summary's object."""
     titles = content["titles"]
     rows = [(f"titles {key.replace('_', ' ')}", f"{titles[key]}") for key in (IN_CATALOG, WITH_SHOTS) if key in titles]
     rows += [("skipped, committed before", f"{titles['skipped']}")]
@@ -304,20 +306,20 @@ def summary_table(content: Mapping[str, Any], output_uri: str, name: str = SUMMA
 
 
 def write_summary(store: Store, content: Mapping[str, Any], name: str = SUMMARY) -> None:
-    """Put the summary of a run into the output."""
+    """Write the summary of a run to the output."""
     store.write(name, (_json(content, indent=2) + "\n").encode())
 
 
 def _versions() -> dict[str, str]:
     found = {}
     for name in VERSIONS_OF:
-        with contextlib.suppress(metadata.PackageNotFoundError):  # run from a checkout that is not installed
+        with contextlib.suppress(metadata.PackageNotFoundError):  # A checkout need not be installed.
             found[name] = metadata.version(name)
     return found
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Return seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
