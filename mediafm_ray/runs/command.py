@@ -101,9 +101,7 @@ def ended_by_signals() -> Iterator[None]:
             os._exit(EXIT_TERMINATED)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
-    taken = [
-        number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN
-    ]
+    taken = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in taken}
     try:
         yield

@@ -102,9 +102,7 @@ class _Parts:
         """Write what is new: the last part again, and further parts."""
         size = os.fstat(self.descriptor).st_size
         while self.written < size:
-            content = os.pread(
-                self.descriptor, min(size - self.start, MAX_PART_BYTES), self.start
-            )  # It keeps the position.
+            content = os.pread(self.descriptor, min(size - self.start, MAX_PART_BYTES), self.start)  # It keeps the position.
             is_full = len(content) == MAX_PART_BYTES
             if is_full:
                 content = content[: content.rfind(b"\n") + 1] or content
