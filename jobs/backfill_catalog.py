@@ -66,7 +66,7 @@ def main(config: BackfillCatalogConfig) -> int:
 
 
 def preview(config: BackfillCatalogConfig, store: Store, console: Console) -> int:
-    """What a run would do, take and cost."""
+    """Print the plan of a run, with its time and cost."""
     backfill = plan_backfill(config)
     console.say(describe(backfill, config))
     log_passed_over(backfill.plan, console)
@@ -76,7 +76,7 @@ def preview(config: BackfillCatalogConfig, store: Store, console: Console) -> in
 
 
 def limits(backfill: Backfill, config: BackfillCatalogConfig, start: float, lease: Lease) -> Limits:
-    """What the run may take. ``start``: time.monotonic() when the job began."""
+    """Return the limits of the run. ``start``: time.monotonic() when the job began."""
     minutes = config.backfill.max_wall_minutes
     return Limits(
         max_video_s=config.backfill.max_video_hours * HOUR,
@@ -87,7 +87,7 @@ def limits(backfill: Backfill, config: BackfillCatalogConfig, start: float, leas
 
 
 def delete(backfill: Backfill, config: BackfillCatalogConfig, console: Console) -> int:
-    """Delete the objects of titles that are gone from the catalog, where that is wanted; how many."""
+    """Delete the objects of titles that are gone from the catalog, if so configured; return their number."""
     if not config.backfill.delete_missing or not backfill.missing.objects:
         return 0
     deleted = delete_missing(backfill.missing, Output(config.output.uri, backfill.plan.model.dataset_version, config.storage))

@@ -41,7 +41,7 @@ def main(config: ContextualiseCatalogConfig) -> int:
 
 
 def log_plan(plan: Plan, console: Console) -> None:
-    """What the run is about to do."""
+    """Log the plan of a run."""
     console.say(
         f"dataset version {plan.model.dataset_version}, checkpoint {plan.checkpoint}: {plan.titles} titles with committed shots, "
         f"{plan.done} contextualised before, {plan.pending.num_rows} to compute"

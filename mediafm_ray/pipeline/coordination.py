@@ -58,7 +58,7 @@ class DeathRegister:
     """The titles that each process is working on. Its size grows with the number of processes, not of titles."""
 
     def __init__(self) -> None:
-        self.in_hand: dict[str, list[tuple[str, str]]] = {}  # process -> (stage, title)
+        self.in_hand: dict[str, list[tuple[str, str]]] = {}  # Stages and titles by process.
         self.processes_with: Counter[tuple[str, str]] = Counter()
 
     def take(self, process: str, stage: str, titles: Sequence[str]) -> list[int]:

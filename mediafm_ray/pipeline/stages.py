@@ -143,7 +143,7 @@ class EncodeShots(Stage):
 
     modality: ClassVar[str]
     supports_batching = True
-    encoder: Any  # models.encoder: dim, encode
+    encoder: Any  # It has dim and encode, as in models.encoder.
 
     @property
     def adds(self) -> Mapping[str, pa.DataType]:

@@ -101,6 +101,7 @@ def ended_by_signals() -> Iterator[None]:
             os._exit(EXIT_TERMINATED)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
+    # A signal that is ignored stays ignored, as under nohup.
     taken = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in taken}
     try:

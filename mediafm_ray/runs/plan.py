@@ -42,7 +42,7 @@ class Plan:
 
     model: Model
     checkpoint: str  # Name of the contextualiser's checkpoint; empty when none is configured.
-    pending: pa.Table  # rows.PLAN_SCHEMA, or stored.STORED_SCHEMA where only step 6 is to be done
+    pending: pa.Table  # rows.PLAN_SCHEMA, or stored.STORED_SCHEMA where only step 6 is to be done.
     titles: int  # Titles in the catalog, or with committed shots.
     done: int  # Titles that are committed already.
     failed_before: int  # Titles passed over because of a failure record (run.retry_failed=false).
