@@ -1,4 +1,4 @@
-"""What a scheduled run takes on, over real listings and without Ray; the budget that its actors share, as the plain object that it is."""
+"""The plan of a scheduled run over real listings, and the budget of its actors as a plain object, without Ray."""
 
 import dataclasses
 import errno
@@ -13,10 +13,12 @@ from jobs import backfill_catalog
 from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.errors import OutageError, TitleError
+from mediafm_ray.models import text_api
+from mediafm_ray.models.options import TextEncoderConfig
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.coordination import Budget
-from mediafm_ray.pipeline.rows import SKIPPED, TitleRow, failed
-from mediafm_ray.pipeline.stages import DetectShots, Fuse
+from mediafm_ray.pipeline.rows import SHOTS, SKIPPED, TitleRow, failed, plan_table
+from mediafm_ray.pipeline.stages import DetectShots, EncodeText, Fuse
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs.backfill import HOUR, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
@@ -431,6 +433,19 @@ def test_a_title_that_is_not_taken_is_left_without_a_record(config, tmp_path):
     assert (row["outcome"][0].as_py(), row["error"][0].as_py()) == (SKIPPED, None)
     assert not list((tmp_path / "out").rglob("failures/*/*"))
     assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_a_title_beyond_the_cost_cap_is_skipped_and_ends_the_budget(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    monkeypatch.setattr(text_api, "_load_vocabulary", lambda: None)  # it would be downloaded
+    budget = Budget(0.0, float("inf"), {})
+    budget.take("a")
+    title = {"title_id": "a", "source": "s", "video": "v", "timed_text": [], "synopsis": "a film", "tags": [], "superseded": []}
+    row = plan_table([title]).append_column("shots", pa.array([[]], SHOTS))
+    options = {"encoder": "openai", "base_url": "http://127.0.0.1:9/v1", "max_cost_usd": 1e-6, "price_per_million_tokens": 1.0}
+    row = EncodeText(TextEncoderConfig(**options), budget=budget)(row)
+    assert (row["outcome"][0].as_py(), row["error"][0].as_py()) == (SKIPPED, None)
+    assert budget.state() == ("max_cost_usd", 0)
 
 
 # ------------------------------------------------------------------------------------------------------------------ job
