@@ -158,7 +158,7 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     from mediafm_ray.pipeline.stage_list import make_pools, recipe_steps
     from mediafm_ray.runs.catalog_run import log_plan, report
     from mediafm_ray.runs.plan import make_plan, prepare_output
-    from mediafm_ray.runs.report import Console, Tally, follow
+    from mediafm_ray.runs.report import Console, RunResult, follow
     from mediafm_ray.runs.run_log import RunLog
     from mediafm_ray.storage.store import Store
 
@@ -168,10 +168,10 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
     plan = make_plan(config)
     log_plan(plan, config, console)
     prepare_output(plan, config)
-    tally = Tally(plan.pending.num_rows)
+    result = RunResult(plan.pending.num_rows)
     planned_s, begun = time.process_time(), time.monotonic()
     log = RunLog(console, Store(config.output.uri, config.storage))
-    with log, connected(config.resources), sampled(tally, begun):
+    with log, connected(config.resources), sampled(result, begun):
         stand_ins = {kind.name: kind for kind in (NoDetection, NoVideo, NoAudio, NoText)}
         steps = [
             replace(step, stage=stand_ins[step.stage.name], model=None, others=()) if step.stage.name in stand_ins else step
@@ -180,9 +180,9 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
         pools = make_pools(steps, config.resources)
         results = graph.run_pools(graph.plan_dataset(plan), pools, config.resources.max_deaths_per_title)
         connected_s = time.process_time()
-        follow(timed(graph.blocks(results), begun), tally, begun, console)
+        follow(timed(graph.blocks(results), begun), result, begun, console)
         say({"driver_s": time.process_time() - connected_s, "wall_s": time.monotonic() - begun, "plan_s": planned_s})
-    report(plan, tally, time.monotonic() - start, config, console, log)
+    report(plan, result, time.monotonic() - start, config, console, log)
 
 
 def timed(blocks: Iterator[pa.Table], begun: float) -> Iterator[pa.Table]:
@@ -197,7 +197,7 @@ def timed(blocks: Iterator[pa.Table], begun: float) -> Iterator[pa.Table]:
 
 
 @contextmanager
-def sampled(tally: Any, begun: float) -> Iterator[None]:
+def sampled(result: Any, begun: float) -> Iterator[None]:
     """Report the memory of the driver and of the object store every two seconds."""
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
@@ -211,7 +211,7 @@ def sampled(tally: Any, begun: float) -> Iterator[None]:
             say(
                 {
                     "elapsed_s": round(time.monotonic() - begun, 1),
-                    "titles": tally.finished,
+                    "titles": result.finished,
                     "driver_mb": resident_mb(),
                     "driver_s": time.process_time(),
                     "store_mb": store.object_store_bytes_used / 1e6,

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 
 from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.pipeline.execute import embed
 from mediafm_ray.runs.backfill import HOUR, Backfill, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
-from mediafm_ray.runs.catalog_run import report, run, say_unknown
+from mediafm_ray.runs.catalog_run import log_passed_over, report, run
 from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.runs.dry_run import describe_cost
 from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.plan import describe_model, prepare_output
-from mediafm_ray.runs.report import Console, Tally
+from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.storage.dataset import Output, lease_folder
 from mediafm_ray.storage.lease import Lease, held
@@ -46,17 +47,17 @@ def main(config: BackfillCatalogConfig) -> int:
     with held(store, lease_folder(model.dataset_version), holder, duration_s) as lease, RunLog(console, store) as log:
         backfill = plan_backfill(config, model)
         console.say(describe(backfill, config))
-        say_unknown(backfill.plan, console)
+        log_passed_over(backfill.plan, console)
         prepare_output(backfill.plan, config)
         pace = last_pace(store)
         with working():
             deleted = delete(backfill, config, console)
-            tally, budget = Tally.of(backfill.plan), limits(backfill, config, start, lease)
-            run(backfill.plan, tally, console, lambda: embed(backfill.plan, config, console, tally, budget))
+            budget = limits(backfill, config, start, lease)
+            result = run(backfill.plan, console, partial(embed, backfill.plan, config, console, limits=budget))
             wall_s = time.monotonic() - start
-            part = summary_part(backfill, tally, wall_s, deleted, pace)
-            code = report(backfill.plan, tally, wall_s, config, console, log, more={"backfill": part})
-    if tally.ended_by == LEASE_LOST:
+            part = summary_part(backfill, result, wall_s, deleted, pace)
+            code = report(backfill.plan, result, wall_s, config, console, log, more={"backfill": part})
+    if result.ended_by == LEASE_LOST:
         console.say("error: the run stopped because its lease was lost: another may have begun; if not, run the same command again")
         return EXIT_ABORTED
     return code
@@ -66,7 +67,7 @@ def preview(config: BackfillCatalogConfig, store: Store, console: Console) -> in
     """Print what a run would do, its duration and its cost."""
     backfill = plan_backfill(config)
     console.say(describe(backfill, config))
-    say_unknown(backfill.plan, console)
+    log_passed_over(backfill.plan, console)
     console.say(describe_time(backfill, last_pace(store)))
     console.say(describe_cost(backfill.plan, config))
     return EXIT_OK
@@ -84,7 +85,7 @@ def limits(backfill: Backfill, config: BackfillCatalogConfig, start: float, leas
 
 
 def delete(backfill: Backfill, config: BackfillCatalogConfig, console: Console) -> int:
-    """Delete the objects of titles that are gone from the catalog, if configured; return how many."""
+    """Delete the objects of titles that are gone from the catalog, if so configured; return their number."""
     if not config.backfill.delete_missing or not backfill.missing.objects:
         return 0
     deleted = delete_missing(backfill.missing, Output(config.output.uri, backfill.plan.model.dataset_version, config.storage))

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 
 from mediafm_ray.config.jobs import ContextualiseCatalogConfig
 from mediafm_ray.pipeline.execute import contextualise
 from mediafm_ray.runs.catalog_run import report, run
 from mediafm_ray.runs.command import EXIT_OK, run_job, working
 from mediafm_ray.runs.plan import Plan
-from mediafm_ray.runs.report import Console, Tally
+from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.runs.stored import make_stored_plan, prepare_stored_output
 from mediafm_ray.storage.store import Store
@@ -35,13 +36,12 @@ def main(config: ContextualiseCatalogConfig) -> int:
         return EXIT_OK
     prepare_stored_output(plan, config)
     with working(), RunLog(console, Store(config.output.uri, config.storage), LOGS) as log:
-        tally = Tally.of(plan)
-        run(plan, tally, console, lambda: contextualise(plan, config, console, tally))
-        return report(plan, tally, time.monotonic() - start, config, console, log)
+        result = run(plan, console, partial(contextualise, plan, config, console))
+        return report(plan, result, time.monotonic() - start, config, console, log)
 
 
 def log_plan(plan: Plan, console: Console) -> None:
-    """Log the plan."""
+    """Log the plan of a run."""
     console.say(
         f"dataset version {plan.model.dataset_version}, checkpoint {plan.checkpoint}: {plan.titles} titles with committed shots, "
         f"{plan.done} contextualised before, {plan.pending.num_rows} to compute"

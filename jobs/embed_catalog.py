@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.pipeline.execute import embed
@@ -18,7 +19,7 @@ from mediafm_ray.runs.catalog_run import log_plan, report, run
 from mediafm_ray.runs.command import EXIT_OK, run_job, working
 from mediafm_ray.runs.dry_run import describe_cost
 from mediafm_ray.runs.plan import make_plan, prepare_output
-from mediafm_ray.runs.report import Console, Tally
+from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.storage.store import Store
 
@@ -33,9 +34,8 @@ def main(config: EmbedCatalogConfig) -> int:
         return EXIT_OK
     prepare_output(plan, config)
     with working(), RunLog(console, Store(config.output.uri, config.storage)) as log:
-        tally = Tally.of(plan)
-        run(plan, tally, console, lambda: embed(plan, config, console, tally))
-        return report(plan, tally, time.monotonic() - start, config, console, log)
+        result = run(plan, console, partial(embed, plan, config, console))
+        return report(plan, result, time.monotonic() - start, config, console, log)
 
 
 if __name__ == "__main__":

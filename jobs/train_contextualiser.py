@@ -10,17 +10,21 @@ Exit code 0: training is finished; 2: a bad configuration, dataset or state, not
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from mediafm_ray.config.jobs import TrainContextualiserConfig
 from mediafm_ray.extras import need
-from mediafm_ray.pipeline.training.folder import FINISHED, TrainingFolder
-from mediafm_ray.pipeline.training.train import TrainingPlan, Watch, advise, describe_cosines, plan_training, run_workers
 from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_OK, run_job, working
 from mediafm_ray.runs.report import Console
+
+if TYPE_CHECKING:
+    from mediafm_ray.pipeline.training.train import TrainingPlan
 
 
 def main(config: TrainContextualiserConfig) -> int:
     """Plan, train, report."""
+    from mediafm_ray.pipeline.training.train import Watch, plan_training, run_workers  # Torch would slow down --help.
+
     need("train", "training")
     console = Console()
     plan = plan_training(config)
@@ -35,7 +39,7 @@ def main(config: TrainContextualiserConfig) -> int:
 
 
 def log_plan(plan: TrainingPlan, config: TrainContextualiserConfig, console: Console) -> None:
-    """Log the plan."""
+    """Log the plan of a training."""
     titles = plan.titles
     console.say(
         f"dataset version {titles.dataset_version}: {len(titles.objects)} titles, {plan.train} to train on, {plan.held_out} held out"
@@ -53,7 +57,10 @@ def log_plan(plan: TrainingPlan, config: TrainContextualiserConfig, console: Con
 
 
 def report(config: TrainContextualiserConfig, console: Console) -> int:
-    """Log how training ended and how to use its model."""
+    """Log how training ended and how to use the model; return the exit code."""
+    from mediafm_ray.pipeline.training.folder import FINISHED, TrainingFolder
+    from mediafm_ray.pipeline.training.train import advise, describe_cosines
+
     ending = TrainingFolder(config.checkpoint.uri, config.storage).read_json(FINISHED)
     assert ending is not None, "a finished training has written it"
     console.say(f"ended at step {ending['step']}: {ending['reason']}")

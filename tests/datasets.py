@@ -10,7 +10,8 @@ import pytest
 
 from mediafm_ray.errors import TitleError
 from mediafm_ray.models.options import FusionConfig
-from mediafm_ray.pipeline.rows import FLAGS, SHOTS, error_value, plan_table, vectors_cell, vectors_type
+from mediafm_ray.pipeline import rows
+from mediafm_ray.pipeline.rows import FLAGS, SHOTS, plan_table, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import Fuse
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.spec import MODALITIES, digest_of
@@ -80,12 +81,6 @@ def kill_after_one_removal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return removed
 
 
-def with_error(row: pa.Table, failure: Exception) -> pa.Table:
-    """The row of a title that failed."""
-    error = error_value("detect_shots", failure)
-    return row.set_column(row.column_names.index("error"), "error", pa.array([error], row.schema.field("error").type))
-
-
 def write_dataset(
     uri: str, titles: dict[str, list[int]], failed: Sequence[str] = (), model: Model = MODEL, checkpoint: str = CHECKPOINT
 ) -> Output:
@@ -96,7 +91,7 @@ def write_dataset(
     for title_id in [*titles, *failed]:
         planned = {"title_id": title_id, "source": SOURCE, "video": f"/videos/{title_id}.mp4", "timed_text": [], "synopsis": "", "tags": []}
         row = finished_row(plan_table([{**planned, "superseded": []}]), model, titles.get(title_id, [10]), checkpoint)
-        row = with_error(row, TitleError("it is bad")) if title_id in failed else row
+        row = rows.failed(row, "detect_shots", TitleError("it is bad")) if title_id in failed else row
         for step in steps:
             row = step(row)
         assert (row["error"][0].as_py() is None) == (title_id not in failed), row["error"]

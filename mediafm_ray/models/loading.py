@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
 from mediafm_ray.models.weights import WeightsError
 
@@ -205,6 +204,8 @@ def load_checkpoint(model_class: Any, path: Path, optional: tuple[str, ...] = ("
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the progress bars and warnings of transformers; restore its settings afterwards."""
+    from transformers.utils import logging as transformers_logging  # The detector, which starts first, does without transformers.
+
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

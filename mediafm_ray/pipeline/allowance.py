@@ -1,4 +1,4 @@
-"""The embeddings API's rate limits and cap, kept in one actor for all encoders of a job, wherever they run."""
+"""Rate limits and cost cap of the embeddings API, shared by all encoders of a job through one actor."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mediafm_ray.pipeline.cluster import on_this_node
 
 
 class _Keeper:
-    """The actor: what is left of the limits."""
+    """Actor that counts down the limits."""
 
     def __init__(self, config: TextEncoderConfig):
-        from mediafm_ray.models.text_api import allowance_of  # of an optional extra
+        from mediafm_ray.models.text_api import allowance_of  # It needs an optional extra.
 
         self.allowance = allowance_of(config)
 
@@ -29,19 +29,19 @@ class _Keeper:
 
 
 class SharedAllowance:
-    """A ``text_api.Allowance`` that may be sent to any actor of the job."""
+    """A ``text_api.Allowance`` that can be sent to any actor of the job."""
 
     def __init__(self, config: TextEncoderConfig):
         self.keeper: Any = ray.remote(num_cpus=0)(_Keeper).options(scheduling_strategy=on_this_node()).remote(config)
 
     def reserve(self, requests: int, tokens: int) -> float:
-        """Book one request; return after how many seconds it may go. Raises BudgetExceeded."""
+        """Reserve one request; return the seconds to wait before it is sent. Raises BudgetExceeded."""
         return ray.get(self.keeper.reserve.remote(requests, tokens))
 
     def refund(self, tokens: int) -> None:
-        """A booked request failed and was not charged."""
+        """Give back the tokens of a reserved request that failed and was not charged."""
         ray.get(self.keeper.refund.remote(tokens))
 
     def pause(self, seconds: float) -> None:
-        """The server asked for time: nothing goes before it is over."""
+        """Send nothing for so many seconds, as the server asked."""
         ray.get(self.keeper.pause.remote(seconds))

@@ -1,4 +1,4 @@
-"""Ray for a job: the cluster that it was submitted to, or one of its own on this machine."""
+"""The Ray cluster that a job runs on: the one that it was submitted to, or a local Ray instance."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from mediafm_ray.pipeline.stage_list import Pool
 from mediafm_ray.runs.metrics import COUNTER, METRICS, TITLE_SECONDS
 
 GB = 10**9
-IDLE_WORKER_MS = 60_000  # a task's process takes 2 s of a core to start, and Ray ends it after one idle second
-STARVED_S = 60.0  # without an actor that works, until it is said which resources a stage waits for
-MAX_SILENCE_S = 3600.0  # between two such lines; the pauses double until then
-MIN_CPUS = 2  # logical CPUs of a Ray of our own: on one core the stages still have to take turns
-CONFIG_FAULT = re.compile(rf"^{ConfigError.__module__}\.{ConfigError.__name__}: (.+)$", re.MULTILINE)  # at the end of a traceback
+IDLE_WORKER_MS = 60_000  # A process for tasks takes 2 s of a core to start, and by default Ray ends it after one idle second.
+STARVED_S = 60.0  # A stage without a working actor for this long is reported with the resources that it waits for.
+MAX_SILENCE_S = 3600.0  # The pauses between two such reports double up to this length.
+MIN_CPUS = 2  # Logical CPUs of a local Ray instance, also on one core, where the stages have to take turns.
+CONFIG_FAULT = re.compile(rf"^{ConfigError.__module__}\.{ConfigError.__name__}: (.+)$", re.MULTILINE)  # The end of a traceback.
 
 
 @contextmanager
 def connected(resources: ResourcesConfig) -> Iterator[None]:
-    """Join the configured cluster, or start and stop a Ray of our own, and prepare Ray Data for the graph."""
+    """Connect to the configured cluster, or start and stop a local Ray instance, and prepare Ray Data for the graph."""
     address = resources.ray_address or os.environ.get("RAY_ADDRESS", "")
-    logging.getLogger("ray").setLevel(logging.ERROR)  # no notes of Ray about itself; its errors still come through
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error, it raises as well
-    os.environ.setdefault("RAY_enable_output_error_log_if_still_retry", "0")  # else Ray prints a traceback for every call it repeats
+    logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's notes about itself are left out, its errors are not.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # What it logs as an error, it raises as well.
+    os.environ.setdefault("RAY_enable_output_error_log_if_still_retry", "0")  # Ray would print a traceback for every call that it repeats.
     if address:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     else:
         _have_token()
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leave CUDA_VISIBLE_DEVICES alone where no GPU is asked for
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray would hide the GPUs from actors that ask for none.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(IDLE_WORKER_MS))
         ray.init(
             address="local",
@@ -54,7 +54,7 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
     try:
         context = DataContext.get_current()
         context.enable_progress_bars = False
-        context.wait_for_min_actors_s = -1  # the detector begins with the first titles while the encoders are loaded
+        context.wait_for_min_actors_s = -1  # The detector begins with the first titles while the encoders are loading.
         context.execution_no_progress_timeout_s = resources.no_progress_timeout_s or -1
         yield
     finally:
@@ -62,24 +62,23 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
 
 
 def _have_token() -> None:
-    """Ray writes the token of a cluster of its own into the home folder. Where that cannot be written, as in many containers, it is given
-    to this process and its children only."""
+    """Give this process and its children a token where Ray cannot write one into the home folder, as in many containers."""
     if "RAY_AUTH_TOKEN_PATH" in os.environ:
         return
     try:
         folder = Path.home() / ".ray"
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home at all
+    except (OSError, RuntimeError):  # A RuntimeError says that there is no home folder.
         writable = False
     if not writable:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def check_room(resources: ResourcesConfig, pools: Sequence[Pool]) -> None:
-    """Raise ConfigError when there is no room for the smallest pools: the graph would starve silently.
+    """Raise ConfigError where a local Ray instance has no room for the smallest pools: the graph would starve silently.
 
-    Only of a Ray of our own: a cluster may be about to grow.
+    A cluster is not checked, because it may be about to grow.
     """
     if resources.ray_address or os.environ.get("RAY_ADDRESS"):
         return
@@ -100,7 +99,7 @@ def check_room(resources: ResourcesConfig, pools: Sequence[Pool]) -> None:
 
 
 def configuration_fault(error: BaseException) -> ConfigError | None:
-    """Return the ConfigError that an actor raised and Ray carried to the driver, or None where the error began otherwise.
+    """Return the ConfigError of an actor that Ray carried to the driver, or None where the error has another cause.
 
     Ray keeps the exception of a call as ``cause``, and of a constructor's exception the text of its traceback alone.
     """
@@ -116,14 +115,14 @@ def configuration_fault(error: BaseException) -> ConfigError | None:
 
 
 class StarvationClock:
-    """Decides when to say that something waits for resources: after STARVED_S, then at doubling intervals until it waits no more."""
+    """Timer for reports about a stage that waits for resources: after STARVED_S, then at doubling intervals while it waits."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.since = self.next = float("inf")
 
     def is_due(self, waits: bool) -> bool:
-        """Note whether it waits now; return whether to say so."""
+        """Note whether the stage waits now; return whether a report is due."""
         now = self.clock()
         if not waits:
             self.since = float("inf")
@@ -135,13 +134,13 @@ class StarvationClock:
         return True
 
     def describe(self, name: str, wanted: Mapping[str, float]) -> str:
-        """Say who waits for which resources, and what the cluster has of them."""
+        """Return a report: the resources that the stage waits for, and those that the cluster has."""
         minutes = (self.clock() - self.since) / 60
         return f"{name} has waited for resources for {minutes:.0f} min: {room_for(wanted, ray.nodes(), ray.available_resources())}"
 
 
 def room_for(wanted: Mapping[str, float], nodes: Iterable[Mapping[str, Any]], free: Mapping[str, float]) -> str:
-    """Say why there is no room for an actor that wants these resources. ``nodes``: as ray.nodes() gives them."""
+    """Return the reason why an actor with these resources has no room. ``nodes``: the value of ray.nodes()."""
     sizes = [node["Resources"] for node in nodes if node["Alive"]]
     each = " and ".join(f"{amount:g} {name}" for name, amount in wanted.items())
     if not any(all(size.get(name, 0) >= amount for name, amount in wanted.items()) for size in sizes):
@@ -155,7 +154,7 @@ def room_for(wanted: Mapping[str, float], nodes: Iterable[Mapping[str, Any]], fr
 
 
 def metric_series(name: str, dataset: str) -> Counter | Histogram:
-    """A series of METRICS at the metrics endpoint of this node, labelled with the dataset version."""
+    """Open a series of METRICS at the metrics endpoint of this node, labelled with the dataset version."""
     metric = METRICS[name]
     labels = ("dataset", *metric.labels)
     made: Counter | Histogram
@@ -168,10 +167,10 @@ def metric_series(name: str, dataset: str) -> Counter | Histogram:
 
 
 def runs_alone() -> bool:
-    """Whether the Ray that this process is connected to is one machine: ours, or a cluster of one node."""
+    """Return whether the connected Ray cluster has one node."""
     return len(ray.nodes()) == 1
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """Where actors belong that hold what the whole job needs: on the node of the driver, with which the job lives and dies."""
+    """Return the scheduling strategy of actors that the whole job needs: the node of the driver, without which the job ends anyway."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

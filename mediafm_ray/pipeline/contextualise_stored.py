@@ -1,7 +1,7 @@
-"""Step 6 alone, over shots that are committed: what is pending, and the stage that reads, contextualises and writes. No ray here.
+"""Step 6 alone, over committed shots: a stage that reads, contextualises and writes. No ray here.
 
-A title's vectors never leave the process that reads them: while one group of titles is computed, threads read the next and write the
-one before. Memory holds three groups, whatever the size of the dataset.
+The vectors of a title never leave the process that reads them: while one group of titles is computed, threads read the next and write
+the previous one. Memory holds three groups, whatever the size of the dataset.
 
 Shapes
     S  shots of the title
@@ -24,7 +24,7 @@ import pyarrow as pa
 from mediafm_ray.derive.reader import to_model_input
 from mediafm_ray.errors import TitleError
 from mediafm_ray.models.options import ContextualiserConfig
-from mediafm_ray.pipeline.rows import ERROR, MEASURES, SECONDS, error_value
+from mediafm_ray.pipeline.rows import ERROR, FAILED, MEASURES, OK, SECONDS, error_value
 from mediafm_ray.pipeline.write_title import contextual_file, remove_superseded
 from mediafm_ray.storage.dataset import (
     FAILURES,
@@ -39,7 +39,7 @@ from mediafm_ray.storage.stored_shots import StoredShots, read_shots
 
 log = logging.getLogger(__name__)
 MB = 10**6
-READING_THREADS = 8  # of an actor: a GET from object storage waits most of its time
+READING_THREADS = 8  # Threads of an actor: a GET from object storage waits most of its time.
 WRITING_THREADS = 4
 
 RESULT_SCHEMA = pa.schema(
@@ -52,6 +52,7 @@ RESULT_SCHEMA = pa.schema(
         ("duration_s", pa.float64()),
         ("warnings", pa.list_(pa.string())),
         ("bytes_written", pa.int64()),
+        ("outcome", pa.string()),
         ("error", ERROR),
     ]
 )
@@ -59,7 +60,7 @@ RESULT_SCHEMA = pa.schema(
 
 @dataclass
 class _Title:
-    """A title at hand."""
+    """A title that is being processed."""
 
     row: Mapping[str, Any]  # STORED_SCHEMA
     shots: StoredShots | None = None
@@ -72,25 +73,26 @@ class _Title:
     error: dict[str, str] | None = None
 
     def attempt(self, stage: str, work: Callable[[], None]) -> None:
-        """One step, unless an earlier one failed; whatever it raises is this title's error."""
+        """Do one step, unless an earlier one failed; whatever it raises is this title's error."""
         if self.error is not None:
             return
         start = time.perf_counter()
         try:
             work()
-        except Exception as failure:  # any: a title's failure is a value, the job goes on
+        except Exception as failure:  # Any failure of a title is a value, and the job goes on.
             if not isinstance(failure, TitleError):
                 log.exception("title %s: %s failed", self.row["title_id"], stage)
             self.error = error_value(stage, failure)
         self.seconds.append({"stage": stage, "seconds": time.perf_counter() - start})
 
     def result(self) -> pa.Table:
-        """How it ended, as a table of one row."""
+        """Return how the title ended, as a table of one row."""
         ended: dict[str, Any] = {
             "title_id": self.row["title_id"],
             "source": self.row["source"],
             "seconds": self.seconds,
             "measures": [{"name": name, "value": value} for name, value in self.measures.items()],
+            "outcome": OK if self.error is None else FAILED,
             "error": self.error,
         }
         if self.error is None:
@@ -101,7 +103,7 @@ class _Title:
 
 
 class ContextualiseStored:
-    """Committed shots in, committed contextual embeddings out: ``stage(table) -> one table a title`` that says how it ended."""
+    """Stage that contextualises committed shots and commits the result; it yields a table for each title that says how it ended."""
 
     name = "contextualise_stored"
 
@@ -115,11 +117,11 @@ class ContextualiseStored:
         self.measured: dict[str, float] = {}
 
     def measure(self, name: str, value: float) -> None:
-        """Count something of the title that is given next, alone."""
+        """Set a measure of the next title, which is given alone."""
         self.measured[name] = value
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """``table``: rows of STORED_SCHEMA."""
+        """Process the titles of a table of STORED_SCHEMA."""
         groups = list(_groups(table.to_pylist(), self.group_bytes))
         with ThreadPoolExecutor(READING_THREADS) as readers, ThreadPoolExecutor(WRITING_THREADS) as writers:
             reading = [readers.submit(self._read, row) for row in groups[0]] if groups else []
@@ -145,7 +147,7 @@ class ContextualiseStored:
         return title
 
     def _contextualise(self, titles: Sequence[_Title]) -> None:
-        """Compute the titles of a group at once or, where that fails, each alone: then it shows whose fault it is."""
+        """Compute the titles of a group at once or, where that fails, each alone, which shows which one is at fault."""
         well = [title for title in titles if title.error is None]
         start = time.perf_counter()
         try:
@@ -192,13 +194,13 @@ class ContextualiseStored:
         }
         try:
             record_failure(self.output, matching_object(title.row["shots"], FAILURES), record, title.error)
-        except Exception as failure:  # the store is gone too: the driver still hears of both
+        except Exception as failure:  # The store fails as well: the driver reports both.
             unrecorded = error_value("write", failure)["message"]
             title.error["message"] += f" (and its failure record could not be written: {unrecorded})"
 
 
 def _groups(rows: Sequence[Mapping[str, Any]], limit: int) -> Iterator[list[Mapping[str, Any]]]:
-    """Rows in order, in groups of at most ``limit`` bytes of objects; a larger title is a group alone."""
+    """Yield the rows in order, in groups of at most ``limit`` bytes of objects; a larger title is a group of its own."""
     group: list[Mapping[str, Any]] = []
     size = 0
     for row in rows:

@@ -1,14 +1,13 @@
-"""Titles that end the process that works on them: bounded here, for Ray would give them to the next process for ever.
+"""Poison-title guard: fails titles that end the process that works on them, which Ray would otherwise repeat without limit.
 
-Every process says which titles it takes in hand before a stage begins. A title that was in hand when ``max_deaths_per_title``
-processes ended becomes that title's failure; nothing is asked of processes that end, so it does not matter how they do: killed
-for memory, crashed in native code, lost with their node.
+Every process registers the titles that it begins before a stage runs. A title on which ``max_deaths_per_title`` processes ended
+fails. The processes need to do nothing when they end, so that the cause does not matter: killed for memory, crashed in native code,
+lost with their node.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
@@ -16,66 +15,38 @@ import ray
 
 from mediafm_ray.errors import TitleError
 from mediafm_ray.pipeline.cluster import on_this_node
-from mediafm_ray.pipeline.rows import TitleRow, failed
+from mediafm_ray.pipeline.coordination import DeathRegister
+from mediafm_ray.pipeline.rows import OK, TitleRow, failed
 
 
 class TooManyDeaths(RuntimeError):
-    """Not even the record of a title's failure could be written without ending the process."""
-
-
-class DeathRegister:
-    """Which process has which titles in hand: what the actor keeps. Its size is the number of processes, not of titles."""
-
-    def __init__(self) -> None:
-        self.in_hand: dict[str, list[tuple[str, str]]] = {}  # process -> (stage, title)
-        self.processes_with: Counter[tuple[str, str]] = Counter()
-
-    def take(self, process: str, stage: str, titles: Sequence[str]) -> list[int]:
-        """A process goes on to these titles. How many others took each of them and never went on: they ended, or soon will be found to."""
-        for key in self.in_hand.pop(process, ()):
-            self.processes_with[key] -= 1
-            if not self.processes_with[key]:
-                del self.processes_with[key]
-        keys = [(stage, title) for title in titles]
-        others = [self.processes_with[key] for key in keys]
-        self.in_hand[process] = keys
-        self.processes_with.update(keys)
-        return others
-
-    def alone_with(self, stage: str, title: str) -> int:
-        """Count the processes that have this title in hand and no other."""
-        return sum(keys == [(stage, title)] for keys in self.in_hand.values())
+    """Even recording the failure of a title ends the process."""
 
 
 class GuardedStage(Protocol):
-    """The side of a stage that the guard needs to know."""
+    """The part of a stage that the guard uses."""
 
     name: ClassVar[str]
 
     def measure(self, name: str, value: float) -> None:
-        """Count something of the title at hand."""
+        """Add to a measure of the title that is being processed."""
         ...
 
 
 class DeathGuard:
-    """Runs stages, and fails the titles that too many processes ended with.
+    """Guard of a run; its copies in the actors share one register.
 
-    A run has one; its copies in the actors share its register. Ray ends the register with the last copy, so it has no name by which
-    another run could find it while it ends.
+    Ray ends the register with the last copy. It has no name, by which another run could find it while it is ending.
     """
 
     def __init__(self, max_deaths: int):
         self.max_deaths = max_deaths
         self.register: Any = ray.remote(num_cpus=0)(DeathRegister).options(scheduling_strategy=on_this_node()).remote()
 
-    def run(self, stage: GuardedStage, work: Callable[[pa.Table], pa.Table], table: pa.Table) -> pa.Table:
-        """``work(table)``, which is ``stage`` over titles, in the parts that ``parts`` makes of them."""
-        return pa.concat_tables([work(part) for part in self.parts(stage, table)])
-
     def parts(self, stage: GuardedStage, table: pa.Table) -> Iterator[pa.Table]:
-        """The titles at once or, when a process has ended with one of them, each alone; one that too many ended with has its failure.
+        """Yield all titles at once or, where a process has ended on one of them, each alone, with its failure where too many have.
 
-        A part is in hand until the next one is asked for. Raises TooManyDeaths, which ends the job.
+        A part counts as being processed until the next one is requested. Raises TooManyDeaths, which ends the job.
         """
         titles = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)] if table.num_columns else []
         if not any(self._take(stage, [row.title_id for row in titles])):
@@ -92,9 +63,9 @@ class DeathGuard:
             )
         if deaths:
             stage.measure("process_deaths", deaths)
-        if deaths < self.max_deaths or row["error"] is not None:
+        if deaths < self.max_deaths or row["outcome"] != OK:
             return row.table
-        if ray.get(self.register.alone_with.remote(stage.name, row.title_id)) == 1:  # this one: the others may have ended of another title
+        if ray.get(self.register.alone_with.remote(stage.name, row.title_id)) == 1:  # The others may have ended on another title.
             return row.table
         reason = (
             f"{deaths} processes ended while stage {stage.name} worked on it (resources.max_deaths_per_title={self.max_deaths}): "

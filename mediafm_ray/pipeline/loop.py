@@ -1,4 +1,4 @@
-"""The same stages in a plain loop, one title after the other in one process: for debugging, tests, and as the measure of Ray's overhead."""
+"""The same stages in a plain loop in one process, for debugging, tests, and to measure the overhead of Ray."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mediafm_ray.runs.plan import Plan
 
 
 def build_stages(plan: Plan, config: EmbedCatalogConfig) -> list[Stage]:
-    """Every stage of the graph, with its models loaded, in order."""
+    """Return the stages of the graph in order, with their models loaded."""
     return [stage for pool in make_pools(recipe_steps(plan, config), config.resources) for stage in pool.build()]
 
 
 def run(pending: pa.Table, steps: Sequence[Stage]) -> Iterator[pa.Table]:
-    """Each pending title through every stage; the rows that the last one leaves."""
+    """Take each pending title through every stage; yield the rows that the last stage returns."""
     for index in range(pending.num_rows):
         title = pending.slice(index, 1)
         for stage in steps:

@@ -1,6 +1,6 @@
-"""All that is used of Ray beside its public API, for the minor version of Ray that it was tried with.
+"""All uses of Ray's private API, tied to the minor version of Ray that they were tested with.
 
-With another version none of it is used: a run says so in a line and does without.
+With another version of Ray they are switched off, and a run prints a warning.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ray.data import Dataset
 
 from mediafm_ray.pipeline.cluster import StarvationClock
 
-TESTED = "2.60"  # pyproject.toml asks for it, too
+TESTED = "2.60"  # pyproject.toml requires the same version.
 IS_TESTED = ray.__version__.startswith(f"{TESTED}.")
-MAX_QUEUED_TITLES = 100  # for a stage, before the one in front of it takes no more
-MIN_LOOP_INTERVAL_S = 0.05  # of Ray Data's loop: it waits twice as long for news by itself
+MAX_QUEUED_TITLES = 100  # A stage with this many finished titles in its queue takes no more.
+MIN_LOOP_INTERVAL_S = 0.05  # Ray Data's own loop waits up to 0.1 s for events.
 
 BackpressurePolicy: Any = object
 ExecutionCallback: Any = object
@@ -34,26 +34,26 @@ if IS_TESTED:
 
 
 def switched_off() -> str:
-    """Say in a line what this version of Ray is not trusted with; empty with the tested one."""
+    """Return a warning with the features that are switched off with this version of Ray; empty with the tested one."""
     if IS_TESTED:
         return ""
     return (
         f"warning: this is Ray {ray.__version__}, tested is {TESTED}; switched off are the limit of titles that wait between two stages, "
-        "the thrift with the driver's memory and time, and the messages about stages that wait for resources"
+        "the savings of the driver's memory and time, and the messages about stages that wait for resources"
     )
 
 
 def limit_waiting_titles(titles: Dataset) -> None:
-    """Let a stage take no further title while many of its own wait for the next one."""
+    """Let a stage take no further title while many of its finished titles wait for the next stage."""
     if IS_TESTED:
         titles.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, MaxQueuedTitlesPolicy])
 
 
 def result_blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> Iterator[pa.Table]:
-    """Run the graph; the blocks of its last stage as they come, none kept. ``say``: see ``graph.blocks``.
+    """Run the graph; yield the blocks of its last stage as they come. ``say``: see ``graph.blocks``.
 
-    Not iter_batches, where it can be helped: every five seconds it sends statistics of all blocks so far to an actor; after 4,000 titles
-    that was a fifth of what a profile saw of the driver.
+    With the tested version of Ray it avoids iter_batches, which sends statistics of all blocks so far to an actor every five seconds:
+    after 4,000 titles that took a fifth of the driver's time.
     """
     if not IS_TESTED:
         yield from titles.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -61,7 +61,7 @@ def result_blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> 
     callbacks = titles.context.custom_execution_callback_classes
     if DriverLoadCallback not in callbacks:
         callbacks.append(DriverLoadCallback)
-    if say:  # Ray Data makes the object, without arguments
+    if say:  # Ray Data creates the object and passes no arguments.
         callbacks.append(type("SaysStarvation", (StarvationCallback,), {"say": staticmethod(say)}))
     for bundle in titles.iter_internal_ref_bundles():
         for entry in bundle.blocks:
@@ -69,7 +69,7 @@ def result_blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> 
 
 
 class MaxQueuedTitlesPolicy(BackpressurePolicy):
-    """A stage takes no further title while many of its own wait for the next stage.
+    """Backpressure policy: a stage takes no further title while many of its finished titles wait for the next stage.
 
     Ray Data bounds the bytes that wait, not the titles: a run would hold what it knows of thousands of small ones in the driver, and lose
     the work on all of them when it is killed.
@@ -81,11 +81,11 @@ class MaxQueuedTitlesPolicy(BackpressurePolicy):
 
 
 class DriverLoadCallback(ExecutionCallback):
-    """What Ray Data's loop does for nobody here, and how often it goes round.
+    """Callback that saves memory and time of the driver.
 
-    It keeps the statistics of every block of every operator until the end, for a report that is not asked for: some 4 kB of the driver's
-    memory a title. And every step of it costs the driver milliseconds, however few titles went on: where titles are short, more of them
-    go on in one step.
+    Ray Data keeps statistics of every block of every operator until the end, for a report that is not used here: some 4 kB of the
+    driver's memory for each title. And every step of its loop costs the driver milliseconds, even if few titles move on: with pauses
+    between steps, more short titles move on in each.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class DriverLoadCallback(ExecutionCallback):
 
 
 class StarvationCallback(ExecutionCallback):
-    """Say which stage has had no actor for a while, for lack of a node with room for one."""
+    """Callback that reports a stage which has had no actor for a while, because no node has room for one."""
 
     say: Callable[[str], None]
 
@@ -123,6 +123,6 @@ class StarvationCallback(ExecutionCallback):
 
 
 def _has_no_node(actor: Any) -> bool:
-    """Tell an actor that is not placed yet from one whose constructor runs."""
+    """Return whether an actor has no node yet; one whose constructor is running has."""
     found = ray._private.state.actors(actor._actor_id.hex())
     return not found.get("Address", {}).get("IPAddress")

@@ -1,8 +1,8 @@
-"""A title as a row: the Arrow columns that stages hand on, and what a stage is. No ray here: a stage is a plain callable.
+"""A title as a row of Arrow columns, and the base class of stages. No ray here: a stage is a plain callable.
 
 One title is one row, in one block, from the catalog to the commit. A stage declares the columns that it takes, adds and
-drops; they are checked at run time. Whatever goes wrong with a title becomes the value of its column ``error``, and later
-stages pass such a row through.
+drops; they are checked at run time. The column ``outcome`` is OK; FAILED, with the reason in the column ``error``; or
+SKIPPED, where the run takes no more titles. Stages pass rows through that are not OK.
 
 Shapes
     S  shots of the title
@@ -27,8 +27,9 @@ from mediafm_ray.spec import Packed, TimedTextSource, Title
 from mediafm_ray.text import public_line, public_lines
 
 log = logging.getLogger(__name__)
-MAX_TRACEBACK_PARTS = 6  # the last frames and the error itself
+MAX_TRACEBACK_PARTS = 6  # The last frames and the error itself.
 
+OK, FAILED, SKIPPED = "ok", "failed", "skipped"  # Values of the column ``outcome``.
 ERROR = pa.struct(
     [("stage", pa.string()), ("type", pa.string()), ("message", pa.string()), ("traceback", pa.string()), ("outage", pa.bool_())]
 )
@@ -54,8 +55,8 @@ SHOTS = pa.list_(
         ]
     )
 )
-FRAMES = pa.list_(pa.list_(pa.large_binary()))  # JPEG files of each shot
-AUDIO = pa.list_(pa.large_binary())  # 16 kHz mono int16 little-endian samples of each shot
+FRAMES = pa.list_(pa.list_(pa.large_binary()))  # JPEG files of each shot.
+AUDIO = pa.list_(pa.large_binary())  # 16 kHz mono int16 little-endian samples of each shot.
 FLAGS = pa.list_(pa.bool_())
 NORMS = pa.list_(pa.float32())
 
@@ -67,43 +68,44 @@ PLAN_SCHEMA = pa.schema(
         ("timed_text", TIMED_TEXT),
         ("synopsis", pa.string()),
         ("tags", pa.list_(pa.string())),
-        ("superseded", pa.list_(pa.string())),  # objects of older sources, to remove once this one is committed
+        ("superseded", pa.list_(pa.string())),  # Objects of older sources, removed once this one is committed.
+        ("outcome", pa.string()),
         ("error", ERROR),
         ("seconds", SECONDS),
-        ("measures", MEASURES),  # what stages counted of the title: frames, bytes, tokens, ...
+        ("measures", MEASURES),  # What stages counted: frames, bytes, tokens, ...
     ]
 )
 
 
 def vectors_type(dim: int) -> pa.DataType:
-    """The type of a column that holds the vectors of a title's shots."""
+    """Return the type of a column that holds the vectors of a title's shots."""
     return pa.list_(pa.list_(pa.float32(), dim))
 
 
 def vectors_cell(vectors_SD: np.ndarray) -> pa.Array:
-    """(S, D) float32 vectors as the one value of a column of ``vectors_type(D)``."""
+    """Return (S, D) float32 vectors as the single value of a column of ``vectors_type(D)``."""
     values = pa.array(np.ascontiguousarray(vectors_SD, dtype=np.float32).reshape(-1))
     return list_cell(pa.FixedSizeListArray.from_arrays(values, vectors_SD.shape[1]))
 
 
 def list_cell(values: pa.Array) -> pa.Array:
-    """An array of N values as the one value of a column of lists."""
+    """Return an array of N values as the single value of a column of lists."""
     return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
 
 
 def nested_cell(values: pa.Array, lengths: Sequence[int]) -> pa.Array:
-    """An array of values, so many of them for each shot, as the one value of a column of lists of lists."""
+    """Return an array of values, ``lengths`` of them for each shot, as the single value of a column of lists of lists."""
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return list_cell(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values))
 
 
 def packed_array(packed: Packed) -> pa.LargeBinaryArray:
-    """Packed byte strings as an Arrow array; nothing is copied."""
+    """Return packed byte strings as an Arrow array, without a copy."""
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(packed), [None, pa.py_buffer(packed.offsets), pa.py_buffer(packed.data)])
 
 
 class InPlace(Sequence[Any]):
-    """The values of an Arrow array of binaries, or of lists of them, each looked at where it lies: nothing is copied as a whole."""
+    """Sequence of the values of an Arrow array of binaries, or of lists of them, without a copy."""
 
     def __init__(self, values: pa.Array):
         self.values = values
@@ -135,100 +137,105 @@ class TitleRow:
         return self.table.column(column)[0].as_py()
 
     def vectors(self, column: str) -> np.ndarray:
-        """The (S, D) float32 vectors of a column of ``vectors_type(D)``."""
+        """Return the (S, D) float32 vectors of a column of ``vectors_type(D)``."""
         vectors = self.table.column(column)[0].values
         return vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), vectors.type.list_size)
 
     def byte_strings(self, column: str) -> Sequence[Any]:
-        """The byte strings of a column of type AUDIO, in place."""
+        """Return the byte strings of a column of type AUDIO, without a copy."""
         return InPlace(self.table.column(column)[0].values)
 
     def frames(self, column: str) -> Sequence[Sequence[Any]]:
-        """The byte strings of each shot, of a column of type FRAMES, in place."""
+        """Return the byte strings of each shot, of a column of type FRAMES, without a copy."""
         return InPlace(self.table.column(column)[0].values)
 
     def title(self) -> Title:
-        """The title as the catalog gave it."""
+        """Return the title as it is in the catalog."""
         texts = tuple(TimedTextSource(text["uri"], text["language"], text["kind"]) for text in self["timed_text"])
         return Title(self.title_id, self["video"], texts, self["synopsis"], tuple(self["tags"]))
 
 
 class Stage(ABC):
-    """One step of the pipeline over the titles of a block: ``stage(table) -> table``.
+    """Step of the pipeline over the titles of a block: ``stage(table) -> table``.
 
-    Build it where it runs (in an actor, in a task, or in a plain loop): it loads its models in its constructor.
+    Build it in the process where it runs: its constructor loads the models.
     """
 
     name: ClassVar[str]
-    takes: ClassVar[tuple[str, ...]]  # columns that must be there
-    drops: ClassVar[tuple[str, ...]] = ()  # columns of ``takes`` that nobody needs afterwards
-    supports_batching: ClassVar[bool] = False  # whether ``process_together`` does several titles at less cost than each alone
+    takes: ClassVar[tuple[str, ...]]  # Columns that must be there.
+    drops: ClassVar[tuple[str, ...]] = ()  # Columns of ``takes`` that no later stage needs.
+    supports_batching: ClassVar[bool] = False  # Whether one ``process_together`` costs less than several ``process``.
 
     @property
     @abstractmethod
     def adds(self) -> Mapping[str, pa.DataType]:
-        """The columns that this stage adds, with their types."""
+        """The columns that this stage adds, and their types."""
 
     @abstractmethod
-    def process(self, row: TitleRow) -> Mapping[str, Any]:
-        """The added columns of one title: Python values, or Arrow arrays of length one. Whatever it raises is that title's error."""
+    def process(self, row: TitleRow) -> Mapping[str, Any] | None:
+        """Return the added columns of one title, Python values or Arrow arrays of length one, or None to skip the title.
+
+        Whatever it raises is that title's error.
+        """
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Process every title of the table that has no error yet."""
-        if table.num_columns == 0:  # Ray may hand on one empty block without columns
+        """Process every title of the table whose outcome is OK so far."""
+        if table.num_columns == 0:  # Ray may pass an empty block without columns.
             return table
-        missing = [column for column in (*self.takes, "error", "seconds", "measures") if column not in table.column_names]
+        missing = [column for column in (*self.takes, "outcome", "error", "seconds", "measures") if column not in table.column_names]
         if missing:
             raise TypeError(f"stage {self.name}: the columns {', '.join(missing)} are missing; there are: {', '.join(table.column_names)}")
         rows = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)]
-        well = [row for row in rows if row["error"] is None]
+        well = [row for row in rows if row["outcome"] == OK]
         together = self._together(well) if self.supports_batching and len(well) > 1 else {}
-        parts = [self._one(row, together.get(id(row))) for row in rows]
-        return pa.concat_tables(parts) if parts else self._with(table, {}, None, 0.0)
+        parts = [*map(self._one, rows, [together.get(id(row)) for row in rows])]
+        return pa.concat_tables(parts) if parts else self._with(table, {}, 0.0)
 
     def measure(self, name: str, value: float) -> None:
-        """Count something of the title at hand. It travels with the title's row, also when the title fails."""
+        """Add to a measure of the title that is being processed. It stays with the title's row, also when the title fails."""
         measured = self.__dict__.setdefault("_measured", {})
         measured[name] = measured.get(name, 0.0) + value
 
-    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any]]:
-        """The added columns of several titles, in order. Stages that gain from it (to fill a GPU) do them in one call."""
+    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any] | None]:
+        """Return what ``process`` gives for each of several titles, in order; override it where one call for all of them costs less."""
         return [self.process(row) for row in rows]
 
-    def _together(self, rows: Sequence[TitleRow]) -> dict[int, tuple[Mapping[str, Any], float]]:
-        """What one call gives for each row (by identity), with its share of the seconds; empty where every title is to go alone."""
+    def _together(self, rows: Sequence[TitleRow]) -> dict[int, tuple[Mapping[str, Any] | None, float]]:
+        """Return the results of one call by the identity of the rows, with equal shares of its seconds; empty where the call failed."""
         start = time.perf_counter()
         try:
             added = self.process_together(rows)
-        except Exception:  # whose fault it is shows when each goes alone
+        except Exception:  # Processing each title alone shows which one is at fault.
             log.exception("stage %s failed on %d titles at once; trying each alone", self.name, len(rows))
             return {}
         share_s = (time.perf_counter() - start) / len(rows)
         return {id(row): (one, share_s) for row, one in zip(rows, added, strict=True)}
 
-    def _one(self, row: TitleRow, done: tuple[Mapping[str, Any], float] | None) -> pa.Table:
-        if row["error"] is not None:
-            return self._with(row.table, {}, None, 0.0)
+    def _one(self, row: TitleRow, done: tuple[Mapping[str, Any] | None, float] | None) -> pa.Table:
+        table, seconds = row.table, 0.0
+        cells: dict[str, pa.Array] = {}
+        if row["outcome"] != OK:
+            return self._with(table, cells, seconds)
         start = time.perf_counter()
         try:
             added, seconds = done or (self.process(row), 0.0)
-            if set(added) != set(self.adds):
+            if added is None:
+                table = skipped(table)
+            elif set(added) != set(self.adds):
                 raise TypeError(f"stage {self.name} declares {sorted(self.adds)} and gave {sorted(added)}")
-            cells = {name: _cell(value, self.adds[name]) for name, value in added.items()}
-            error = None
-        except Exception as failure:  # any: a title's failure is a value, the job goes on
+            else:
+                cells = {name: _cell(value, self.adds[name]) for name, value in added.items()}
+        except Exception as failure:  # Any failure of a title is a value, and the job goes on.
             if not isinstance(failure, (TitleError, OutageError)):
                 log.exception("title %s: stage %s failed", row.title_id, self.name)
-            cells, error, seconds = {}, error_value(self.name, failure), 0.0
-        return self._with(row.table, cells, error, seconds + time.perf_counter() - start)
+            table = failed(table, self.name, failure)
+        return self._with(table, cells, seconds + time.perf_counter() - start)
 
-    def _with(self, table: pa.Table, cells: Mapping[str, pa.Array], error: dict[str, str] | None, seconds: float) -> pa.Table:
-        """The table with this stage's columns added (null where there are no cells) and its drops dropped."""
+    def _with(self, table: pa.Table, cells: Mapping[str, pa.Array], seconds: float) -> pa.Table:
+        """Return the table with this stage's columns added (null where there are no cells) and its ``drops`` removed."""
         measured = self.__dict__.pop("_measured", {})
         for name, type_ in self.adds.items():
             table = table.append_column(name, cells[name] if name in cells else pa.nulls(table.num_rows, type_))
-        if error is not None:
-            table = _replaced(table, "error", pa.array([error], ERROR))
         if table.num_rows == 1 and seconds:
             spent = [*TitleRow(table)["seconds"], {"stage": self.name, "seconds": seconds}]
             table = _replaced(table, "seconds", pa.array([spent], SECONDS))
@@ -239,9 +246,9 @@ class Stage(ABC):
 
 
 def error_value(stage: str, failure: BaseException) -> dict[str, Any]:
-    """A failure as the value of the column ``error``: a person reads the message. ``outage``: it is no fault of the title's."""
+    """Return a failure as the value of the column ``error``; ``outage`` says that the title itself is not at fault."""
     message, frames = str(failure) or repr(failure), ""
-    if not isinstance(failure, (TitleError, OutageError)):  # a defect, or trouble outside the title: where it was matters, too
+    if not isinstance(failure, (TitleError, OutageError)):  # A defect, or trouble outside the title, needs its place.
         message = f"{type(failure).__name__}: {message}"
         frames = "".join(traceback.format_exception(failure)[-MAX_TRACEBACK_PARTS:])
     return {
@@ -254,26 +261,23 @@ def error_value(stage: str, failure: BaseException) -> dict[str, Any]:
 
 
 def failed(title: pa.Table, stage: str, failure: BaseException) -> pa.Table:
-    """The row of a title (a table of one row) with this failure."""
-    return _replaced(title, "error", pa.array([error_value(stage, failure)], ERROR))
+    """Return the row of a title (a table of one row) with this failure."""
+    title = _replaced(title, "error", pa.array([error_value(stage, failure)], ERROR))
+    return _replaced(title, "outcome", pa.array([FAILED]))
 
 
-class TitleLeft(TitleError):
-    """The run takes no more titles: this one is neither done nor failed, and is there for the next run."""
-
-
-def was_left(error: Mapping[str, str] | None) -> bool:
-    """Whether the value of the column ``error`` is no failure, but that the title was not taken."""
-    return error is not None and error["type"] == TitleLeft.__name__
+def skipped(title: pa.Table) -> pa.Table:
+    """Return the row of a title that this run does not take and a later one will."""
+    return _replaced(title, "outcome", pa.array([SKIPPED]))
 
 
 def plan_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Rows of the plan as a table of PLAN_SCHEMA: nothing has gone wrong, no time is spent and nothing counted yet."""
-    return pa.Table.from_pylist([{**row, "error": None, "seconds": [], "measures": []} for row in rows], schema=PLAN_SCHEMA)
+    """Return rows of the plan as a table of PLAN_SCHEMA, with the columns that stages fill."""
+    return pa.Table.from_pylist([{**row, "outcome": OK, "error": None, "seconds": [], "measures": []} for row in rows], schema=PLAN_SCHEMA)
 
 
 def to_json(value: Any) -> str:
-    """A value as JSON text for a string column; the same text for the same value."""
+    """Return a value as JSON text for a string column; equal values have equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 

@@ -1,7 +1,7 @@
 """The steps of the recipe, in order, and the pools of actors that run them. No ray here.
 
-A pool runs one step or several that follow one another: where nothing asks for a GPU, the encoders, fusion, the contextualiser and the
-writer share one process, for each process that imports torch takes seconds and hundreds of megabytes. Results do not depend on the pools.
+A pool runs one or several consecutive steps: where no step asks for a GPU, the encoders, fusion, the contextualiser and the writer share
+one process, because each process that imports torch costs seconds and hundreds of megabytes. Results do not depend on the pools.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mediafm_ray.pipeline.rows import Stage
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs.plan import Plan
 
-CORES_PER_DETECTOR, CORES_PER_ACTOR = 2, 8  # of the machine, where max_actors is 0
+CORES_PER_DETECTOR, CORES_PER_ACTOR = 2, 8  # They decide the number of actors where max_actors is 0.
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,29 @@ class Step:
 
     stage: type[Stage] | type[ContextualiseStored]
     resources: StageConfig
-    model: Any = None  # configuration of the stage's model, its constructor's first argument; None where it has no model
-    others: tuple[Any, ...] = ()  # further arguments of the constructor
+    model: Any = None  # The first argument of the constructor: the configuration of the model, or None without one.
+    others: tuple[Any, ...] = ()  # Further arguments of the constructor.
 
     @property
     def detects(self) -> bool:
-        """Whether this is the detector, or what stands in for it."""
+        """Return whether this is the detector or a stand-in for it."""
         return self.stage.name == stages.DetectShots.name
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Steps that share their actors, and what an actor is given."""
+    """Steps that share their actors."""
 
     steps: tuple[Step, ...]
 
     @property
     def name(self) -> str:
-        """Names of the steps, as resources.pools takes them."""
+        """The names of the steps, as resources.pools takes them."""
         return "+".join(step.stage.name for step in self.steps if step.stage is not stages.Fuse)
 
     @property
     def resources(self) -> StageConfig:
-        """The most that any of the steps asks for, with the number of actors decided."""
+        """The largest resources that any step asks for, with the number of actors resolved."""
         each = [step.resources for step in self.steps]
         cores = CORES_PER_DETECTOR if self.detects else CORES_PER_ACTOR
         automatic = max(1, (os.cpu_count() or 1) // cores)
@@ -68,16 +68,16 @@ class Pool:
 
     @property
     def detects(self) -> bool:
-        """Whether the detector, which is the first of all steps, is among these."""
+        """Return whether these steps begin with the detector."""
         return self.steps[0].detects
 
     @property
     def is_on_cpu(self) -> bool:
-        """Whether no model of the pool computes on a GPU."""
+        """Return whether no model of the pool computes on a GPU."""
         return all(getattr(step.model, "device", "cpu") == "cpu" for step in self.steps)
 
     def with_threads(self) -> Pool:
-        """The pool with the CPU threads of its models decided: what is configured, else an actor's share of this machine."""
+        """Return the pool with the CPU threads of its models resolved: the configured number, or an actor's share of this machine."""
         pool = self.resources
         share = int(pool.num_cpus) if pool.num_cpus >= 1 else (os.cpu_count() or 1) // pool.max_actors
 
@@ -89,7 +89,7 @@ class Pool:
         return Pool(tuple(map(decided, self.steps)))
 
     def build(self) -> list[Any]:
-        """Load every model. Raises ConfigError, naming the stage, where one cannot work: the next process would fail alike."""
+        """Build the stages with their models. Raises ConfigError with the name of a stage that can work in no process."""
         found = []
         for step in self.steps:
             try:
@@ -100,9 +100,9 @@ class Pool:
 
 
 def recipe_steps(plan: Plan, config: EmbedCatalogConfig, budget: stages.TitleBudget | None = None, allowance: Any = None) -> list[Step]:
-    """All steps from a title of the catalog to its committed objects; without a checkpoint none contextualises.
+    """Return all steps from a title of the catalog to its committed objects; without a checkpoint there is no contextualising step.
 
-    ``budget``: decides whether the run takes another title; ``allowance``: limits of the embeddings API that all actors share.
+    ``budget`` decides whether the run takes another title; ``allowance`` holds the limits of the embeddings API that all actors share.
     """
     resources, fused_dim = config.resources, plan.model.dims["fused"]
     reading = (config.frames, config.timed_text, config.media, config.storage, budget)
@@ -119,7 +119,7 @@ def recipe_steps(plan: Plan, config: EmbedCatalogConfig, budget: stages.TitleBud
 
 
 def make_pools(steps: Sequence[Step], resources: ResourcesConfig) -> list[Pool]:
-    """Group steps into pools as resources.pools says; fusion has no model and goes with the step after it.
+    """Group steps into pools as resources.pools says; fusion, which has no model, shares the pool of the next step.
 
     Without resources.pools, steps that ask for no GPU and for the same nodes share a pool, but the detector has its own.
     """
@@ -145,6 +145,6 @@ def _share(one: Step, other: Step, resources: ResourcesConfig) -> bool:
 def stored_pool(
     plan: Plan, config: ContextualiseCatalogConfig | EmbedCatalogConfig, stage: type[ContextualiseStored] = ContextualiseStored
 ) -> Pool:
-    """The pool that contextualises committed shots: one step, for vectors that are read anyway need not travel between processes."""
+    """Return the pool that contextualises committed shots: a single step, so that no vectors travel between processes."""
     others = (config.output.uri, plan.model, plan.checkpoint, config.storage)
     return Pool((Step(stage, config.resources.contextualise, config.contextualiser, others),)).with_threads()

@@ -1,6 +1,6 @@
-"""The stages of the pipeline, in the order in which a title meets them. No ray here: ``graph`` puts them into actors and tasks.
+"""The stages of the pipeline in their order. No ray here: ``graph`` puts them into actors.
 
-Each joins one piece of the layers below to the row of a title; torch is imported where a model is built, in the constructor.
+Each applies one part of the layers below to the row of a title. Torch is imported in the constructors, where models are built.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from mediafm_ray.pipeline.rows import (
     NORMS,
     SHOTS,
     Stage,
-    TitleLeft,
     TitleRow,
     list_cell,
     nested_cell,
@@ -46,27 +45,27 @@ from mediafm_ray.pipeline.rows import (
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.store import StorageConfig, fsspec_options
 
-CAP_REACHED = "max_cost_usd"  # why a run took no more titles
+CAP_REACHED = "max_cost_usd"  # The limit that ended the budget of a run.
 
 
 class TitleBudget(Protocol):
-    """Decides whether the run takes another title; one for all actors of a job (budget.SharedBudget)."""
+    """Decides whether the run takes another title, for all actors of a job (budget.SharedBudget)."""
 
-    def take(self, title_id: str) -> None:
-        """Begin a title. Raises TitleLeft when the run takes no more."""
+    def take(self, title_id: str) -> bool:
+        """Begin a title; return False where the run takes no more."""
         ...
 
     def was_read(self, title_id: str, duration_s: float) -> None:
-        """A title that was begun turned out to have so many seconds of video."""
+        """Note the true seconds of video of a title that has begun."""
         ...
 
     def give_back(self, title_id: str, reason: str) -> None:
-        """A title that was begun cannot be finished in this run, nor can others: take no more."""
+        """Note that a title that has begun cannot be finished in this run, and take no more titles."""
         ...
 
 
 class DetectShots(Stage):
-    """Step 1: one pass over the container gives the shots, and of each its frames, audio and text."""
+    """Step 1: read a video once for its shots and their frames, audio and text."""
 
     name = "detect_shots"
     takes = ("title_id", "video", "timed_text")
@@ -80,7 +79,7 @@ class DetectShots(Stage):
         storage: StorageConfig,
         budget: TitleBudget | None = None,
     ):
-        """``budget``: who decides whether the run takes another title; without it, all are taken."""
+        """``budget`` decides whether the run takes another title; without it, all are taken."""
         from mediafm_ray.media.isolation import IsolatedReader
         from mediafm_ray.models.detector import ShotDetector
 
@@ -92,10 +91,10 @@ class DetectShots(Stage):
     def adds(self) -> Mapping[str, pa.DataType]:
         return {"shots": SHOTS, "frames": FRAMES, "audio": AUDIO, "media": pa.string()}
 
-    def process(self, row: TitleRow) -> Mapping[str, Any]:
+    def process(self, row: TitleRow) -> Mapping[str, Any] | None:
         title = row.title()
-        if self.budget is not None:
-            self.budget.take(title.title_id)
+        if self.budget is not None and not self.budget.take(title.title_id):
+            return None
         self.reader.media = media_options(self.media, title.video, self.storage)
         try:
             media = self.reader.read(title, self.detector.stream())
@@ -135,16 +134,16 @@ class DetectShots(Stage):
 
 
 def media_options(media: MediaConfig, uri: str, storage: StorageConfig) -> MediaConfig:
-    """The media layer's configuration for a video at a URI: it reaches object storage as the storage layer does."""
+    """Return the configuration for reading a video, with the storage layer's access to object storage."""
     return dataclasses.replace(media, storage_options={**fsspec_options(uri, storage), **media.storage_options})
 
 
 class EncodeShots(Stage):
-    """What encoding frames and encoding audio have in common: the shots of all titles at hand go through the encoder in one call."""
+    """Base class of the encoders of frames and of audio: one call encodes the shots of all titles of a block."""
 
     modality: ClassVar[str]
     supports_batching = True
-    encoder: Any  # models.encoder: dim, encode
+    encoder: Any  # It has dim and encode, as in models.encoder.
 
     @property
     def adds(self) -> Mapping[str, pa.DataType]:
@@ -152,7 +151,7 @@ class EncodeShots(Stage):
 
     @abstractmethod
     def shots(self, row: TitleRow) -> Sequence[Any]:
-        """What the encoder takes of each shot of a title."""
+        """Return the encoder's input for each shot of a title."""
 
     def process(self, row: TitleRow) -> Mapping[str, Any]:
         return self.process_together([row])[0]
@@ -169,7 +168,7 @@ class EncodeShots(Stage):
 
 
 class EncodeVideo(EncodeShots):
-    """Step 2: the frames of each shot become its video embedding."""
+    """Step 2: encode the frames of each shot as its video embedding."""
 
     name = "encode_video"
     modality = "video"
@@ -179,12 +178,12 @@ class EncodeVideo(EncodeShots):
         self.encoder = build_video_encoder(config)
 
     def shots(self, row: TitleRow) -> Sequence[Any]:
-        """Each shot's JPEG files."""
+        """Return the JPEG files of each shot."""
         return list(row.frames("frames"))
 
 
 class EncodeAudio(EncodeShots):
-    """Step 3: the samples of each shot become its audio embedding."""
+    """Step 3: encode the samples of each shot as its audio embedding."""
 
     name = "encode_audio"
     modality = "audio"
@@ -194,19 +193,21 @@ class EncodeAudio(EncodeShots):
         self.encoder = build_audio_encoder(config)
 
     def shots(self, row: TitleRow) -> Sequence[Any]:
-        """Each shot's int16 samples."""
+        """Return the int16 samples of each shot."""
         return list(row.byte_strings("audio"))
 
 
 class EncodeText(Stage):
-    """Step 4: the text of each shot, and the title's synopsis and tags, become embeddings."""
+    """Step 4: encode the text of each shot, and the synopsis and tags of the title."""
 
     name = "encode_text"
     takes = ("shots", "synopsis", "tags")
 
     def __init__(self, config: TextEncoderConfig, allowance: Any = None, budget: TitleBudget | None = None):
-        """``allowance``: the limits that all actors of a job share, where the encoder asks an API (text_api.Allowance); ``budget``: who is
-        told that the run can take no more titles because what may be spent is spent."""
+        """``allowance``: the limits of the embeddings API that all actors of a job share (text_api.Allowance), where the encoder uses it.
+
+        ``budget``: takes no more titles once the cost cap is reached.
+        """
         self.encoder, self.budget = build_text_encoder(config, allowance), budget
 
     @property
@@ -214,21 +215,20 @@ class EncodeText(Stage):
         return {
             "text_embeddings": vectors_type(self.encoder.dim),
             "has_text": FLAGS,
-            "metadata_embedding": pa.list_(pa.float32()),  # null where the title has neither synopsis nor tags
+            "metadata_embedding": pa.list_(pa.float32()),  # Null where the title has neither synopsis nor tags.
         }
 
-    def process(self, row: TitleRow) -> Mapping[str, Any]:
+    def process(self, row: TitleRow) -> Mapping[str, Any] | None:
         shots = [shot["text"] for shot in row["shots"]]
         before = self._usage()
         try:
-            encoded = self.encoder.encode(
-                [*shots, metadata_text(row["synopsis"], row["tags"])]
-            )  # one call: one request where an API is asked
-        except BudgetExceeded as error:
+            # One call, which an API answers to one request.
+            encoded = self.encoder.encode([*shots, metadata_text(row["synopsis"], row["tags"])])
+        except BudgetExceeded:
             if self.budget is not None:
                 self.budget.give_back(row.title_id, CAP_REACHED)
-            raise TitleLeft(str(error)) from None
-        finally:  # what a failed title used counts, too
+            return None
+        finally:  # The usage of a failed title counts as well.
             for name, used in self._usage().items():
                 self.measure(name, used - before[name])
         return {
@@ -238,18 +238,18 @@ class EncodeText(Stage):
         }
 
     def _usage(self) -> dict[str, float]:
-        """What the encoder has asked of an API so far; nothing where it asks none."""
+        """Return the encoder's usage of an API so far; empty where it uses none."""
         usage = getattr(self.encoder, "usage", None)
         return dataclasses.asdict(usage) if usage else {}
 
 
 def metadata_text(synopsis: str, tags: list[str]) -> str:
-    """What is embedded for [GLOBAL]: the synopsis, then the tags; empty where a title has neither."""
+    """Return the text that is embedded for [GLOBAL]: the synopsis, then the tags; empty where a title has neither."""
     return "\n".join(part for part in (synopsis.strip(), ", ".join(tag.strip() for tag in tags)) if part)
 
 
 class Fuse(Stage):
-    """Step 5: the three embeddings of a shot become one unit vector."""
+    """Step 5: fuse the three embeddings of each shot into one unit vector."""
 
     name = "fuse"
     takes = tuple(f"{modality}_embeddings" for modality in MODALITIES)
@@ -268,7 +268,7 @@ class Fuse(Stage):
 
 
 class Contextualise(Stage):
-    """Step 6: the sequence of fused embeddings becomes contextual embeddings, and [CLS] one vector for the title."""
+    """Step 6: set the fused embeddings in the context of the title; [CLS] gives one vector for the title."""
 
     name = "contextualise"
     takes = ("shots", "fused_embeddings", "metadata_embedding")

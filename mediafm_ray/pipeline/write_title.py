@@ -1,4 +1,4 @@
-"""The last stage: a finished title becomes its objects, a failed one a failure record. No ray here."""
+"""The last stage, which writes the objects of a finished title, or the record of a failure. No ray here."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.pipeline.rows import (
-    SHOTS,
-    Stage,
-    TitleRow,
-    error_value,
-    was_left,
-)
+from mediafm_ray.pipeline.rows import FAILED, SHOTS, Stage, TitleRow, error_value
 from mediafm_ray.storage.dataset import FAILURES, Model, Output, contextual, matching_object, object_name, record_failure
 from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
@@ -26,10 +20,10 @@ from mediafm_ray.text import public_line, public_uri
 
 
 class WriteTitle(Stage):
-    """Step 7: the finished title becomes one object a dataset, the failed one a failure record; afterwards only its result is left.
+    """Step 7: write one object in each dataset for a finished title, a failure record for a failed one; only their results remain.
 
-    The shots are put last of a title's datasets and superseded objects are removed after that, so that a title is never without a
-    committed object once it had one.
+    The shots are written last, and superseded objects are removed afterwards, so that a title that has a committed object is never
+    without one.
     """
 
     name = "write"
@@ -61,20 +55,20 @@ class WriteTitle(Stage):
         }
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Commit or record every title; the rows that are left say how each ended."""
+        """Commit every finished title and record every failed one; return rows that say how each ended."""
         table = super().__call__(table)
         if table.num_columns == 0:
             return table
-        errors = table.column("error").to_pylist()
-        for index, error in enumerate(errors):
-            if error is not None and not was_left(error):
+        outcomes, errors = table["outcome"].to_pylist(), table["error"].to_pylist()
+        for index, (outcome, error) in enumerate(zip(outcomes, errors, strict=True)):
+            if outcome == FAILED:
                 row = TitleRow(table.slice(index, 1))
                 try:
                     self._record_failure(row, error)
-                except Exception as failure:  # the store is gone too: the driver still hears of both
+                except Exception as failure:  # The store fails as well: the driver reports both.
                     unrecorded = error_value(self.name, failure)["message"]
                     errors[index] = {**error, "message": f"{error['message']} (and its failure record could not be written: {unrecorded})"}
-        kept = ["title_id", "source", "seconds", "measures", *self.adds]
+        kept = ["title_id", "source", "seconds", "measures", *self.adds, "outcome"]
         return table.select(kept).append_column("error", pa.array(errors, table.schema.field("error").type))
 
     def _record_failure(self, row: TitleRow, error: Mapping[str, str]) -> None:
@@ -122,8 +116,10 @@ class WriteTitle(Stage):
 def contextual_file(
     facts: Mapping[str, Any], checkpoint: str, times: tuple[Iterable[float], Iterable[float]], contextual_SD: np.ndarray, cls_D: np.ndarray
 ) -> bytes:
-    """The object of a title in the dataset of a checkpoint. ``facts``: what its object in ``shots`` says of title and model;
-    ``times``: the starts and the ends of its shots, in seconds."""
+    """Return the object of a title in the dataset of a checkpoint.
+
+    ``facts``: the facts of title and model in its object in ``shots``; ``times``: the starts and the ends of its shots in seconds.
+    """
     vectors = embedding_array(contextual_SD)
     columns = {
         "title_id": [facts["title_id"]] * len(vectors),
@@ -137,9 +133,9 @@ def contextual_file(
 
 
 def remove_superseded(output: Output, own: str, names: Sequence[str]) -> list[str]:
-    """Remove what a committed title supersedes; what cannot be removed is a warning, for the title is done.
+    """Remove the objects that a committed title supersedes; return a warning for each that cannot be removed.
 
-    ``own``: the title's object. Where it is gone, or another one is newer, another job takes the title for that source meanwhile.
+    ``own``: the title's object. Where it is gone, or another one is newer, another job has meanwhile taken the title from that source.
     """
     warnings = []
     for name in names:
@@ -148,13 +144,13 @@ def remove_superseded(output: Output, own: str, names: Sequence[str]) -> list[st
                 output.store.delete(name)
             elif (committed := output.store.info(own)) is not None:
                 output.store.delete_unless_newer(name, committed.modified)
-        except Exception as error:  # fsspec implementations raise many kinds
+        except Exception as error:  # Implementations of fsspec raise many types.
             warnings.append(f"{name} is superseded and could not be removed ({public_line(str(error))}); the next run will try again")
     return warnings
 
 
 def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
-    """Columns in the order and with the types of a schema."""
+    """Return the columns in the order and with the types of a schema."""
     arrays = [
         columns[field.name] if isinstance(columns[field.name], pa.Array) else pa.array(list(columns[field.name]), field.type)
         for field in schema
@@ -163,5 +159,5 @@ def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
 
 
 def _base64(vector: Sequence[float] | np.ndarray) -> str:
-    """A vector as base64 of its float32 little-endian bytes: exact, and small in a file's metadata."""
+    """Return a vector as base64 of its float32 little-endian bytes: exact, and small in the metadata of a file."""
     return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()

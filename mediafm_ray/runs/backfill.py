@@ -1,12 +1,12 @@
-"""What a scheduled run takes on: every title of the catalog against every object there is. Runs on the driver, without ray.
+"""Plan of a scheduled run: every title of the catalog against every object in the output. Runs on the driver, without ray.
 
 A title is, in this order of precedence,
 
-    done          committed under this dataset version, from its source as it is now
-    unknown       its source cannot be looked at, so that it may or may not be what is committed: passed over, and reported
+    done          committed under this dataset version from its present source
+    unknown       its source cannot be looked up and compared with the committed one: passed over and reported
     stale         the same source is committed under another dataset version only; computed by choice
-    failed        has a failure record: tried again when its delay is over, given up after so many attempts of its own fault
-    contextual    its shots are committed, this checkpoint's contextual embeddings are not
+    failed        has a failure record: tried again after a delay, given up after max_attempts failures of its own fault
+    contextual    its shots are committed, but not this checkpoint's contextual embeddings
     changed       committed (or failed) from another source
     new           none of these
 
@@ -30,7 +30,7 @@ from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.config.sections import BackfillConfig
 from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.runs.plan import Plan, Survey, key_of, shots_first, survey
-from mediafm_ray.runs.report import SUMMARY, Tally
+from mediafm_ray.runs.report import SUMMARY, RunResult
 from mediafm_ray.spec import parse_json
 from mediafm_ray.storage.catalog import Entry
 from mediafm_ray.storage.dataset import SHOTS, Model, Output, dataset_versions, encode_title, parse_failure
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 NEW, CHANGED, STALE, FAILED, CONTEXTUAL = "new", "changed", "stale", "failed", "contextual"
 NOT_DUE, GIVEN_UP, UNKNOWN, DONE = "not_due", "given_up", "unknown", "done"
-MEANING = {  # for people
+MEANING = {  # Descriptions for people.
     NEW: "new",
     CHANGED: "changed source",
     STALE: "stale: committed under another dataset version only",
@@ -51,26 +51,26 @@ MEANING = {  # for people
     GIVEN_UP: "failed too often, given up",
     UNKNOWN: "source cannot be looked at",
 }
-HOUR = 3600  # seconds
-STORE_THREADS = 16  # small reads and deletions at once
-SAMPLED_TITLES = 32  # committed titles whose duration is read, for seconds a byte
-MAX_FACTS_READ = 1000  # pending titles whose duration is read from an object there is
+HOUR = 3600  # Seconds.
+STORE_THREADS = 16  # Small reads and deletions at once.
+SAMPLED_TITLES = 32  # Committed titles whose duration is read to estimate seconds per byte.
+MAX_FACTS_READ = 1000  # Pending titles whose duration is read from a committed object.
 NAMES_SHOWN = 10
-MAX_DOUBLINGS = 64  # of the delay after a failure: longer than any time
-Elsewhere = Mapping[tuple[str, str], tuple[Output, str]]  # dataset version and object's name, by encoded title and source
+MAX_DOUBLINGS = 64  # A bound of the delay after failures that is longer than any time.
+Elsewhere = Mapping[tuple[str, str], tuple[Output, str]]  # Dataset version and object's name, by encoded title and source.
 
 
 @dataclass(frozen=True)
 class Hours:
-    """Seconds of video of the titles that a run takes, as far as they are known beforehand."""
+    """Known and estimated seconds of video of the titles that a run takes."""
 
-    expected_s: Mapping[str, float]  # by title id
-    estimated: int  # of these, from bytes
+    expected_s: Mapping[str, float]  # Seconds by title id.
+    estimated: int  # Number of titles of expected_s that are estimated from bytes.
     titles: int
 
     @property
     def total_s(self) -> float:
-        """Of the titles where something is known."""
+        """The sum over the titles in expected_s."""
         return sum(self.expected_s.values())
 
     def __str__(self) -> str:
@@ -84,32 +84,32 @@ class Hours:
 
 @dataclass(frozen=True)
 class Missing:
-    """What is there of titles that the catalog does not have."""
+    """Titles in the output that the catalog no longer has."""
 
-    titles: Sequence[str]  # as their objects name them
+    titles: Sequence[str]  # Encoded as in the names of their objects.
     objects: Sequence[ObjectInfo]
-    of_titles: int  # titles that have objects, in all
+    of_titles: int  # Number of all titles that have objects.
 
     def first_names(self) -> list[str]:
-        """The first few titles, for people."""
+        """Return the first few titles, for people."""
         return [urllib.parse.unquote(title) for title in self.titles[:NAMES_SHOWN]]
 
 
 @dataclass(frozen=True)
 class Backfill:
-    """What a scheduled run is to do."""
+    """Plan of a scheduled run."""
 
-    plan: Plan  # its pending titles in the order of their turns, cut at max_titles
-    reasons: Mapping[str, int]  # why titles are planned, those beyond max_titles counted too
-    passed_over: Mapping[str, int]  # why titles are neither done nor planned
+    plan: Plan  # Its pending titles are in the order of processing, cut at max_titles.
+    reasons: Mapping[str, int]  # Titles by the reason why they are planned, with those beyond max_titles.
+    passed_over: Mapping[str, int]  # Titles by the reason why they are neither done nor planned.
     missing: Missing
-    hours: Hours  # of the pending titles
+    hours: Hours  # Durations of the pending titles.
 
 
 def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now: float | None = None) -> Backfill:
     """Compare the catalog with the listings of all dataset versions. Writes nothing.
 
-    ``now``: seconds since the epoch; the clock of this machine unless given. Raises what ``survey`` raises, and ConfigError when
+    ``now``: seconds since the epoch; by default from the clock of this machine. Raises what ``survey`` raises, and ConfigError where
     more titles are gone than may be deleted.
     """
     wanted = config.backfill
@@ -145,7 +145,7 @@ def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now
 
 
 def _elsewhere(config: BackfillCatalogConfig, version: str) -> Elsewhere:
-    """The shots committed under other dataset versions."""
+    """Return the shots that are committed under other dataset versions."""
     found = {}
     for other in dataset_versions(config.output.uri, config.storage):
         if other != version:
@@ -155,7 +155,7 @@ def _elsewhere(config: BackfillCatalogConfig, version: str) -> Elsewhere:
 
 
 def _classify(there: Survey, elsewhere: Elsewhere, wanted: BackfillConfig, now: float) -> list[tuple[Entry, str]]:
-    """Each title of the catalog with what it is."""
+    """Return each title of the catalog with its class (see the module)."""
     titles_elsewhere = {title for title, _ in elsewhere}
     failed = [entry for entry in there.entries if key_of(entry) in there.failures and not there.is_done(entry)]
     attempts = _attempts(there, failed)
@@ -170,7 +170,7 @@ def _classify(there: Survey, elsewhere: Elsewhere, wanted: BackfillConfig, now: 
             reason = STALE
         elif key in there.failures:
             tried = attempts[key]
-            # an outage is no attempt
+            # After an outage, which is no attempt, there is no delay.
             delay_s = wanted.retry_delay_hours * HOUR * 2.0 ** min(tried - 1, MAX_DOUBLINGS) if tried else 0.0
             last = max(info.modified for info in there.failures[key])
             reason = GIVEN_UP if tried >= wanted.max_attempts else FAILED if now >= last + delay_s else NOT_DUE
@@ -185,13 +185,13 @@ def _classify(there: Survey, elsewhere: Elsewhere, wanted: BackfillConfig, now: 
 
 
 def _attempts(there: Survey, failed: Sequence[Entry]) -> Mapping[tuple[str, str], int]:
-    """The number of times that each of these titles failed by its own fault, as its failure record says."""
+    """Return the number of failures of each title's own fault from its failure record."""
 
     def read(entry: Entry) -> int:
         name = there.failures[key_of(entry)][0].name
         try:
             return parse_failure(there.output.store.read(name))["attempts"]
-        except FileNotFoundError:  # another job has done the title meanwhile
+        except FileNotFoundError:  # Another job has finished the title meanwhile.
             return 1
         except ValueError as error:
             log.warning("%s is no failure record (%s): the title counts as tried once; mediafm verify can remove it", name, error)
@@ -215,7 +215,7 @@ def _missing(there: Survey) -> Missing:
 
 
 def check_missing(missing: Missing, config: BackfillCatalogConfig) -> None:
-    """Raise ConfigError when titles are to be deleted, and so many are gone that the catalog is rather cut short."""
+    """Raise ConfigError where titles are to be deleted and so many are gone that the catalog is probably incomplete."""
     gone, most = len(missing.titles), config.backfill.max_delete_fraction
     if config.backfill.delete_missing and gone > most * missing.of_titles:
         raise ConfigError(
@@ -226,9 +226,9 @@ def check_missing(missing: Missing, config: BackfillCatalogConfig) -> None:
 
 
 def delete_missing(missing: Missing, output: Output) -> int:
-    """Delete what is there of titles that the catalog does not have; how many objects. Raises what the store raises.
+    """Delete the objects of titles that the catalog no longer has; return their number. Raises what the store raises.
 
-    What was written again since it was listed stays: the title is back.
+    An object that was written again after the listing stays, because its title is back.
     """
     groups = itertools.groupby(shots_first(missing.objects), key=lambda info: info.name.startswith(f"{SHOTS}/"))
 
@@ -243,9 +243,9 @@ def delete_missing(missing: Missing, output: Output) -> int:
 
 
 def _hours(there: Survey, taken: Sequence[Entry], done: Sequence[Entry], elsewhere: Elsewhere, exact: bool) -> Hours:
-    """What is known of the videos' durations: the catalog's column, facts of stored objects, else bytes by the ratio of what is done.
+    """Return the durations of the videos: from the catalog, from facts of stored objects, else estimated from bytes.
 
-    Objects are read only if ``exact``: it costs a request each.
+    Objects are read only if ``exact``, because each costs a request.
     """
     known = {entry.title.title_id: entry.duration_s for entry in taken if entry.duration_s}
     rest = [entry for entry in taken if not entry.duration_s]
@@ -267,7 +267,7 @@ def _hours(there: Survey, taken: Sequence[Entry], done: Sequence[Entry], elsewhe
 
 
 def _durations(there: Survey, elsewhere: Elsewhere, entries: Sequence[Entry]) -> list[tuple[Entry, float]]:
-    """The seconds of video of titles that are committed somewhere, from the facts of their objects; unreadable ones are left out."""
+    """Return the durations of committed titles from the facts of their objects; titles with unreadable objects are left out."""
 
     def read(entry: Entry) -> float | None:
         key = key_of(entry)
@@ -275,7 +275,7 @@ def _durations(there: Survey, elsewhere: Elsewhere, entries: Sequence[Entry]) ->
         output, name = (there.output, here[0].name) if here else elsewhere[key]
         try:
             return float(output.facts(name)["media"]["duration_s"])
-        except Exception as error:  # of many kinds; a broken object is the business of verify_dataset, this is an estimate
+        except Exception as error:  # An estimate can do without a broken object.
             log.warning("the duration of %s is not known: %s: %s", entry.title.title_id, type(error).__name__, error)
             return None
 
@@ -288,7 +288,7 @@ def _durations(there: Survey, elsewhere: Elsewhere, entries: Sequence[Entry]) ->
 
 
 def describe(backfill: Backfill, config: BackfillCatalogConfig) -> str:
-    """The plan as a table: counts by reason, what is passed over, what is gone, what this run takes."""
+    """Return the plan as a table: titles by reason, titles passed over, titles that are gone, and the titles of this run."""
     plan, wanted = backfill.plan, config.backfill
     rows: list[tuple[str, Any]] = [("titles in the catalog", plan.titles), ("committed before", plan.done)]
     rows += [("to compute", sum(backfill.reasons.values()))]
@@ -318,7 +318,7 @@ def describe(backfill: Backfill, config: BackfillCatalogConfig) -> str:
 
 
 def describe_time(backfill: Backfill, pace: float) -> str:
-    """How long a run would take on the machines of the last one. ``pace``: its hours of video an hour; 0 = unknown."""
+    """Return the estimated duration of a run on the machines of the last one. ``pace``: its hours of video an hour; 0 = unknown."""
     if not pace:
         return "time: unknown, there is no earlier run in this output to go by"
     if not backfill.hours.expected_s:
@@ -329,7 +329,7 @@ def describe_time(backfill: Backfill, pace: float) -> str:
 
 
 def last_pace(store: Store) -> float:
-    """Hours of video an hour, after start-up, of the last run that computed something; 0 where none is known."""
+    """Return the hours of video an hour, after start-up, of the last run that computed something; 0 where none is known."""
     try:
         content = parse_json(store.read(SUMMARY))
         carried = content.get("backfill", {}).get("pace_video_hours_per_hour") or 0.0
@@ -341,15 +341,15 @@ def last_pace(store: Store) -> float:
         return 0.0
 
 
-def summary_part(backfill: Backfill, tally: Tally, wall_s: float, deleted: int, pace_before: float) -> dict[str, Any]:
-    """What run-summary.json says of a backfill: ok + failed + left + lost == planned."""
+def summary_part(backfill: Backfill, result: RunResult, wall_s: float, deleted: int, pace_before: float) -> dict[str, Any]:
+    """Return the part of run-summary.json about the backfill; ok + failed + left + lost == planned."""
     return {
-        "planned": tally.planned,
-        "ok": tally.ok,
-        "failed": tally.failed,
-        "left": tally.left,
-        "lost": tally.lost,
-        "ended_by": tally.ended_by or None,
+        "planned": result.planned,
+        "ok": result.ok,
+        "failed": result.failed,
+        "left": result.left,
+        "lost": result.lost,
+        "ended_by": result.ended_by or None,
         "reasons": dict(backfill.reasons),
         "passed_over": dict(backfill.passed_over),
         "missing": {
@@ -358,12 +358,12 @@ def summary_part(backfill: Backfill, tally: Tally, wall_s: float, deleted: int, 
             "first": backfill.missing.first_names(),
             "objects_deleted": deleted,
         },
-        "pace_video_hours_per_hour": _pace(tally.video_s, wall_s - tally.startup_s) or pace_before,
+        "pace_video_hours_per_hour": _pace(result.video_s, wall_s - result.startup_s) or pace_before,
     }
 
 
 def _span(seconds: float) -> str:
-    """A length of time for people."""
+    """Return a duration for people."""
     return f"{seconds / HOUR:.1f} h" if seconds >= HOUR else f"{seconds / 60:.1f} min"
 
 

@@ -1,4 +1,4 @@
-"""The parts that the jobs over a catalog share: say what is planned, do it, report how it ended."""
+"""Steps that the jobs over a catalog share: log the plan, run it, report how it ended."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConf
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_FAILED_TITLES, EXIT_OK, debugging
 from mediafm_ray.runs.plan import Plan
-from mediafm_ray.runs.report import Console, Tally, reason_of, summary, summary_table
+from mediafm_ray.runs.report import Console, RunResult, reason_of, summary, summary_table
 from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.text import public_line
 
-UNKNOWN_SHOWN = 5  # titles
+MAX_TITLES_SHOWN = 5
 
 
-def run(plan: Plan, tally: Tally, console: Console, work: Callable[[], None]) -> None:
-    """Do the work, if anything is pending; what ends it early is kept in ``tally``. Raises ConfigError, unless titles were done."""
+def run(plan: Plan, console: Console, work: Callable[[RunResult], None]) -> RunResult:
+    """Call ``work``, which counts the titles that it finishes, if any are pending; return how the run ended.
+
+    Raises ConfigError where ``work`` does before a title was finished.
+    """
+    result = RunResult.of(plan)
     if not plan.pending.num_rows:
-        return
+        return result
     try:
-        work()
+        work(result)
     except ConfigError as error:
-        if not tally.finished:
+        if not result.finished:
             raise
-        tally.aborted, tally.retry_helps = str(error), False
-    except Exception as error:  # whatever ended the run early: what was done until then is reported all the same
+        result.aborted, result.retry_helps = str(error), False
+    except Exception as error:  # Titles that were finished are reported, whatever ended the run.
         console.keep(traceback.format_exc(), shown=debugging())
-        tally.aborted = reason_of(error)
+        result.aborted = reason_of(error)
+    return result
 
 
 def log_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
-    """What the run is about to do."""
+    """Log the plan of a run."""
     console.say(
         f"dataset version {plan.model.dataset_version}: {plan.titles} titles in the catalog, {plan.done} committed before, "
         f"{plan.pending.num_rows} to compute"
@@ -53,34 +58,34 @@ def log_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
             f"{plan.without_context} titles were embedded without context; to add it, without a video: "
             f"mediafm contextualise output.uri={config.output.uri} dataset.version={plan.model.dataset_version}"
         )
-    say_unknown(plan, console)
+    log_passed_over(plan, console)
     if not plan.checkpoint:
         console.say("no contextualiser.checkpoint is set: writing fused (raw) embeddings only")
 
 
-def say_unknown(plan: Plan, console: Console) -> None:
-    """Name titles that are passed over: their rows are bad, or nobody can say whether their sources are those that are committed."""
+def log_passed_over(plan: Plan, console: Console) -> None:
+    """Log titles that are passed over, because their rows are bad or their sources cannot be compared with the committed ones."""
     if plan.bad_rows:
         console.say(f"warning: {len(plan.bad_rows)} problems of the catalog; their titles are recorded as failures; the first:")
-        for row in plan.bad_rows[:UNKNOWN_SHOWN]:
+        for row in plan.bad_rows[:MAX_TITLES_SHOWN]:
             console.say(public_line(f"  {row}"))
     if plan.unknown:
         console.say(f"warning: {len(plan.unknown)} titles are passed over, because their sources cannot be looked at; the first:")
-        for title_id, reason in plan.unknown[:UNKNOWN_SHOWN]:
+        for title_id, reason in plan.unknown[:MAX_TITLES_SHOWN]:
             console.say(public_line(f"  {title_id}: {reason}"))
 
 
 def report(
     plan: Plan,
-    tally: Tally,
+    result: RunResult,
     wall_s: float,
     config: EmbedCatalogConfig | ContextualiseCatalogConfig,
     console: Console,
     log: RunLog,
     more: Mapping[str, Any] | None = None,
 ) -> int:
-    """Summary on the terminal and in the output, with ``more`` in it and the logs beside it; the exit code."""
-    content = {**summary(plan, tally, wall_s, dataclasses.asdict(config)), **(more or {})}
+    """Print the summary, write it with ``more`` and the logs to the output, and return the exit code."""
+    content = {**summary(plan, result, wall_s, dataclasses.asdict(config)), **(more or {})}
     console.say()
     console.say(summary_table(content, config.output.uri, log.names[0]))
     try:
@@ -88,13 +93,14 @@ def report(
     except StorageError as error:
         console.say(f"error: the run's summary could not be written: {error}")
         return EXIT_ABORTED
-    if tally.aborted:
-        hint = "; run the same command again" if tally.retry_helps else ""
-        console.say(f"error: the run ended early, {tally.lost} titles were not done: {tally.aborted}{hint}")
+    if result.aborted:
+        hint = "; run the same command again" if result.retry_helps else ""
+        console.say(f"error: the run ended early, {result.lost} titles were not done: {result.aborted}{hint}")
         return EXIT_ABORTED
-    if tally.lost:
-        console.say(f"error: {tally.lost} titles were planned and never came back; run the same command again")
+    if result.lost:
+        console.say(f"error: {result.lost} titles were planned and never came back; run the same command again")
         return EXIT_FAILED_TITLES
     fraction = config.run.max_failed_fraction
-    too_many = tally.failed > fraction * tally.finished or len(plan.unknown) + plan.given_up + len(plan.bad_titles) > fraction * plan.titles
+    not_tried = len(plan.unknown) + plan.given_up + len(plan.bad_titles)
+    too_many = result.failed > fraction * result.finished or not_tried > fraction * plan.titles
     return EXIT_FAILED_TITLES if too_many else EXIT_OK

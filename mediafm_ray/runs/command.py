@@ -29,27 +29,27 @@ from mediafm_ray.text import public_lines
 
 EXIT_OK = 0
 EXIT_FAILED_TITLES = 1
-EXIT_BAD_INPUT = 2  # configuration, catalog, weights or output: nothing was started
-EXIT_ABORTED = 3  # the run ended before its titles did: an actor, the cluster or the program itself failed
+EXIT_BAD_INPUT = 2  # The configuration, catalog, weights or output are at fault, and nothing was started.
+EXIT_ABORTED = 3  # The run ended before its titles did: an actor, the cluster or the program itself failed.
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 TERMINATED = "ended by SIGTERM: every committed title stays; run the same command again to do the rest"
-GRACE_S = 3.0  # after a signal, for what is under way to be left; schedulers kill after 10 to 30 s
-DEBUG_VARIABLE = "MEDIAFM_DEBUG"  # environment: where it is set, tracebacks of unexpected errors go to the terminal
-BEGUN = "the job had begun to change something"  # a note on an error
-MAX_REASON = 1000  # characters of an unexpected error in its line
+GRACE_S = 3.0  # Time for leaving blocks after a signal; schedulers kill after 10 to 30 s.
+DEBUG_VARIABLE = "MEDIAFM_DEBUG"  # Environment variable that sends tracebacks of unexpected errors to the terminal.
+BEGUN = "the job had begun to change something"  # A note on an error.
+MAX_REASON = 1000  # Characters of an unexpected error in its line.
 Job = TypeVar("Job")
 
 
 def run_job(description: str, kind: type[Job], job: Callable[[Job], int], arguments: Sequence[str] | None = None) -> int:
-    """Read the configuration from the command line, run the job, and turn what a person can mend into one message and an exit code."""
+    """Read the configuration from the command line and run the job; turn errors into a message and an exit code."""
     clean_logs()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return guarded(lambda: job(parse(description, kind, arguments)))
 
 
 def guarded(job: Callable[[], int]) -> int:
-    """Run a job; whatever ends it is one line for a person and an exit code: EXIT_ABORTED where it was ``working``, else EXIT_BAD_INPUT."""
+    """Run a job; turn an error that ends it into one line and an exit code: EXIT_ABORTED if it was ``working``, else EXIT_BAD_INPUT."""
     try:
         with ended_by_signals():
             return job()
@@ -64,7 +64,7 @@ def guarded(job: Callable[[], int]) -> int:
             raise
         print(TERMINATED, file=sys.stderr)
         return EXIT_TERMINATED
-    except Exception as error:  # a defect of the program, or an input that it does not foresee
+    except Exception as error:  # A defect of the program, or an unforeseen input.
         code = _exit_code(error)
         fate = "nothing was started" if code == EXIT_BAD_INPUT else "what was committed stays"
         print(f"error: unexpected {reason_of(error)[:MAX_REASON]}; {fate}; {_kept_traceback(error)}", file=sys.stderr)
@@ -73,16 +73,16 @@ def guarded(job: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM ends the job as SIGINT does, by an exception (Ray's, SystemExit), so that blocks are left and give back what they hold.
+    """Let SIGTERM end the job by an exception (SystemExit) as SIGINT does, so that context managers release what they hold.
 
-    A block may be left late, such as one whose threads wait for a server that stalls: after GRACE_S the leases are given back all the same,
-    and SIGTERM ends the process. While Ray runs, SIGTERM is its own, or that of ``budget.draining``.
-    Elsewhere than in the main thread, where Python takes no signals, nothing changes.
+    That can take long, for example where threads wait for a server that stalls: after GRACE_S the leases are released nevertheless, and
+    SIGTERM ends the process. While Ray runs, SIGTERM is handled by Ray or by ``budget.draining``.
+    Outside the main thread, where Python handles no signals, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    come: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put may interrupt anything
+    come: queue.SimpleQueue[int] = queue.SimpleQueue()  # Its put is safe in a signal handler.
     over = threading.Event()
 
     def note(number: int, frame: Any) -> None:
@@ -101,7 +101,8 @@ def ended_by_signals() -> Iterator[None]:
             os._exit(EXIT_TERMINATED)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
-    taken = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores some
+    # A signal that is ignored stays ignored, as under nohup.
+    taken = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in taken}
     try:
         yield
@@ -115,7 +116,7 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def working() -> Iterator[None]:
-    """The part of a job that changes something: an error that leaves it ends the job with EXIT_ABORTED. A ConfigError does not."""
+    """Mark the part of a job that changes something: an error in it, other than ConfigError, ends the job with EXIT_ABORTED."""
     try:
         yield
     except ConfigError:
@@ -126,7 +127,7 @@ def working() -> Iterator[None]:
 
 
 def debugging() -> bool:
-    """Tell whether a person wants tracebacks on the terminal."""
+    """Return whether tracebacks go to the terminal."""
     return bool(os.environ.get(DEBUG_VARIABLE))
 
 
@@ -135,11 +136,11 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _kept_traceback(error: BaseException) -> str:
-    """Put the traceback of an error where a person finds it, and say where."""
+    """Write the traceback of an error to a file or to the terminal; return where it is."""
     lines = public_lines("".join(traceback.format_exception(error)))
     if not debugging():
         with (
-            contextlib.suppress(OSError),  # no disk to write it to: it goes to the terminal after all
+            contextlib.suppress(OSError),  # Where no disk takes it, it goes to the terminal.
             tempfile.NamedTemporaryFile("w", prefix="mediafm-", suffix=".log", errors="backslashreplace", delete=False) as stream,
         ):
             stream.write(lines)
@@ -149,12 +150,12 @@ def _kept_traceback(error: BaseException) -> str:
 
 
 def holder_of_lease(job: str) -> str:
-    """Who this is, for whoever finds the lease held."""
+    """Return the name of this process, for others that find the lease held."""
     return f"{job} (process {os.getpid()} on {socket.gethostname()})"
 
 
 def parse(description: str, kind: type[Any], arguments: Sequence[str] | None) -> Any:
-    """The configuration that a command line asks for. Raises ConfigError."""
+    """Return the configuration of a command line. Raises ConfigError."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -173,7 +174,7 @@ def parse(description: str, kind: type[Any], arguments: Sequence[str] | None) ->
         parser.add_argument("--dry-run", action="store_true", help="the same as run.dry_run=true")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="single values, over the files")
     found = parser.parse_intermixed_args(arguments)
-    # argparse gives everything up to the next option to --config: what holds an equals sign is an override
+    # Argparse assigns all words up to the next option to --config; those with an equals sign are overrides.
     files = [value for value in found.config if "=" not in value]
     rest = [value for value in found.config if "=" in value]
     dry = ["run.dry_run=true"] if getattr(found, "dry_run", False) else []

@@ -1,4 +1,4 @@
-"""What a run would cost, before it starts. Opens timed text, in a process of its own, never a video, and sends nothing."""
+"""Estimated cost of a run. Reads timed text in a separate process, opens no video, and sends nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mediafm_ray.spec import Title
 
 
 def describe_cost(plan: Plan, config: EmbedCatalogConfig) -> str:
-    """A line for a person: texts, requests, tokens and price of the pending titles at the embeddings API."""
+    """Return a line with the texts, requests, tokens and price of the pending titles at the embeddings API."""
     pending = f"dry run: {plan.pending.num_rows} titles would be computed"
     if config.text.encoder != "openai":
         return f"{pending}; text is embedded on this machine or cluster and costs nothing at the embeddings API"
@@ -29,17 +29,17 @@ def describe_cost(plan: Plan, config: EmbedCatalogConfig) -> str:
             usd, exact = usd + one.usd, exact and one.exact
     finally:
         reader.close()
-    count = f"{tokens} tokens" if exact else f"at most {tokens} tokens (the vocabulary to count them is not at hand)"
+    count = f"{tokens} tokens" if exact else f"at most {tokens} tokens (without the vocabulary that is needed to count them)"
     price = f"${usd:.4f} at ${config.text.price_per_million_tokens:g} a million"
     return f"{pending}; {texts} texts in {requests} requests, {count}, about {price}; subtitles inside the videos are not counted"
 
 
 def _texts(title: Title, config: EmbedCatalogConfig, reader: IsolatedReader) -> list[str]:
-    """The texts of the sidecar that would be used; a title whose timed text cannot be read has none."""
+    """Return the texts of the sidecar that would be used; a title whose timed text cannot be read has none."""
     if not title.timed_text:
         return []
     reader.media = media_options(config.media, title.video, config.storage)
     try:
         return reader.texts(title)
-    except (TitleError, OutageError):  # hostile text took too long, or ended the process that parsed it; a server did not give it
+    except (TitleError, OutageError):  # Hostile text, or a server that did not deliver it.
         return []

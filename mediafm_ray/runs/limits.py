@@ -1,4 +1,4 @@
-"""The limits of a run."""
+"""Limits of a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take, beside the number of titles."""
+    """Limits of a run other than the number of titles."""
 
-    max_video_s: float  # seconds of video; 0 = no limit
-    wall_until: float  # time.monotonic() at which the last title may begin; infinity = no limit
-    expected_s: Mapping[str, float]  # seconds of video by title id, where something is known before it is read
-    interrupted: Callable[[], str]  # asked after each title: a reason to take no more, or empty
-    drains: bool = True  # whether a first SIGTERM lets the titles that are begun end
+    max_video_s: float  # Seconds of video; 0 = no limit.
+    wall_until: float  # time.monotonic() until which titles may begin; infinity = no limit.
+    expected_s: Mapping[str, float]  # Seconds of video by title id, as far as known before reading.
+    interrupted: Callable[[], str]  # Called after each title: a reason to take no more, or empty.
+    drains: bool = True  # Whether titles that have begun are finished after a first SIGTERM.
 
 
 NO_LIMITS = Limits(0.0, math.inf, {}, lambda: "", drains=False)

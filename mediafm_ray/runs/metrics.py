@@ -1,8 +1,7 @@
-"""Prometheus metrics of a run, by ``ray.util.metrics``: each node of a cluster shows them at its metrics endpoint as ``ray_<name>``.
+"""Prometheus metrics of a run. Ray shows them at the metrics endpoint of each node as ``ray_<name>``.
 
-All are counted on the driver, from the rows that finished titles leave: a title counts once, however often Ray had to repeat a piece of
-it, and what its stages counted comes along with it. No ray here: ``pipeline.cluster.metric_series`` opens the series; where nothing
-does (a plain loop, a dry run), nothing is counted.
+All are counted on the driver from the rows of finished titles, so that a title counts once, however often Ray repeated parts of it.
+No ray here: ``pipeline.cluster.metric_series`` opens the series; without it (a plain loop, a dry run), nothing is counted.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-COUNTER, HISTOGRAM = "counter", "histogram"  # no gauges: Ray shows one only for some 20 s after it was set
-TITLE_SECONDS = (0.01, 0.1, 1, 5, 15, 60, 300, 900, 3600, 10800)  # a title may be a clip of a second or a film of three hours
+COUNTER, HISTOGRAM = "counter", "histogram"  # Ray shows a gauge only for some 20 s after it was set.
+TITLE_SECONDS = (0.01, 0.1, 1, 5, 15, 60, 300, 900, 3600, 10800)  # From a clip of a second to a film of three hours.
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Definition:
 
     kind: str
     description: str
-    labels: tuple[str, ...] = ()  # beside ``dataset``, which all have
+    labels: tuple[str, ...] = ()  # Labels in addition to ``dataset``, which all have.
 
 
 METRICS = {
@@ -31,7 +30,7 @@ METRICS = {
     "mediafm_video_seconds": Definition(COUNTER, "length of the titles that are committed, in seconds"),
     "mediafm_bytes_written": Definition(COUNTER, "bytes of the objects that were committed"),
     "mediafm_stage_seconds": Definition(COUNTER, "seconds that a stage spent on the titles that ended", ("stage",)),
-    # for quantiles only: Ray hands on a histogram's buckets, so that its sum is one of the buckets' middles
+    # It serves quantiles only: Ray computes the sum of a histogram from the middles of its buckets.
     "mediafm_title_seconds": Definition(HISTOGRAM, "seconds that a stage spent on a title", ("stage",)),
     "mediafm_frames_decoded": Definition(COUNTER, "video frames decoded"),
     "mediafm_bytes_read": Definition(COUNTER, "bytes of the videos that were read"),
@@ -46,20 +45,20 @@ class Metrics:
     """The metrics of one run."""
 
     def __init__(self, open_series: Callable[[str], Any] | None = None):
-        """``open_series``: a name of METRICS -> a series with ``inc`` or ``observe``."""
+        """``open_series`` takes a name of METRICS and returns a series with ``inc`` or ``observe``."""
         self.open_series = open_series
         self.series: dict[str, Any] = {}
 
     def planned(self, titles: int) -> None:
-        """A run sets out to do so many titles."""
+        """Count the planned titles of a run."""
         self._add("mediafm_titles_planned", titles)
 
     def title(self, result: Mapping[str, Any]) -> None:
-        """One title ended: a row that WriteTitle left."""
+        """Count a title that ended: a row that the last stage returned."""
         if self.open_series is None:
             return
         error = result["error"]
-        self._add("mediafm_titles", 1, outcome="ok" if error is None else "failed", stage="" if error is None else error["stage"])
+        self._add("mediafm_titles", 1, outcome=result["outcome"], stage="" if error is None else error["stage"])
         self._add("mediafm_shots", result["shot_count"])
         self._add("mediafm_video_seconds", result["duration_s"])
         self._add("mediafm_bytes_written", result["bytes_written"])
@@ -70,7 +69,7 @@ class Metrics:
             self._series("mediafm_title_seconds").observe(spent["seconds"], tags={"stage": spent["stage"]})
 
     def _add(self, name: str, amount: float | None, **labels: str) -> None:
-        if amount and self.open_series:  # Ray refuses zeros; a failed title has none of most
+        if amount and self.open_series:  # Ray refuses zeros, and a failed title lacks most amounts.
             self._series(name).inc(amount, tags=labels)
 
     def _series(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a job has to do: the catalog minus the listing of the output. Runs on the driver, without ray and without torch."""
+"""The plan of a job: the catalog minus the listing of the output. Runs on the driver, without ray and without torch."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextu
 from mediafm_ray.storage.store import ObjectInfo, StorageError
 from mediafm_ray.text import public_line
 
-NUMERICS_VERSION = 2  # raise it with a change of the code that changes the numbers: it is part of the dataset version
-VERSION_DIGITS = 12  # hex digits of a dataset version
-BUILTIN = {"builtin": BUILTIN_NEIGHBOURS, "revision": 1}  # raise the revision with a change that changes its numbers
-BUILTIN_DATASET = contextual(digest_of(BUILTIN)[:VERSION_DIGITS])  # of builtin:neighbours with its default options
-IN_CATALOG, WITH_SHOTS = "in_catalog", "with_committed_shots"  # the titles that a job starts from
-CHECKPOINT_TYPES = ("mediafm_contextualiser", "mediafm_neighbour_attention")  # model_type in the config.json of a contextualiser
-Listing = Mapping[tuple[str, str], Sequence[ObjectInfo]]  # by encoded title and source
+NUMERICS_VERSION = 2  # Part of the dataset version: raise it with a change of the code that changes the numbers.
+VERSION_DIGITS = 12  # Hex digits of a dataset version.
+BUILTIN = {"builtin": BUILTIN_NEIGHBOURS, "revision": 1}  # Raise the revision with a change that changes its numbers.
+BUILTIN_DATASET = contextual(digest_of(BUILTIN)[:VERSION_DIGITS])  # For builtin:neighbours with its default options.
+IN_CATALOG, WITH_SHOTS = "in_catalog", "with_committed_shots"  # The titles that a job starts from.
+CHECKPOINT_TYPES = ("mediafm_contextualiser", "mediafm_neighbour_attention")  # The model_type in the config.json of a contextualiser.
+Listing = Mapping[tuple[str, str], Sequence[ObjectInfo]]  # Keys are the encoded title and its source.
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The titles to do and where they go."""
+    """The pending titles of a run and their place in the output."""
 
     model: Model
-    checkpoint: str  # name of the contextualiser's checkpoint; empty when none is configured
-    pending: pa.Table  # rows.PLAN_SCHEMA, or stored.STORED_SCHEMA where only step 6 is to be done
-    titles: int  # in the catalog, or with committed shots
-    done: int  # committed before: nothing to do
-    failed_before: int  # passed over because of a failure record (run.retry_failed=false)
-    left: int  # pending, but beyond run.max_titles
-    only_contextual: int  # pending whose shots are committed: the checkpoint is what is new
-    leftovers: tuple[ObjectInfo, ...]  # objects that an earlier run should have removed after it committed their successor
-    outdone: tuple[str, ...] = ()  # objects to put again before, because one of the leftovers is newer: their source was changed back
-    bad_rows: tuple[BadRow, ...] = ()  # of the catalog, passed over (catalog.on_error=skip)
-    unknown: tuple[tuple[str, str], ...] = ()  # titles passed over because their source cannot be looked at, and why
-    given_up: int = 0  # of failed_before: failed so often that no run will take them until something changes
-    without_context: int = 0  # done, but without embeddings of builtin:neighbours: jobs.contextualise_catalog writes them
-    titles_are: str = IN_CATALOG  # what ``titles`` counts
+    checkpoint: str  # Name of the contextualiser's checkpoint; empty when none is configured.
+    pending: pa.Table  # rows.PLAN_SCHEMA, or stored.STORED_SCHEMA where only step 6 is to be done.
+    titles: int  # Titles in the catalog, or with committed shots.
+    done: int  # Titles that are committed already.
+    failed_before: int  # Titles passed over because of a failure record (run.retry_failed=false).
+    left: int  # Pending titles beyond run.max_titles.
+    only_contextual: int  # Pending titles that lack only the embeddings of a new checkpoint.
+    leftovers: tuple[ObjectInfo, ...]  # Objects whose removal an earlier run did not finish.
+    outdone: tuple[str, ...] = ()  # Objects to write again, because their source was changed back and a leftover is newer.
+    bad_rows: tuple[BadRow, ...] = ()  # Rows of the catalog that are passed over (catalog.on_error=skip).
+    unknown: tuple[tuple[str, str], ...] = ()  # Titles passed over because their source cannot be looked up, and the reasons.
+    given_up: int = 0  # Titles of failed_before that no run takes until something changes.
+    without_context: int = 0  # Finished titles without embeddings of builtin:neighbours.
+    titles_are: str = IN_CATALOG  # The key of ``titles`` in summaries.
 
     @property
     def bad_titles(self) -> Mapping[str, Sequence[str]]:
-        """The problems of each title whose row is bad."""
+        """The problems of each title whose row is bad, by title."""
         found: dict[str, list[str]] = defaultdict(list)
         for row in self.bad_rows:
             found[row.name].append(str(row))
@@ -66,7 +66,7 @@ class Plan:
 
 
 def describe_model(config: EmbedCatalogConfig) -> Model:
-    """Everything that decides the numbers of a dataset version, and its digest.
+    """Return all that decides the numbers of a dataset version, and its digest.
 
     Raises WeightsError for weights that are missing, ConfigError for encoders that do not exist.
     """
@@ -90,14 +90,14 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
 
 @dataclass(frozen=True)
 class Survey:
-    """What is there: the titles of the catalog, and the objects of the dataset version from one (paged) listing."""
+    """The titles of the catalog, and the objects of the dataset version from one (paged) listing."""
 
     entries: Sequence[Entry]
-    bad_rows: Sequence[BadRow]  # of the catalog, where they are skipped
+    bad_rows: Sequence[BadRow]  # Rows of the catalog that are skipped.
     model: Model
-    checkpoint: str  # name of the contextualiser's checkpoint; empty when none is configured
+    checkpoint: str  # Name of the contextualiser's checkpoint; empty when none is configured.
     output: Output
-    listed: Mapping[str, Listing]  # by dataset
+    listed: Mapping[str, Listing]  # Listings by dataset.
 
     @property
     def failures(self) -> Listing:
@@ -106,10 +106,10 @@ class Survey:
 
     @cached_property
     def wanted(self) -> Sequence[Listing]:
-        """The listings that a title must stand in to be done, the shots first.
+        """The listings that have a title which is done, the shots first.
 
-        Context without training is written with the shots of new titles, but its lack is no reason to read a video again: it is the
-        default, and a catalog may have been embedded without.
+        A missing object of builtin:neighbours is no reason to read a video again: it is the default, and a catalog may have been embedded
+        without it. New titles get it with their shots.
         """
         trained = self.checkpoint and contextual(self.checkpoint) != BUILTIN_DATASET
         names = [SHOTS, *([contextual(self.checkpoint)] if trained else [])]
@@ -125,43 +125,43 @@ class Survey:
         return found
 
     def is_done(self, entry: Entry) -> bool:
-        """Whether everything is committed that is wanted of a title as it is now."""
+        """Return whether all wanted objects of a title are committed from its present source."""
         return all(key_of(entry) in listing for listing in self.wanted)
 
     def lacks_context(self, entry: Entry) -> bool:
-        """Whether a title that is done has no embeddings of the configured contextualiser."""
+        """Return whether a title that is done has no embeddings of the configured contextualiser."""
         return bool(self.checkpoint) and key_of(entry) not in self.listed.get(contextual(self.checkpoint), {})
 
     @cached_property
     def titles_with_shots(self) -> Set[str]:
-        """The titles whose shots are committed, whatever their source was."""
+        """The titles whose shots are committed from any source."""
         return {title for title, _ in self.listed.get(SHOTS, {})}
 
     def is_unknown(self, entry: Entry) -> bool:
-        """Tell a title that is passed over because nobody can say now whether its source is another than the committed one.
+        """Return whether a title is passed over, because its source cannot be compared with the committed one.
 
-        Where nothing is committed, and the look-up does not fail for a reason that passes, its turn will show what is wrong.
+        A title without committed shots is passed over only during an outage: otherwise, processing it shows what is wrong.
         """
         return bool(entry.unknown) and not self.is_done(entry) and (entry.is_outage or key_of(entry)[0] in self.titles_with_shots)
 
     def others(self, entry: Entry) -> list[ObjectInfo]:
-        """The objects of a title's other sources, as they are removed: see ``shots_first``."""
+        """Return the objects of a title's other sources in the order of their removal (``shots_first``)."""
         title, source = key_of(entry)
         return shots_first(info for other, info in self.objects_of_title.get(title, ()) if other != source)
 
     def leftovers(self, entry: Entry) -> list[ObjectInfo]:
-        """The objects that a title that is done must not have any more: those of other sources, and records of failures.
+        """Return the objects that a finished title should no longer have: those of other sources, and records of failures.
 
-        Another job may have committed them later, from a source that the catalog had meanwhile. The listing is older than the catalog
-        (see ``survey``), so that the catalog knows better.
+        Another job may have committed them later, from a source that the catalog had for a time. The catalog decides, because it is read
+        after the listing (see ``survey``).
         """
         if entry.unknown:
             return []
         return [*self.others(entry), *self.failures.get(key_of(entry), ())]
 
     def outdone(self, entry: Entry) -> list[str]:
-        """The objects of a title that is done which readers pass over, because one of another source is not older."""
-        newest: dict[str, float] = {}  # modification time of another source's object, by dataset
+        """Return the objects of a finished title that readers pass over, because one of another source is at least as new."""
+        newest: dict[str, float] = {}  # Modification time of another source's object, by dataset.
         for info in [] if entry.unknown else self.others(entry):
             dataset = info.name.split("/")[0]
             newest[dataset] = max(newest.get(dataset, -math.inf), info.modified)
@@ -169,7 +169,7 @@ class Survey:
         return [info.name for info, modified in own if info.modified <= modified]
 
     def row(self, entry: Entry) -> dict[str, Any]:
-        """A pending title as a row of the plan."""
+        """Return a pending title as a row of the plan."""
         title = entry.title
         return {
             "title_id": title.title_id,
@@ -183,19 +183,19 @@ class Survey:
 
 
 def shots_first(infos: Iterable[ObjectInfo]) -> list[ObjectInfo]:
-    """Objects in the order of their removal: a kill in between must not leave shots that count as done without what was made of them."""
+    """Return objects in the order of their removal, shots first: shots that a kill left without their other objects would count as done."""
     return sorted(infos, key=lambda info: not info.name.startswith(f"{SHOTS}/"))
 
 
 def key_of(entry: Entry) -> tuple[str, str]:
-    """How a title as it is now is named in a listing."""
+    """Return the key of a title with its present source in a listing."""
     return encode_title(entry.title.title_id), entry.source
 
 
 def survey(config: EmbedCatalogConfig, model: Model | None = None) -> Survey:
-    """List the output once, and read the catalog. Writes nothing. ``model``: where ``describe_model`` was asked before.
+    """List the output once, then read the catalog. Writes nothing. ``model``: the result of ``describe_model``, if it is known.
 
-    In this order: what another job commits meanwhile, from a source that is newer than this catalog, is not in the listing.
+    In this order, objects that another job commits meanwhile from a source that is newer than this catalog are not in the listing.
     Raises CatalogError with every problem of the catalog, StorageError, and what ``describe_model`` and ``checkpoint_name`` raise.
     """
     if not config.output.uri:
@@ -211,7 +211,7 @@ def survey(config: EmbedCatalogConfig, model: Model | None = None) -> Survey:
 
 
 def make_plan(config: EmbedCatalogConfig) -> Plan:
-    """Read the catalog, list the output once, and keep what is not committed. Writes nothing.
+    """Return the titles of the catalog that are not committed. Writes nothing.
 
     Raises CatalogError with every problem of the catalog, StorageError, WeightsError.
     """
@@ -252,7 +252,7 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
 
 
 def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
-    """See that the output can be written, put model.json there, and finish removals that an earlier run did not get to.
+    """Check that the output can be written, write model.json, and finish the removals of earlier runs.
 
     Raises StorageError, and ConfigError for an embeddings API without a key.
     """
@@ -269,7 +269,7 @@ def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
             raise StorageError(
                 f"{output.store.uri}/{name} was removed while this run was planned: another job is at work; run the same command again"
             ) from None
-    for leftover in plan.leftovers:  # written again since: a job at work takes the title for another source, and would remove this one's
+    for leftover in plan.leftovers:  # One that was written again since belongs to a running job, which has another source of the title.
         output.store.delete_unless_newer(leftover.name, leftover.modified)
     for title_id, problems in plan.bad_titles.items():
         error = {"stage": "catalog", "type": "CatalogError", "message": public_line(f"{config.catalog.uri}: {'; '.join(problems)}")}
@@ -278,7 +278,7 @@ def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
 
 
 def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, model: Model) -> str:
-    """12 hex digits that name the dataset of the configured contextualiser; empty when there is none.
+    """Return the 12 hex digits that name the dataset of the configured contextualiser; empty without one.
 
     They are the checkpoint's digest, or one of ``builtin:neighbours`` and its revision, or, where options change its numbers, a digest
     over both. Raises WeightsError for a checkpoint that is missing or cut short, ConfigError for one that was trained on other dimensions
@@ -322,7 +322,7 @@ def detector_recipe(config: DetectorConfig) -> dict[str, Any]:
 
 
 def encoder_recipe(config: Any, weights_sha256: str) -> dict[str, Any]:
-    """A model's part of the recipe: where its weights lie does not matter, what they are does."""
+    """Return a model's part of the recipe, with the digest of its weights in place of their location."""
     fields = recipe_of(config)
     fields.pop("weights", None)
     return {**fields, "weights_sha256": weights_sha256}

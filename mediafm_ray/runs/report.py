@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line a title while it goes, a table and ``run-summary.json`` at the end."""
+"""Progress, summary and logs of a run: a line for each title, and a table and ``run-summary.json`` at the end."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from typing import Any, TextIO, cast
 
 import pyarrow as pa
 
+from mediafm_ray.pipeline.rows import FAILED
 from mediafm_ray.runs.metrics import Metrics
 from mediafm_ray.runs.plan import IN_CATALOG, WITH_SHOTS, Plan
 from mediafm_ray.storage.store import Store
@@ -34,19 +35,21 @@ MAX_FAILURES_SHOWN = 20
 SECRET = re.compile("secret|password|token$|credential|api_key$|access_key|^key$", re.IGNORECASE)
 HARMLESS_OPTIONS = ("anon", "endpoint_url", "region", "use_ssl")
 REDACTED = "(redacted)"
-RAISED = re.compile(r"[\w.]+(Error|Exception|Exceeded)\w*: ")  # how a traceback ends
+RAISED = re.compile(r"[\w.]+(Error|Exception|Exceeded)\w*: ")  # The beginning of the last line of a traceback.
 VERSIONS_OF = ("mediafm_ray", "ray", "torch", "transformers", "pyarrow", "av", "numpy")
 
 
-@functools.cache  # once a process
+@functools.cache  # It has an effect once in a process.
 def clean_logs() -> None:
-    """Keep secrets of addresses and control characters out of what this process logs, whichever library does: a record is one line,
-    and the lines of its traceback are indented, so that none can be taken for a record."""
+    """Remove secrets in addresses and control characters from all log records of this process, those of libraries included.
+
+    A record becomes one line, and the lines of its traceback are indented, so that none can be mistaken for a record.
+    """
     make = logging.getLogRecordFactory()
 
     def make_public(*arguments: Any, **options: Any) -> logging.LogRecord:
         record = make(*arguments, **options)
-        with contextlib.suppress(TypeError, ValueError, KeyError):  # arguments that do not fit the message: logging itself says so
+        with contextlib.suppress(TypeError, ValueError, KeyError):  # Logging itself reports arguments that do not fit the message.
             record.msg, record.args = public_line(record.getMessage()), ()
         if record.exc_info and record.exc_info[0]:
             record.exc_text = textwrap.indent(public_lines("".join(traceback.format_exception(*record.exc_info)).rstrip()), "  ")
@@ -56,7 +59,7 @@ def clean_logs() -> None:
 
 
 class Console:
-    """What a run says, at once: lines for a person, or JSON objects for a machine. All of it is kept on disk for the run's logs."""
+    """Output of a run as lines of text or of JSON. All of it is also kept on disk for the run's logs."""
 
     def __init__(self, stream: TextIO | None = None, log_format: str = "text"):
         self.stream = stream or sys.stdout
@@ -64,14 +67,14 @@ class Console:
         self.lines, self.titles = _kept_lines(), _kept_lines()
 
     def say(self, text: str = "") -> None:
-        """Print a text of one or more lines and keep it, with the time of day, for the log; what others wrote belongs into public_line."""
+        """Print a text of one or more lines, and keep it with a time stamp for the log. Pass foreign text through public_line."""
         text = public_lines(text)
         self._print(text, {"event": "message", "message": text})
         stamp = time.strftime(TIME_FORMAT)
         self.lines.writelines(f"{stamp} {part}\n" for part in text.split("\n"))
 
     def say_title(self, line: str, record: Mapping[str, Any]) -> None:
-        """How a title ended: a line for a person, or this record of it."""
+        """Print how a title ended: the line, or the record where the log format is JSON."""
         line = public_line(line)
         self._print(line, record)
         stamp = time.strftime(TIME_FORMAT)
@@ -79,14 +82,14 @@ class Console:
         self.titles.write(_json_line(record))
 
     def keep(self, lines: str, shown: bool = False) -> None:
-        """Put lines into the log that a person wants who looks for a cause, such as a traceback; on the terminal only if ``shown``."""
+        """Put lines such as a traceback into the log, and on the terminal only if ``shown``."""
         lines, stamp = public_lines(lines), time.strftime(TIME_FORMAT)
         self.lines.writelines(f"{stamp} {line}\n" for line in lines.splitlines())
         if shown:
             print(lines, file=sys.stderr)
 
     def write_log(self, store: Store, names: tuple[str, str] = (LOG, TITLES_LOG)) -> None:
-        """Put the logs of this run into the output: what was said, and a JSON line for each title that ended."""
+        """Write the logs of this run to the output: the printed lines, and a JSON line for each title that ended."""
         for name, kept in zip(names, (self.lines, self.titles), strict=True):
             kept.seek(0)
             store.write(name, kept.read().encode())
@@ -99,114 +102,114 @@ class Console:
 
 
 def _kept_lines() -> TextIO:
-    """A file without a name that lasts as long as the run; a line is on disk as soon as it is written."""
+    """Return a temporary file of the run, which has every line on disk as soon as it is written."""
     return cast(TextIO, tempfile.TemporaryFile("w+", buffering=1, encoding="utf-8", errors="backslashreplace"))
 
 
 @dataclass
-class Tally:
-    """What the finished titles add up to."""
+class RunResult:
+    """Counts of the titles that a run finished, and how the run ended."""
 
     planned: int
-    left: int = 0  # planned, but beyond what the run may take
+    left: int = 0  # Planned titles beyond the limits of the run.
     ok: int = 0
     failed: int = 0
     shots: int = 0
     video_s: float = 0.0
     bytes_written: int = 0
-    ended_by: str = ""  # the limit that kept the run from taking the titles that are left
-    aborted: str = ""  # why the run ended before its titles did
-    retry_helps: bool = True  # whether the same command may do better than a run that was aborted
-    startup_s: float = 0.0  # until the first title could have begun: Ray, its actors, their models
+    ended_by: str = ""  # The limit because of which titles are left.
+    aborted: str = ""  # The reason why the run ended early.
+    retry_helps: bool = True  # Whether the same command may succeed after a run that was aborted.
+    startup_s: float = 0.0  # Until the first title could have begun: Ray, its actors, their models.
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     measures: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     failures: list[dict[str, str]] = field(default_factory=list)
     warned: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, plan: Plan) -> Tally:
-        """Nothing is done yet; what the plan leaves to later runs is left."""
+    def of(cls, plan: Plan) -> RunResult:
+        """Return the result of a run that has done nothing yet; what the plan leaves to later runs is left."""
         return cls(plan.pending.num_rows + plan.left, plan.left, ended_by="max_titles" if plan.left else "")
 
     @property
     def finished(self) -> int:
-        """Titles that ended, one way or the other."""
+        """The number of titles that are done or failed."""
         return self.ok + self.failed
 
     @property
     def lost(self) -> int:
-        """Titles that were begun, or should have been, and never came back: a defect of the job, not of a title."""
+        """The number of titles without a result: a defect of the job, not of a title."""
         return self.planned - self.left - self.finished
 
-    def add(self, result: Mapping[str, Any]) -> None:
-        """Count one title's result, a row that WriteTitle left."""
-        for spent in result["seconds"]:
+    def add(self, title: Mapping[str, Any]) -> None:
+        """Count a title that ended: a row that the last stage left."""
+        for spent in title["seconds"]:
             self.seconds_by_stage[spent["stage"]] += spent["seconds"]
-        for measure in result.get("measures", ()):
+        for measure in title.get("measures", ()):
             self.measures[measure["name"]] += measure["value"]
-        error = result["error"]
-        if error is not None:
+        error = title["error"]
+        if title["outcome"] == FAILED:
             self.failed += 1
-            self.failures.append({"title_id": result["title_id"], **{key: value for key, value in error.items() if key != "traceback"}})
+            self.failures.append({"title_id": title["title_id"], **{key: value for key, value in error.items() if key != "traceback"}})
             return
         self.ok += 1
-        self.shots += result["shot_count"]
-        self.video_s += result["duration_s"]
-        self.bytes_written += result["bytes_written"]
-        if result["warnings"]:
-            self.warned.append({"title_id": result["title_id"], "warnings": result["warnings"]})
+        self.shots += title["shot_count"]
+        self.video_s += title["duration_s"]
+        self.bytes_written += title["bytes_written"]
+        if title["warnings"]:
+            self.warned.append({"title_id": title["title_id"], "warnings": title["warnings"]})
 
 
-def follow(results: Iterator[pa.Table], tally: Tally, begun: float, console: Console, metrics: Metrics | None = None) -> None:
-    """Count the results as they come, and say a line for each title. ``begun``: time.monotonic() when Ray's start began."""
+def follow(ended: Iterator[pa.Table], result: RunResult, begun: float, console: Console, metrics: Metrics | None = None) -> None:
+    """Count titles as they end, and print a line for each. ``begun``: time.monotonic() when Ray's start began."""
     metrics = metrics or Metrics()
-    metrics.planned(tally.planned - tally.left)
-    for table in results:
-        for result in table.to_pylist() if table.num_columns else []:
-            tally.add(result)
+    metrics.planned(result.planned - result.left)
+    for table in ended:
+        for title in table.to_pylist() if table.num_columns else []:
+            result.add(title)
             elapsed_s = time.monotonic() - begun
-            if tally.finished == 1:
-                tally.startup_s = elapsed_s - sum(tally.seconds_by_stage.values())
-            metrics.title(result)
-            console.say_title(progress_line(result, tally, elapsed_s - tally.startup_s), title_record(result, tally))
-            for warning in result["warnings"] or []:
-                console.say(public_line(f"        warning: {result['title_id']}: {warning}"))
+            if result.finished == 1:
+                result.startup_s = elapsed_s - sum(result.seconds_by_stage.values())
+            metrics.title(title)
+            console.say_title(progress_line(title, result, elapsed_s - result.startup_s), title_record(title, result))
+            for warning in title["warnings"] or []:
+                console.say(public_line(f"        warning: {title['title_id']}: {warning}"))
 
 
-def progress_line(result: Mapping[str, Any], tally: Tally, elapsed_s: float) -> str:
-    """How one title ended, and how far the run is."""
-    expected = tally.planned - tally.left
+def progress_line(title: Mapping[str, Any], result: RunResult, elapsed_s: float) -> str:
+    """Return a line with the result of a title and the progress of the run."""
+    expected = result.planned - result.left
     width = len(str(expected))
-    count = f"[{tally.finished:>{width}}/{expected}]"
-    left_s = elapsed_s / tally.finished * (expected - tally.finished)
-    pace = f"{tally.video_s / max(elapsed_s, 1e-9):.2f} video-h/h, {clock(left_s)} left, {tally.failed} failed"
-    if result["error"] is not None:
-        return f"{count} FAILED {result['title_id']}: {result['error']['stage']}: {result['error']['message']} | {pace}"
-    return f"{count} ok     {result['title_id']}: {result['shot_count']} shots, {result['duration_s']:.1f} s of video | {pace}"
+    count = f"[{result.finished:>{width}}/{expected}]"
+    left_s = elapsed_s / result.finished * (expected - result.finished)
+    pace = f"{result.video_s / max(elapsed_s, 1e-9):.2f} video-h/h, {clock(left_s)} left, {result.failed} failed"
+    if title["outcome"] == FAILED:
+        return f"{count} FAILED {title['title_id']}: {title['error']['stage']}: {title['error']['message']} | {pace}"
+    return f"{count} ok     {title['title_id']}: {title['shot_count']} shots, {title['duration_s']:.1f} s of video | {pace}"
 
 
-def title_record(result: Mapping[str, Any], tally: Tally) -> dict[str, Any]:
-    """How one title ended, for a machine: one JSON line of titles.jsonl (and of the log, where run.log_format=json)."""
-    error = result["error"] or {}
+def title_record(title: Mapping[str, Any], result: RunResult) -> dict[str, Any]:
+    """Return the result of a title for a JSON line of titles.jsonl (and of the log, where run.log_format=json)."""
+    error = title["error"] or {}
     return {
         "event": "title",
-        "title_id": result["title_id"],
-        "outcome": "failed" if error else "ok",
+        "title_id": title["title_id"],
+        "outcome": title["outcome"],
         **({"stage": error["stage"], "reason": error["message"], "error": error["type"]} if error else {}),
         **({"traceback": error["traceback"]} if error.get("traceback") else {}),
-        "shots": result["shot_count"],
-        "video_s": result["duration_s"],
-        "bytes_written": result["bytes_written"],
-        "seconds": {spent["stage"]: round(spent["seconds"], 3) for spent in result["seconds"]},
-        "measures": {measure["name"]: measure["value"] for measure in result.get("measures", ())},
-        "warnings": result["warnings"] or [],
-        "finished": tally.finished,
-        "planned": tally.planned,
+        "shots": title["shot_count"],
+        "video_s": title["duration_s"],
+        "bytes_written": title["bytes_written"],
+        "seconds": {spent["stage"]: round(spent["seconds"], 3) for spent in title["seconds"]},
+        "measures": {measure["name"]: measure["value"] for measure in title.get("measures", ())},
+        "warnings": title["warnings"] or [],
+        "finished": result.finished,
+        "planned": result.planned,
     }
 
 
 def _json_line(record: Mapping[str, Any]) -> str:
-    level = "error" if record.get("outcome") == "failed" else "info"
+    level = "error" if record.get("outcome") == FAILED else "info"
     return _json({"time": time.strftime(TIME_FORMAT), "level": level, **record}) + "\n"
 
 
@@ -214,34 +217,34 @@ def _json(content: Mapping[str, Any], indent: int | None = None) -> str:
     return escape_controls_in_json(json.dumps(content, indent=indent, ensure_ascii=False))
 
 
-def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of run-summary.json. Values of the configuration that look like secrets are left out."""
+def summary(plan: Plan, result: RunResult, wall_s: float, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of run-summary.json, without values of the configuration that look like secrets."""
     return {
         "titles": {
             plan.titles_are: plan.titles,
-            "planned": tally.planned,
-            "ok": tally.ok,
-            "failed": tally.failed,
-            "lost": tally.lost,
+            "planned": result.planned,
+            "ok": result.ok,
+            "failed": result.failed,
+            "lost": result.lost,
             "skipped": plan.done,
             "skipped_failed_before": plan.failed_before,
             "given_up": plan.given_up,
             "skipped_unknown": len(plan.unknown),
             "skipped_bad_rows": len(plan.bad_titles),
-            "left": tally.left,
+            "left": result.left,
         },
-        "left_because_of": tally.ended_by or None,
-        "aborted": tally.aborted or None,
-        "failures": tally.failures,
-        "warnings": tally.warned,
-        "shots": tally.shots,
-        "video_hours": tally.video_s / 3600,
-        "bytes_written": tally.bytes_written,
+        "left_because_of": result.ended_by or None,
+        "aborted": result.aborted or None,
+        "failures": result.failures,
+        "warnings": result.warned,
+        "shots": result.shots,
+        "video_hours": result.video_s / 3600,
+        "bytes_written": result.bytes_written,
         "wall_s": wall_s,
-        "startup_s": tally.startup_s,
-        "video_hours_per_hour": tally.video_s / wall_s if wall_s else 0.0,
-        "seconds_by_stage": dict(tally.seconds_by_stage),
-        "measures": dict(tally.measures),
+        "startup_s": result.startup_s,
+        "video_hours_per_hour": result.video_s / wall_s if wall_s else 0.0,
+        "seconds_by_stage": dict(result.seconds_by_stage),
+        "measures": dict(result.measures),
         "dataset_version": plan.model.dataset_version,
         "checkpoint": plan.checkpoint or None,
         "dims": dict(plan.model.dims),
@@ -251,13 +254,13 @@ def summary(plan: Plan, tally: Tally, wall_s: float, config: Mapping[str, Any]) 
 
 
 def reason_of(error: BaseException) -> str:
-    """What ended a run, in one line: of an error that Ray carried over, whose text is a traceback, the error that began it."""
+    """Return an error in one line; for one that Ray carried over, whose text is a traceback, the original error."""
     lines = [line for line in str(error).splitlines() if RAISED.match(line)]
     return public_line(f"{type(error).__name__}: {lines[-1] if lines else ' '.join(str(error).split()) or repr(error)}")
 
 
 def redacted(config: Any) -> Any:
-    """A configuration without the values of keys that look like secrets; of storage options only those known to be harmless."""
+    """Return a configuration without values that look like secrets, and with only those storage options that are known to be harmless."""
     if isinstance(config, Mapping):
         return {key: _redacted_value(key, value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
@@ -272,7 +275,7 @@ def _redacted_value(key: str, value: Any) -> Any:
 
 
 def summary_table(content: Mapping[str, Any], output_uri: str, name: str = SUMMARY) -> str:
-    """The end of a run for a person. ``name``: of the summary, where they find more."""
+    """Return the summary as a table for the terminal. ``name``: the name of the summary's object."""
     titles = content["titles"]
     rows = [(f"titles {key.replace('_', ' ')}", f"{titles[key]}") for key in (IN_CATALOG, WITH_SHOTS) if key in titles]
     rows += [("skipped, committed before", f"{titles['skipped']}")]
@@ -303,20 +306,20 @@ def summary_table(content: Mapping[str, Any], output_uri: str, name: str = SUMMA
 
 
 def write_summary(store: Store, content: Mapping[str, Any], name: str = SUMMARY) -> None:
-    """Put the summary of a run into the output."""
+    """Write the summary of a run to the output."""
     store.write(name, (_json(content, indent=2) + "\n").encode())
 
 
 def _versions() -> dict[str, str]:
     found = {}
     for name in VERSIONS_OF:
-        with contextlib.suppress(metadata.PackageNotFoundError):  # run from a checkout that is not installed
+        with contextlib.suppress(metadata.PackageNotFoundError):  # A checkout need not be installed.
             found[name] = metadata.version(name)
     return found
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Return seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

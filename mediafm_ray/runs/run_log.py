@@ -1,13 +1,13 @@
-"""The logs of every run, under names of its own and while it goes: a killed run leaves them, and the next one overwrites nothing.
+"""Logs of every run under unique names, written during the run: a killed run leaves its logs, and no run overwrites those of another.
 
-    <output>/runs/<UTC time>-<id>/run.log, titles.jsonl              what was said; a JSON line for each title that ended
-    <output>/runs/<UTC time>-<id>/run-0002.log, titles-0002.jsonl    what came after the first 256 KiB of each, and so on
-    <output>/runs/<UTC time>-<id>/run-summary.json                   put at the end of the run: one that was killed has none
-    <output>/run-summary.json, run.log, titles.jsonl                 the same of the last run that came to its end, each log whole
+    <output>/runs/<UTC time>-<id>/run.log, titles.jsonl              the printed lines; a JSON line for each title that ended
+    <output>/runs/<UTC time>-<id>/run-0002.log, titles-0002.jsonl    the continuation after the first 256 KiB of each, and so on
+    <output>/runs/<UTC time>-<id>/run-summary.json                   written at the end of the run; a killed one has none
+    <output>/run-summary.json, run.log, titles.jsonl                 the same of the last run that ended by itself, each log whole
 
-``<UTC time>`` is that of the run's beginning, such as 20261125T020000Z. jobs.contextualise_catalog has other names for the three files.
-Object storage has no append: the last part of a log is put again every few seconds while there is something new, earlier ones never.
-The newest MAX_RUNS runs are kept; older ones are removed when another begins.
+``<UTC time>`` is the start of the run, such as 20261125T020000Z. jobs.contextualise_catalog has other names for the three files.
+Object storage has no append: the last part of a log is written again every few seconds if it has grown, earlier parts never.
+The newest MAX_RUNS runs are kept; older ones are removed when a run begins.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ log = logging.getLogger(__name__)
 
 RUNS = "runs"
 RUN_PATTERN = re.compile(rf"{RUNS}/(\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}})/.+")
-MAX_RUNS = 100  # whose logs are kept
-MAX_PART_BYTES = 256 << 10  # of a log in one object
-LOCAL_INTERVAL_S = 1.0  # between two writes
-REMOTE_INTERVAL_S = 10.0  # a write is a request that costs money
+MAX_RUNS = 100  # Number of runs whose logs are kept.
+MAX_PART_BYTES = 256 << 10  # Size of an object of a log.
+LOCAL_INTERVAL_S = 1.0  # Time between two writes.
+REMOTE_INTERVAL_S = 10.0  # A write is a request that costs money.
 
 
 class RunLog:
-    """Writes what a console says into the output, as long as the block lasts; the traceback of what ends it, too.
+    """Context manager that writes the output of a console to the store, and the traceback of an exception that ends the block.
 
-    A store that fails meanwhile is a warning, and is tried again. Raises StorageError where the end cannot be written.
+    A failure of the store during the run is a warning, and the write is repeated. Raises StorageError where the end cannot be written.
     """
 
     def __init__(self, console: Console, store: Store, names: tuple[str, str, str] = (SUMMARY, LOG, TITLES_LOG)):
-        """``names``: of summary, log and titles' log, in the folder of this run and at the root of the output."""
+        """``names``: the names of summary, log and titles' log in the folder of this run and at the root of the output."""
         self.console, self.store, self.names = console, store, names
         self.folder = f"{RUNS}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(4)}"
         streams = (console.lines, console.titles)
@@ -70,7 +70,7 @@ class RunLog:
             log.warning("the end of the run's log could not be written: %s", failure)
 
     def end(self, content: Mapping[str, Any]) -> None:
-        """Put the run's summary beside its logs and, as that of the last run, with the whole logs at the root. Raises StorageError."""
+        """Write the run's summary beside its logs, and again with the whole logs at the root of the output. Raises StorageError."""
         for folder in (f"{self.folder}/", ""):
             write_summary(self.store, {**content, "run": self.folder}, folder + self.names[0])
         self.console.write_log(self.store, self.names[1:])
@@ -92,17 +92,17 @@ class RunLog:
 
 
 class _Parts:
-    """One log as objects of at most MAX_PART_BYTES."""
+    """A log in objects of at most MAX_PART_BYTES."""
 
     def __init__(self, store: Store, name: str, stream: TextIO):
         self.store, self.name, self.descriptor = store, name, stream.fileno()
-        self.number, self.start, self.written = 1, 0, 0  # of the last part; bytes of the stream before it, and that are written
+        self.number, self.start, self.written = 1, 0, 0  # Number of the last part, bytes before it, bytes written.
 
     def write(self) -> None:
-        """Put what is new: the last part again, and further ones."""
+        """Write what is new: the last part again, and further parts."""
         size = os.fstat(self.descriptor).st_size
         while self.written < size:
-            content = os.pread(self.descriptor, min(size - self.start, MAX_PART_BYTES), self.start)  # leaves the stream's place alone
+            content = os.pread(self.descriptor, min(size - self.start, MAX_PART_BYTES), self.start)  # It keeps the position.
             is_full = len(content) == MAX_PART_BYTES
             if is_full:
                 content = content[: content.rfind(b"\n") + 1] or content
@@ -114,7 +114,7 @@ class _Parts:
 
 
 def remove_old_runs(store: Store) -> None:
-    """Remove the logs of all but the newest runs, so that with one that begins there are MAX_RUNS."""
+    """Remove the logs of all but the newest MAX_RUNS - 1 runs, before another one begins."""
     names: dict[str, list[str]] = {}
     for info in store.list(f"{RUNS}/"):
         if match := RUN_PATTERN.fullmatch(info.name):

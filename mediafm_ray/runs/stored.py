@@ -1,4 +1,4 @@
-"""Committed datasets: open one, and plan which of its titles a checkpoint still has to contextualise."""
+"""Plan over a committed dataset: its titles without contextual embeddings of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 from mediafm_ray.config.jobs import ContextualiseCatalogConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS
-from mediafm_ray.pipeline.rows import ERROR
+from mediafm_ray.pipeline.rows import ERROR, OK
 from mediafm_ray.runs.plan import WITH_SHOTS, Plan, checkpoint_name
 from mediafm_ray.storage.dataset import (
     FAILURES,
@@ -28,18 +28,19 @@ from mediafm_ray.storage.store import StorageConfig
 
 STORED_SCHEMA = pa.schema(
     [
-        ("title_id", pa.string()),  # as the object's name gives it: a long one ends in a digest
+        ("title_id", pa.string()),  # As in the object's name, where a long id ends in a digest.
         ("source", pa.string()),
-        ("shots", pa.string()),  # name of the committed object
-        ("bytes", pa.int64()),  # of that object
-        ("superseded", pa.list_(pa.string())),  # objects to remove once this title is committed
-        ("error", ERROR),  # what failed before the stage began: see deaths
+        ("shots", pa.string()),  # Name of the committed object.
+        ("bytes", pa.int64()),  # Size of that object.
+        ("superseded", pa.list_(pa.string())),  # Objects that are removed once this title is committed.
+        ("outcome", pa.string()),
+        ("error", ERROR),  # Set by the poison-title guard before the stage begins.
     ]
 )
 
 
 def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
-    """List the committed shots and what the checkpoint has written already; pending is the difference. Writes nothing.
+    """Return the titles with committed shots and without embeddings of the checkpoint. Writes nothing.
 
     Raises ConfigError, WeightsError, StorageError, and DatasetError where nothing is committed.
     """
@@ -59,7 +60,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
     done = failed_before = 0
     for shots in committed:
         title, source = key = object_key(shots.name)
-        # only what is older: a job that embeds a newer source writes its contextual object before its shots
+        # Newer objects stay: a job that embeds a newer source writes its contextual object before its shots.
         older = [info for info in written_of_title.get(title, ()) if object_key(info.name) != key and info.modified <= shots.modified]
         if key in written:
             done += 1
@@ -68,7 +69,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
             failed_before += 1
         else:
             failed = [matching_object(shots.name, FAILURES)] if key in failures else []
-            row = {"title_id": urllib.parse.unquote(title), "source": source, "shots": shots.name, "bytes": shots.size}
+            row = {"title_id": urllib.parse.unquote(title), "source": source, "shots": shots.name, "bytes": shots.size, "outcome": OK}
             rows.append({**row, "superseded": [*(info.name for info in older), *failed]})
     taken = rows[: config.run.max_titles] if config.run.max_titles else rows
     return Plan(
@@ -86,7 +87,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
 
 
 def open_dataset(uri: str, version: str, storage: StorageConfig) -> EmbeddingDataset:
-    """The dataset version of an output; ``version`` may be empty where there is one only. Raises ConfigError, DatasetError."""
+    """Open a dataset version of an output; ``version`` may be empty where there is only one. Raises ConfigError, DatasetError."""
     if not uri:
         raise ConfigError("output.uri is required: the output of mediafm embed")
     versions = [] if version else dataset_versions(uri, storage)
@@ -96,7 +97,7 @@ def open_dataset(uri: str, version: str, storage: StorageConfig) -> EmbeddingDat
 
 
 def prepare_stored_output(plan: Plan, config: ContextualiseCatalogConfig) -> None:
-    """See that the output can be written, and finish removals that an earlier run did not get to. Raises StorageError."""
+    """Check that the output can be written, and finish the removals of earlier runs. Raises StorageError."""
     output = Output(config.output.uri, plan.model.dataset_version, config.storage)
     output.store.check_writable()
     for leftover in plan.leftovers:

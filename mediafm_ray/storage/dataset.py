@@ -21,17 +21,19 @@ import re
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from mediafm_ray.spec import MODALITIES, digest_of, parse_json
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, scenes_schema, shots_schema, titles_schema
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig, Store, percent_encode
 from mediafm_ray.text import PublicError
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as pads
 
 log = logging.getLogger(__name__)
 
@@ -244,6 +246,8 @@ class EmbeddingDataset:
 
         Raises DatasetError where nothing of that name is committed.
         """
+        import pyarrow.dataset as pads  # It imports pandas, which takes a third of the time of --help.
+
         newest = newest_objects(self.output.list(name))
         if not newest:
             raise DatasetError(f"{self.output.store.uri} has no committed object of {name}; there are: {', '.join(self.names()) or 'none'}")

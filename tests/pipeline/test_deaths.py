@@ -11,7 +11,7 @@ from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline import graph
 from mediafm_ray.pipeline.cluster import connected
-from mediafm_ray.pipeline.deaths import DeathRegister
+from mediafm_ray.pipeline.coordination import DeathRegister
 from mediafm_ray.pipeline.rows import Stage, plan_table
 from mediafm_ray.pipeline.stage_list import Pool, Step
 from mediafm_ray.runs.plan import Plan
@@ -60,7 +60,8 @@ def plan_of(titles):
 
 
 @pytest.mark.parametrize("titles_per_call", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_deadly_titles_fail_and_the_others_are_done(titles_per_call):
+def test_deadly_titles_fail_and_the_others_are_done(titles_per_call, monkeypatch):
+    monkeypatch.setattr(graph, "TITLES_PER_PART", 2)  # the plan is large: a first operator divides it
     overrides = [f"resources.encode_video.titles_per_call={titles_per_call}", "resources.max_deaths_per_title=2"]
     config = read_config(EmbedCatalogConfig, [], overrides)
     with connected(config.resources):

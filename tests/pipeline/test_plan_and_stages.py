@@ -5,7 +5,9 @@ import json
 import os
 import re
 import time
+import traceback
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +15,10 @@ import pytest
 
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.config.loader import ConfigError, read_config
+from mediafm_ray.errors import TitleError
 from mediafm_ray.models.tiny import make_contextualiser
-from mediafm_ray.pipeline import write_title
-from mediafm_ray.pipeline.rows import FLAGS, SHOTS, TitleRow, plan_table, vectors_cell, vectors_type
+from mediafm_ray.pipeline import loop, write_title
+from mediafm_ray.pipeline.rows import FLAGS, SHOTS, TitleRow, failed, plan_table, vectors_cell, vectors_type
 from mediafm_ray.pipeline.stages import DetectShots, Fuse, metadata_text
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs.dry_run import describe_cost
@@ -23,7 +26,7 @@ from mediafm_ray.runs.plan import BUILTIN_DATASET, describe_model, make_plan, pr
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output, object_name, read_failures, title_facts
-from mediafm_ray.storage.store import StorageError
+from mediafm_ray.storage.store import StorageError, Store
 from tests.datasets import kill_after_one_removal
 from tests.videos import make_video
 
@@ -66,8 +69,7 @@ def encoded(row, model, failing=()):
         row = row.append_column(f"has_{modality}", pa.array([[True, True]], FLAGS))
     row = row.append_column("metadata_embedding", pa.array([None], pa.list_(pa.float32())))
     if title_id in failing:
-        error = {"stage": "detect_shots", "type": "TitleError", "message": f"{title_id} is bad"}
-        row = row.set_column(row.column_names.index("error"), "error", pa.array([error], row.schema.field("error").type))
+        row = failed(row, "detect_shots", TitleError(f"{title_id} is bad"))
     return row
 
 
@@ -83,6 +85,18 @@ def compute(config, failing=()):
             row = step(row)
         ended[row["title_id"][0].as_py()] = row["error"][0].as_py()
     return plan, ended
+
+
+def test_few_calls_lie_between_the_loop_over_titles_and_the_storage(config, monkeypatch):
+    """With the three of the driver (main, run, embed) they are ten, so that a traceback can be read."""
+    plan = make_plan(config)
+    prepare_output(plan, config)
+    package, frames = Path(loop.__file__).parents[1], []
+    monkeypatch.setattr(Store, "write", lambda *arguments: frames.append([frame.f_code for frame, _ in traceback.walk_stack(None)]))
+    stages = [Fuse(plan.model.dims["fused"], config.fusion), WriteTitle(config.output.uri, plan.model, "", config.storage)]
+    list(loop.run(encoded(plan.pending.slice(0, 1), plan.model), stages))
+    ours = [code.co_qualname for code in frames[0] if Path(code.co_filename).is_relative_to(package)]
+    assert len(ours) <= 6, ours  # and Store.write, whose place is taken here
 
 
 def test_resume_is_the_catalog_minus_the_listing(config, tmp_path):

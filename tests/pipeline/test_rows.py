@@ -57,6 +57,7 @@ def test_failures_are_values_and_later_stages_pass_them_through():
     table = Sums()(Vectors()(titles("2", "bad", "0", "broken", "1")))
     assert table["title_id"].to_pylist() == ["2", "bad", "0", "broken", "1"]
     assert table["sum"].to_pylist() == [15.0, None, 0.0, None, 3.0]
+    assert table["outcome"].to_pylist() == ["ok", "failed", "ok", "failed", "ok"]
     errors = table["error"].to_pylist()
     assert errors[0] is errors[2] is errors[4] is None
     assert errors[1] == {"stage": "vectors", "type": "TitleError", "message": "the title is bad", "traceback": "", "outage": False}

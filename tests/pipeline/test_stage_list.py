@@ -1,5 +1,7 @@
-"""Which stages share actors, and that nobody can tell from the results."""
+"""The pools of stages, which do not change the results, and the imports of the processes that a run starts."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,3 +71,20 @@ def test_actors_and_threads_follow_the_cores_of_the_machine(monkeypatch, cores):
     assert shared.resources.max_actors == max(1, cores // CORES_PER_ACTOR)
     for pool in (detect, shared):
         assert all(1 <= pool.resources.max_actors * step.model.threads <= max(cores, 1) for step in pool.steps if step.model)
+
+
+def loaded(module, *others):
+    """Those of some libraries that a process has loaded after it imported a module."""
+    code = f"import sys, {module}; print(*[name for name in {others!r} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+
+
+def test_processes_import_what_they_need_only():
+    """A run starts them together, and the first title waits for them."""
+    assert not loaded("mediafm_ray.pipeline.coordination", "ray", "numpy", "pyarrow", "pandas", "omegaconf")
+    assert loaded("mediafm_ray.models.transnet", "torch", "transformers") == ["torch"]
+
+
+def test_jobs_do_not_import_models_or_pandas_before_they_need_them():
+    jobs = ", ".join(f"jobs.{path.stem}" for path in (CONF.parent / "jobs").glob("[a-z]*.py"))
+    assert not loaded(jobs, "torch", "transformers", "pandas", "sklearn", "scipy", "matplotlib", "lance", "s3fs")

@@ -1,4 +1,4 @@
-"""What a scheduled run takes on, over real listings and without Ray; the budget that its actors share, as the plain object that it is."""
+"""The plan of a scheduled run over real listings, and the budget of its actors as a plain object, without Ray."""
 
 import dataclasses
 import errno
@@ -13,21 +13,23 @@ from jobs import backfill_catalog
 from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.errors import OutageError, TitleError
+from mediafm_ray.models import text_api
+from mediafm_ray.models.options import TextEncoderConfig
 from mediafm_ray.models.tiny import make_contextualiser
-from mediafm_ray.pipeline.budget import Budget
-from mediafm_ray.pipeline.rows import TitleLeft, TitleRow, was_left
-from mediafm_ray.pipeline.stages import DetectShots, Fuse
+from mediafm_ray.pipeline.coordination import Budget
+from mediafm_ray.pipeline.rows import SHOTS, SKIPPED, TitleRow, failed, plan_table
+from mediafm_ray.pipeline.stages import DetectShots, EncodeText, Fuse
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs.backfill import HOUR, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.plan import describe_model, prepare_output
-from mediafm_ray.runs.report import Tally, write_summary
+from mediafm_ray.runs.report import RunResult, write_summary
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.dataset import Output, lease_folder
 from mediafm_ray.storage.lease import LeaseHeld, held
 from mediafm_ray.storage.store import StorageError, Store
-from tests.datasets import finished_row, kill_after_one_removal, with_error
+from tests.datasets import finished_row, kill_after_one_removal
 
 NAMES = ("a", "b", "c", "d")
 BAD = TitleError("it is bad")
@@ -67,7 +69,7 @@ def compute(config, failing=(), now=None, failure=BAD):
         row = backfill.plan.pending.slice(index, 1)
         title = TitleRow(row).title()
         row = finished_row(row, model, [25, 25 * (os.path.getsize(title.video) // 2 - 1)])
-        row = with_error(row, failure) if title.title_id in failing else row
+        row = failed(row, "detect_shots", failure) if title.title_id in failing else row
         for step in steps:
             row = step(row)
     return backfill
@@ -238,9 +240,9 @@ def test_the_newest_videos_go_first_or_the_catalogs_order(config, tmp_path):
 def test_what_max_titles_leaves_is_neither_done_nor_failed(config):
     few = changed(config, backfill={"max_titles": 3})
     backfill = compute(few, failing=["c"])
-    tally = Tally.of(backfill.plan)
-    tally.ok, tally.failed = 2, 1
-    part = summary_part(backfill, tally, 60.0, 0, 0.0)
+    result = RunResult.of(backfill.plan)
+    result.ok, result.failed = 2, 1
+    part = summary_part(backfill, result, 60.0, 0, 0.0)
     assert part["ok"] + part["failed"] + part["left"] == part["planned"] == 4
     assert (part["left"], part["lost"], part["ended_by"]) == (1, 0, "max_titles")
     after = plan_backfill(config)
@@ -372,7 +374,7 @@ def test_the_pace_of_the_last_run_that_did_something_is_carried_on(config):
     assert "no earlier run" in describe_time(backfill, last_pace(store))
     write_summary(store, {"video_hours": 6.0, "wall_s": 7300.0, "startup_s": 100.0})
     assert last_pace(store) == pytest.approx(3.0)
-    part = summary_part(backfill, Tally.of(backfill.plan), 5.0, 0, last_pace(store))
+    part = summary_part(backfill, RunResult.of(backfill.plan), 5.0, 0, last_pace(store))
     write_summary(store, {"video_hours": 0.0, "wall_s": 5.0, "startup_s": 0.0, "backfill": part})
     assert last_pace(store) == pytest.approx(3.0)
     known = dataclasses.replace(backfill, hours=dataclasses.replace(backfill.hours, expected_s={"a": 6 * HOUR}))
@@ -416,7 +418,7 @@ def test_a_title_that_is_not_taken_is_left_without_a_record(config, tmp_path):
 
     class Spent:
         def take(self, title_id):
-            raise TitleLeft("not taken: max_wall_minutes")
+            return False
 
         def was_read(self, title_id, duration_s):
             raise AssertionError("nothing was read")
@@ -428,9 +430,22 @@ def test_a_title_that_is_not_taken_is_left_without_a_record(config, tmp_path):
         row = row.append_column(f"has_{modality}", pa.nulls(1)).append_column(f"{modality}_embeddings", pa.nulls(1))
     for step in (Fuse(model.dims["fused"], config.fusion), WriteTitle(config.output.uri, model, "", config.storage)):
         row = step(row)
-    assert was_left(row["error"][0].as_py())
+    assert (row["outcome"][0].as_py(), row["error"][0].as_py()) == (SKIPPED, None)
     assert not list((tmp_path / "out").rglob("failures/*/*"))
     assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_a_title_beyond_the_cost_cap_is_skipped_and_ends_the_budget(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    monkeypatch.setattr(text_api, "_load_vocabulary", lambda: None)  # it would be downloaded
+    budget = Budget(0.0, float("inf"), {})
+    budget.take("a")
+    title = {"title_id": "a", "source": "s", "video": "v", "timed_text": [], "synopsis": "a film", "tags": [], "superseded": []}
+    row = plan_table([title]).append_column("shots", pa.array([[]], SHOTS))
+    options = {"encoder": "openai", "base_url": "http://127.0.0.1:9/v1", "max_cost_usd": 1e-6, "price_per_million_tokens": 1.0}
+    row = EncodeText(TextEncoderConfig(**options), budget=budget)(row)
+    assert (row["outcome"][0].as_py(), row["error"][0].as_py()) == (SKIPPED, None)
+    assert budget.state() == ("max_cost_usd", 0)
 
 
 # ------------------------------------------------------------------------------------------------------------------ job

@@ -31,7 +31,7 @@ from mediafm_ray.config.jobs import BackfillCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.models.options import FusionConfig
-from mediafm_ray.pipeline.rows import TitleLeft, TitleRow
+from mediafm_ray.pipeline.rows import FAILED, OK, SKIPPED, TitleRow, failed, skipped
 from mediafm_ray.pipeline.stages import Fuse
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs import backfill, plan
@@ -48,14 +48,13 @@ from mediafm_ray.storage.dataset import (
     title_facts,
 )
 from mediafm_ray.storage.store import StorageError, Store
-from tests.datasets import MODEL, finished_row, with_error
+from tests.datasets import MODEL, finished_row
 
 TITLES = ("a", "b/c d")
 CHECKPOINT = plan.BUILTIN_DATASET.removeprefix("contextual-")
 FAULTS = {
     "own": TitleError("it is bad"),
     "outage": OutageError("the API is down"),
-    "left": TitleLeft("not taken"),
 }
 LATE = 1e12  # seconds since the epoch: whatever failed is due
 EMBED, BACKFILL, DELETING = "embed", "backfill", "backfill that deletes"
@@ -77,7 +76,7 @@ titles = st.sampled_from(TITLES)
 versions = st.sampled_from([0, 1, 0, 1, 2])  # of a video
 changes = st.dictionaries(titles, versions, min_size=1, max_size=2)  # of videos
 kinds = st.sampled_from([EMBED, BACKFILL, DELETING])
-faults = st.just({}) | st.dictionaries(titles, st.sampled_from(["own", "own", "outage", "left"]), min_size=1, max_size=2)
+faults = st.just({}) | st.dictionaries(titles, st.sampled_from(["own", "own", "outage", SKIPPED]), min_size=1, max_size=2)
 
 
 class Killed(BaseException):
@@ -201,12 +200,12 @@ class Ledger(RuleBasedStateMachine):
             title = TitleRow(planned_row)
             row = finished_row(planned_row, MODEL, [10, 10], made.checkpoint)
             if fault := job.faults.get(title.title_id):
-                row = with_error(row, FAULTS[fault])
+                row = skipped(row) if fault == SKIPPED else failed(row, "detect_shots", FAULTS[fault])
                 self.own_faults[encode_title(title.title_id), title["source"]] += fault == "own"
             for stage in stages:
                 row = stage(row)
-            error = row["error"][0].as_py()
-            assert (error is None) == (fault is None), error
+            outcome = row["outcome"][0].as_py()
+            assert outcome == (OK if fault is None else SKIPPED if fault == SKIPPED else FAILED), row["error"]
 
     def call(self, method: str, real, store: Store, arguments: tuple) -> object:
         """A call of the store by a job."""
@@ -467,7 +466,7 @@ class Ledger(RuleBasedStateMachine):
 
         now = {str(path): path.read_bytes() for path in self.out.glob(f"failures/*/{title}@*")}
         assert attempts_of(now) == attempts_of({path: content for path, (content, _) in before.items()}) + (fault == "own")
-        if fault != "left":
+        if fault != SKIPPED:
             assert len(now) == 1
 
 

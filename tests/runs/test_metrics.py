@@ -15,6 +15,7 @@ from mediafm_ray.runs.metrics import COUNTER, METRICS, Metrics
 REPORT_EVERY_MS = 500
 OK = {
     "title_id": "a",
+    "outcome": "ok",
     "error": None,
     "shot_count": 4,
     "duration_s": 60.0,
@@ -30,6 +31,7 @@ OK = {
 }
 FAILED = {
     "title_id": "b",
+    "outcome": "failed",
     "error": {"stage": "encode_text", "type": "ApiError", "message": "no"},
     "shot_count": None,
     "duration_s": None,

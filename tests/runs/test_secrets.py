@@ -24,7 +24,7 @@ from mediafm_ray.pipeline.stages import DetectShots
 from mediafm_ray.runs.backfill import Backfill, Hours, Missing, describe
 from mediafm_ray.runs.command import guarded
 from mediafm_ray.runs.plan import Plan
-from mediafm_ray.runs.report import SUMMARY, TITLES_LOG, Console, Tally, follow, reason_of, summary, write_summary
+from mediafm_ray.runs.report import SUMMARY, TITLES_LOG, Console, RunResult, follow, reason_of, summary, write_summary
 from mediafm_ray.storage.dataset import Model, Output, record_failure
 from mediafm_ray.storage.store import Store
 from tests.servers.web import QuietHandler, serving
@@ -152,7 +152,7 @@ def test_the_summary_holds_no_secret_of_the_configuration_and_the_configuration_
     plan = Plan(MODEL, "", plan_table([]), titles=0, done=0, failed_before=0, left=0, only_contextual=0, leftovers=())
     before = dataclasses.asdict(config)
     store = Store(str(tmp_path))
-    write_summary(store, summary(plan, Tally(0), 1.0, before))
+    write_summary(store, summary(plan, RunResult(0), 1.0, before))
     written = store.read(SUMMARY).decode()
     assert SECRET not in written
     shown = json.loads(written)["config"]
@@ -220,15 +220,16 @@ def test_control_characters_reach_neither_terminal_nor_log_and_ids_stay(log_form
     title_id = f"{HOSTILE}\n[2/2] ok     forged: 1 shots\r"
     error = {"stage": "detect_shots", "type": "TitleError", "message": f"{HOSTILE}\nforged", "traceback": ""}
     result = {"title_id": title_id, "source": "s", "seconds": [], "measures": [], "shot_count": 1, "duration_s": 1.0, "bytes_written": 1}
-    rows = [{**result, "warnings": [f"{HOSTILE}\nforged"], "error": None}, {**result, "warnings": None, "error": error}]
+    ok = {**result, "outcome": "ok", "warnings": [f"{HOSTILE}\nforged"], "error": None}
+    rows = [ok, {**result, "outcome": "failed", "warnings": None, "error": error}]
     stream = io.StringIO()
-    console, tally = Console(stream, log_format), Tally(2)
-    follow(iter([pa.Table.from_pylist([row]) for row in rows]), tally, 0.0, console)
+    console, result = Console(stream, log_format), RunResult(2)
+    follow(iter([pa.Table.from_pylist([row]) for row in rows]), result, 0.0, console)
     console.say(f"two\nlines {HOSTILE} \ud800")
     store = Store(str(tmp_path))
     console.write_log(store)
     plan = Plan(MODEL, "", plan_table([]), titles=2, done=0, failed_before=0, left=0, only_contextual=0, leftovers=())
-    write_summary(store, summary(plan, tally, 1.0, {}))
+    write_summary(store, summary(plan, result, 1.0, {}))
     for text in (stream.getvalue(), *(store.read(name).decode() for name in ("run.log", TITLES_LOG, SUMMARY))):
         assert not [character for character in text if not character.isprintable() and character != "\n"]
     lines = stream.getvalue().splitlines()

@@ -1,4 +1,4 @@
-"""The curves of a training as a picture."""
+"""Plot of the metrics of a training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASELINE_STYLES = ("-", "--", ":", "-.")
 
 
 def draw(rows: Sequence[Row], title: str) -> bytes:
-    """A PNG of the loss, of the held-out cosine above the baselines, and of the learning rate, over the steps."""
+    """Return a PNG with the loss, the held-out cosine with its baselines, and the learning rate over the steps."""
     figure = Figure(figsize=(8, 8), layout="constrained")
     loss, cosine, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
     figure.suptitle(title)

@@ -1,4 +1,4 @@
-"""The committed shots of a dataset as training reads them: a list of objects, fixed when training began, each read when it is needed."""
+"""Committed shots for training: a list of objects that is fixed when training begins, each read when it is needed."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from mediafm_ray.training.sampling import split_titles
 
 @dataclass(frozen=True)
 class TitleList:
-    """The objects that a training reads, as they were when it began: a backfill may add and replace titles meanwhile."""
+    """The objects that a training reads, fixed when it begins, because a backfill may add and replace titles meanwhile."""
 
     dataset_version: str
     fused_dim: int
     metadata_dim: int
-    spans: Mapping[str, tuple[int, int]]  # of the modalities in a fused vector
-    objects: tuple[str, ...]  # names below the dataset version, in the order of the encoded titles
-    sizes: tuple[int, ...]  # bytes of each
+    spans: Mapping[str, tuple[int, int]]  # Ranges of the modalities in a fused vector.
+    objects: tuple[str, ...]  # Names below the dataset version, in the order of the encoded titles.
+    sizes: tuple[int, ...]  # Bytes of each object.
 
-    def split(self, fraction: float, most_held_out: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the titles to train on and to evaluate on (training.sampling.split_titles)."""
-        return split_titles([object_key(name)[0] for name in self.objects], fraction, most_held_out)
+    def split(self, fraction: float, max_held_out: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices of the titles to train on and to evaluate on (training.sampling.split_titles)."""
+        return split_titles([object_key(name)[0] for name in self.objects], fraction, max_held_out)
 
     def to_json(self) -> dict[str, Any]:
-        """As a value for JSON."""
+        """Return the list as a value for JSON."""
         spans = {name: list(span) for name, span in self.spans.items()}
         return {**vars(self), "spans": spans, "objects": list(self.objects), "sizes": list(self.sizes)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TitleList:
-        """The inverse of ``to_json``."""
+        """Return the list for a value of ``to_json``."""
         spans = {name: (int(first), int(end)) for name, (first, end) in value.get("spans", {}).items()}
         return cls(**{**value, "spans": spans, "objects": tuple(value["objects"]), "sizes": tuple(value["sizes"])})
 
 
 def list_titles(dataset: EmbeddingDataset) -> TitleList:
-    """The newest object of every committed title, from one listing. Raises DatasetError where there is none."""
+    """Return the newest object of every committed title, from one listing. Raises DatasetError where there is none."""
     infos = sorted(newest_objects(dataset.output.list(SHOTS)), key=lambda info: object_key(info.name))
     if not infos:
         raise DatasetError(f"{dataset.output.store.uri} has no committed shots to train on: run mediafm embed first")
@@ -65,20 +65,20 @@ def list_titles(dataset: EmbeddingDataset) -> TitleList:
 class StoredTitles:
     """The titles of a training (training.batches.Titles), read from storage, with a cache of bounded size."""
 
-    def __init__(self, uri: str, titles: TitleList, held_out_fraction: float, most_held_out: int, storage: StorageConfig, cache_bytes: int):
-        """``uri``: of the output that has the dataset version."""
+    def __init__(self, uri: str, titles: TitleList, held_out_fraction: float, max_held_out: int, storage: StorageConfig, cache_bytes: int):
+        """``uri``: the output that holds the dataset version."""
         self.output = Output(uri, titles.dataset_version, storage)
         self.objects, self.fused_dim, self.metadata_dim = titles.objects, titles.fused_dim, titles.metadata_dim
         self.spans = titles.spans
         self.model = Model(titles.dataset_version, {}, {"fused": titles.fused_dim, "text": titles.metadata_dim}, {})
         self.sizes = np.array(titles.sizes, np.int64)
-        self.train, self.held_out = titles.split(held_out_fraction, most_held_out)
+        self.train, self.held_out = titles.split(held_out_fraction, max_held_out)
         self.cache: OrderedDict[int, TitleVectors] = OrderedDict()
         self.cache_bytes, self.cached_bytes = cache_bytes, 0
         self.lock = threading.Lock()
 
     def read(self, index: int) -> TitleVectors:
-        """One title. Raises UnusableTitle for one that is gone, damaged or not finite; what storage itself raises is passed on."""
+        """Read a title. Raises UnusableTitle for one that is gone, damaged or not finite, and errors of the storage."""
         with self.lock:
             found = self.cache.get(index)
             if found is not None:

@@ -1,4 +1,4 @@
-"""Training on Ray: what a job has to check before, the workers (Ray Train), and what a person sees meanwhile."""
+"""Training on Ray: the checks before it begins, the workers (Ray Train), and the progress on the terminal."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ from mediafm_ray.training.options import ShapeConfig, TrainingConfig
 from mediafm_ray.training.trainer import FIGURES, StateError, Trainer, TrainingError, new_model
 
 GB = 10**9
-SECONDS_BETWEEN_WRITES = 5.0  # of the metrics, at least; a state always brings them along
-SECONDS_BETWEEN_CURVES = 30.0
-SECONDS_BETWEEN_LINES = 2.0  # on the terminal, at least; evaluations are always said
-LISTEN_S = 0.2  # seconds between two looks at what the workers say
+MIN_WRITE_INTERVAL_S = 5.0  # For the metrics, which are also written with every state.
+MIN_CURVES_INTERVAL_S = 30.0
+MIN_LINE_INTERVAL_S = 2.0  # For lines on the terminal without an evaluation.
+POLL_INTERVAL_S = 0.2  # The driver asks for messages of the workers this often.
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training does, decided before anything starts."""
+    """Plan of a training."""
 
     folder_uri: str
     dataset_uri: str
     titles: TitleList
-    train: int  # titles
-    held_out: int  # titles that are evaluated on
-    resume_step: int  # of the state that it goes on from; 0 = from the start
-    notes: tuple[str, ...]  # for a person
-    finished: Mapping[str, Any] | None  # why it ended, when it has
+    train: int  # Number of titles to train on.
+    held_out: int  # Number of titles to evaluate on.
+    resume_step: int  # Step of the state from which training resumes; 0 = from the start.
+    notes: tuple[str, ...]  # Warnings for a person.
+    finished: Mapping[str, Any] | None  # The record of why it ended, if it has.
 
 
 # ------------------------------------------------------------------------------------------------------------- plan
 
 
 def plan_training(config: TrainContextualiserConfig) -> TrainingPlan:
-    """Look at the dataset and at what is in ``checkpoint.uri``; a training that begins gets its plan.json.
+    """Read the dataset and ``checkpoint.uri``; write plan.json for a training that begins.
 
-    Raises ConfigError, DatasetError or StorageError where it cannot begin or go on.
+    Raises ConfigError, DatasetError or StorageError where training cannot begin or resume.
     """
     for key, uri in (("dataset.uri", config.dataset.uri), ("checkpoint.uri", config.checkpoint.uri)):
         if not uri:
@@ -95,13 +95,13 @@ def plan_training(config: TrainContextualiserConfig) -> TrainingPlan:
 
 
 def recipe_of_training(config: TrainContextualiserConfig) -> dict[str, Any]:
-    """All that changes the numbers of a training, by key."""
+    """Return all keys that change the numbers of a training, with their values."""
     sections = {"model": config.model, "training": config.training}
     return {f"{section}.{key}": value for section, options in sections.items() for key, value in recipe_of(options).items()}
 
 
 def check_same_training(plan: Mapping[str, Any], dataset: EmbeddingDataset, config: TrainContextualiserConfig) -> None:
-    """Raise ConfigError where the training that is in ``checkpoint.uri`` is another than the one that is asked for."""
+    """Raise ConfigError where ``checkpoint.uri`` holds a training with another dataset or recipe."""
     another = "use the same values, or another checkpoint.uri for another training"
     before = TitleList.from_json(plan["titles"])
     now = (dataset.version, dataset.model.dims["fused"], dataset.model.dims["text"])
@@ -122,7 +122,7 @@ def check_same_training(plan: Mapping[str, Any], dataset: EmbeddingDataset, conf
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What every worker is told."""
+    """Arguments of every worker."""
 
     folder_uri: str
     dataset_uri: str
@@ -130,11 +130,11 @@ class WorkerTask:
     training: TrainingConfig
     storage: StorageConfig
     workers: int
-    board: Any  # actor that the driver listens to
+    messages: Any  # Handle of the MessageQueue actor.
 
 
 def train_worker(given: Mapping[str, Any]) -> None:
-    """One worker, in its own process: from the last state to the end."""
+    """Train in a worker process, from the last state to the end."""
     import ray
     import ray.train
     import torch
@@ -163,21 +163,21 @@ def train_worker(given: Mapping[str, Any]) -> None:
     try:
         spans = titles.spans if config.objective == "context" else None
         model = new_model(task.model, titles.fused_dim, titles.metadata_dim, plan["titles"]["dataset_version"], config.seed, spans)
-        trainer = Trainer(model, titles, config, lambda message: task.board.post.remote("unusable", message))
+        trainer = Trainer(model, titles, config, lambda message: task.messages.post.remote("unusable", message))
         state, _ = folder.newest_state()
         if state is not None:
             trainer.resume(folder.store.read(state.name))
-        recorder = StoreRecorder(folder, trainer, task.board) if first else BarrierRecorder()
+        recorder = StoreRecorder(folder, trainer, task.messages) if first else BarrierRecorder()
         trainer.train(recorder)
         if isinstance(recorder, StoreRecorder):
             recorder.finish()
-    except (TrainingError, StateError, UnusableTitle) as error:  # trying again cannot help
-        ray.get(task.board.post.remote("fatal", str(error)))
+    except (TrainingError, StateError, UnusableTitle) as error:  # A retry cannot help.
+        ray.get(task.messages.post.remote("fatal", str(error)))
         raise
 
 
 class BarrierRecorder:
-    """The recorder of the workers that do not record; they meet the first one at ray.train.report."""
+    """Recorder of the workers that record nothing; they meet the first worker at ray.train.report."""
 
     def row(self, row: Mapping[str, float]) -> None:
         if "held_out_cosine" in row:
@@ -193,22 +193,22 @@ class BarrierRecorder:
 
 
 class StoreRecorder(BarrierRecorder):
-    """The recorder of the first worker: metrics, the best model and the states go to the folder, rows to whoever listens."""
+    """Recorder of the first worker: it writes metrics, the best model and the states to the folder, and posts rows to the driver."""
 
-    def __init__(self, folder: TrainingFolder, trainer: Trainer, board: Any):
-        self.folder, self.trainer, self.board = folder, trainer, board
+    def __init__(self, folder: TrainingFolder, trainer: Trainer, messages: Any):
+        self.folder, self.trainer, self.messages = folder, trainer, messages
         resumed = trainer.standing.step
         self.rows = folder.read_metrics(resumed) if resumed else []
         self.events = EventFiles(folder, self.rows)
         self.written = self.drawn = self.begun = time.monotonic()
         if resumed:
-            board.post.remote("resumed", resumed)
+            messages.post.remote("resumed", resumed)
 
     def row(self, row: Mapping[str, float]) -> None:
         self.rows.append(dict(row))
         self.events.add(row)
-        self.board.post.remote("row", {**row, "elapsed_s": time.monotonic() - self.begun})
-        if time.monotonic() - self.written > SECONDS_BETWEEN_WRITES:
+        self.messages.post.remote("row", {**row, "elapsed_s": time.monotonic() - self.begun})
+        if time.monotonic() - self.written > MIN_WRITE_INTERVAL_S:
             self._write_metrics()
         super().row(row)
 
@@ -218,12 +218,12 @@ class StoreRecorder(BarrierRecorder):
     def save(self, trainer: Trainer) -> None:
         self._write_metrics()
         self.events.keep()
-        if time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES:
+        if time.monotonic() - self.drawn > MIN_CURVES_INTERVAL_S:
             self._draw()
         self.folder.write_state(trainer.standing.step, trainer.state())
 
     def finish(self) -> None:
-        """Training ended: write what is left, then say that it has."""
+        """Write what is left at the end of training, then the record that it has ended."""
         standing = self.trainer.standing
         self._write_metrics()
         self.events.keep()
@@ -239,14 +239,14 @@ class StoreRecorder(BarrierRecorder):
         self.written = time.monotonic()
 
     def _draw(self) -> None:
-        from mediafm_ray.pipeline.training.curves import draw  # matplotlib takes half a second to import
+        from mediafm_ray.pipeline.training.curves import draw  # Matplotlib takes half a second to import.
 
         self.folder.store.write(CURVES, draw(self.rows, self.folder.store.uri.rsplit("/", 1)[-1]))
         self.drawn = time.monotonic()
 
 
 class EventFiles:
-    """The rows for TensorBoard: one file, begun anew by every process that trains, so that nothing is in it twice or missing."""
+    """The rows for TensorBoard, in one file that every training process writes anew, so that no row is missing or doubled."""
 
     def __init__(self, folder: TrainingFolder, rows: list[dict[str, float]]):
         from tensorboardX import SummaryWriter
@@ -267,7 +267,7 @@ class EventFiles:
                 self.writer.add_scalar(name, value, int(row["step"]))
 
     def keep(self) -> None:
-        """See that all of it is in the folder."""
+        """Write all rows so far to the folder."""
         self.writer.flush()
         if self.remote:
             for file in self.folder.iterdir():
@@ -278,23 +278,23 @@ class EventFiles:
 
 
 class MessageQueue:
-    """What the workers have to say, for the driver; an actor."""
+    """Actor that holds the messages of the workers for the driver."""
 
     def __init__(self) -> None:
         self.messages: list[tuple[str, Any]] = []
 
     def post(self, kind: str, content: Any) -> None:
-        """Leave a message."""
+        """Add a message."""
         self.messages.append((kind, content))
 
     def take(self) -> list[tuple[str, Any]]:
-        """The messages since the last call."""
+        """Return the messages since the last call."""
         taken, self.messages = self.messages, []
         return taken
 
 
 def run_workers(plan: TrainingPlan, config: TrainContextualiserConfig, watch: Watch) -> str:
-    """Train on Ray to the end. Returns why it ended early, in one line; empty when it did not."""
+    """Train on Ray to the end. Return in one line why it ended early; empty if it did not."""
     import ray
 
     from mediafm_ray.pipeline.cluster import connected
@@ -302,21 +302,23 @@ def run_workers(plan: TrainingPlan, config: TrainContextualiserConfig, watch: Wa
     with connected(ResourcesConfig(ray_address=config.resources.ray_address)), tempfile.TemporaryDirectory() as scratch:
         check_room_for_workers(config)
         actor: Any = ray.remote(num_cpus=0)(MessageQueue)
-        board = actor.remote()
-        task = WorkerTask(plan.folder_uri, plan.dataset_uri, config.model, config.training, config.storage, config.resources.workers, board)
-        fit = threading.Thread(target=_fit, args=(task, config, scratch, board), daemon=True)
+        messages = actor.remote()
+        task = WorkerTask(
+            plan.folder_uri, plan.dataset_uri, config.model, config.training, config.storage, config.resources.workers, messages
+        )
+        fit = threading.Thread(target=_fit, args=(task, config, scratch, messages), daemon=True)
         fit.start()
         while True:
-            ended = not fit.is_alive()  # before the last look: nothing is posted after it
-            for kind, content in ray.get(board.take.remote()):
+            ended = not fit.is_alive()  # No message is posted after the end, so that the next call takes the last ones.
+            for kind, content in ray.get(messages.take.remote()):
                 watch.see(kind, content)
             if ended or watch.fatal:
                 return watch.fatal
-            time.sleep(LISTEN_S)
+            time.sleep(POLL_INTERVAL_S)
 
 
 def check_room_for_workers(config: TrainContextualiserConfig) -> None:
-    """Raise ConfigError when a Ray of our own cannot hold the workers: they would never start. A cluster may be about to grow."""
+    """Raise ConfigError where a local Ray instance has no room for the workers. A cluster may be about to grow, and is not checked."""
     import ray
 
     if config.resources.ray_address or os.environ.get("RAY_ADDRESS"):
@@ -330,8 +332,8 @@ def check_room_for_workers(config: TrainContextualiserConfig) -> None:
             )
 
 
-def _fit(task: WorkerTask, config: TrainContextualiserConfig, scratch: str, board: Any) -> None:
-    """Ray Train, in a thread of the driver, so that the driver's main thread can listen and be interrupted."""
+def _fit(task: WorkerTask, config: TrainContextualiserConfig, scratch: str, messages: Any) -> None:
+    """Run Ray Train in a thread of the driver, so that the main thread can print messages and be interrupted."""
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -346,27 +348,27 @@ def _fit(task: WorkerTask, config: TrainContextualiserConfig, scratch: str, boar
             ),
             run_config=RunConfig(
                 name="contextualiser",
-                storage_path=scratch,  # of Ray Train's own bookkeeping: checkpoints are this program's
+                storage_path=scratch,  # For Ray Train's own files; checkpoints are written by the recorder.
                 failure_config=FailureConfig(max_failures=config.resources.max_restarts),
-                logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]  # its types are of the older API
+                logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]  # Its types are those of the older API.
             ),
         ).fit()
-    except Exception as error:  # whatever ended it: the driver says so
-        ray.get(board.post.remote("fatal", reason_of(error)))
+    except Exception as error:  # The driver reports whatever ended it.
+        ray.get(messages.post.remote("fatal", reason_of(error)))
 
 
 class Watch:
-    """What a person sees of a training: a line now and then."""
+    """Progress of a training on the terminal."""
 
     def __init__(self, config: TrainingConfig, console: Console):
         self.config, self.console, self.begun = config, console, time.monotonic()
         self.fatal = ""
         self.unusable: set[str] = set()
         self.said = 0.0
-        self.first: tuple[float, float] | None = None  # step and time of the first row of the present workers
+        self.first: tuple[float, float] | None = None  # Step and time of the first row of the present workers.
 
     def see(self, kind: str, content: Any) -> None:
-        """Take one message of a worker."""
+        """Handle a message of a worker."""
         if kind == "fatal":
             self.fatal = self.fatal or content
         elif kind == "resumed":
@@ -380,14 +382,12 @@ class Watch:
                 self.first = (content["step"], content["elapsed_s"])
             if content["step"] == 0:
                 self.console.say(f"workers are up after {time.monotonic() - self.begun:.1f} s; {describe_cosines(content)}")
-            elif (
-                "held_out_cosine" in content or content["step"] == self.config.steps or time.monotonic() - self.said > SECONDS_BETWEEN_LINES
-            ):
+            elif "held_out_cosine" in content or content["step"] == self.config.steps or time.monotonic() - self.said > MIN_LINE_INTERVAL_S:
                 self.said = time.monotonic()
                 self.console.say(self.progress_line(content))
 
     def progress_line(self, row: Mapping[str, float]) -> str:
-        """How far training is, and how well the model does."""
+        """Return a line with the step, the loss, the held-out cosine and the time left."""
         width = len(str(self.config.steps))
         parts = [f"step {int(row['step']):>{width}}/{self.config.steps}"]
         parts += [f"loss {row['loss']:.4f}"] if "loss" in row else []
@@ -399,7 +399,7 @@ class Watch:
 
 
 def describe_cosines(row: Mapping[str, float]) -> str:
-    """The cosines at masked shots of held-out titles that a row holds, in words."""
+    """Return the cosines of a row at masked shots of held-out titles, in words."""
     model = row.get("held_out_cosine")
     if model is None:
         return "no title is held out"
@@ -409,7 +409,7 @@ def describe_cosines(row: Mapping[str, float]) -> str:
 
 
 def advise(ending: Mapping[str, Any], checkpoint_uri: str) -> list[str]:
-    """The figures of the served vectors beside those of ``builtin:neighbours``, and which of the two to use."""
+    """Return the figures of the served vectors beside those of ``builtin:neighbours``, and which of the two to use."""
     names = [name for name in FIGURES if f"held_out_{name}" in ending and f"held_out_{name}_neighbours" in ending]
     if not names:
         return [f"use it with contextualiser.checkpoint={checkpoint_uri}"]
