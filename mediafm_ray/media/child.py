@@ -31,10 +31,9 @@ from mediafm_ray.media import card, reader
 from mediafm_ray.media.damage import DecoderLog
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
-from mediafm_ray.media.wire import Channel, WireError
+from mediafm_ray.media.wire import BufferedChannel, Channel, WireError
 from mediafm_ray.spec import ShotSpan, TimedTextSource, Title
 
-OUTSTANDING_BLOCKS = 2  # blocks the detector may lag behind the decoder: replies are awaited at fixed places, whatever the timing
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STDERR = 2  # where FFmpeg writes; the parent opened it as a file for appending
 
@@ -44,21 +43,18 @@ class _ToParent:
 
     def __init__(self, channel: Channel):
         self.channel = channel
-        self.outstanding = 0
 
-    def pictures(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
-        spans = self._spans() if self.outstanding == OUTSTANDING_BLOCKS else []
+    def pictures(self, frames_THWC: np.ndarray) -> None:
         self.channel.send("pictures", {"count": len(frames_THWC)}, [np.ascontiguousarray(frames_THWC).tobytes()])
-        self.outstanding += 1
-        return spans
 
-    def no_more_pictures(self) -> list[ShotSpan]:
+    def no_more_pictures(self) -> None:
         self.channel.send("no more pictures")
-        self.outstanding += 1
-        spans: list[ShotSpan] = []
-        while self.outstanding:
-            spans += self._spans()
-        return spans
+
+    def settled(self) -> list[ShotSpan]:
+        header, _ = self.channel.receive()
+        if header["kind"] != "spans":
+            raise WireError(f"expected spans, got {header['kind']}")
+        return [ShotSpan(**span) for span in header["spans"]]
 
     def sound(self, samples_N: np.ndarray) -> None:
         self.channel.send("sound", {}, [samples_N.astype("<i2").tobytes()])
@@ -68,13 +64,6 @@ class _ToParent:
 
     def alive(self) -> None:
         self.channel.send("alive")
-
-    def _spans(self) -> list[ShotSpan]:
-        header, _ = self.channel.receive()
-        if header["kind"] != "spans":
-            raise WireError(f"expected spans, got {header['kind']}")
-        self.outstanding -= 1
-        return [ShotSpan(**span) for span in header["spans"]]
 
 
 def serve(channel: Channel) -> None:
@@ -154,7 +143,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)  # what parsers of text log would stand among FFmpeg's lines, and count as trouble of the picture
     av.logging.restore_default_callback()  # in C: see DecoderLog
     av.logging.set_libav_level(av.logging.INFO)
-    serve(Channel(socket.socket(fileno=descriptor)))
+    serve(BufferedChannel(socket.socket(fileno=descriptor)))
 
 
 if __name__ == "__main__":

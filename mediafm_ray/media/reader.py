@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
@@ -39,6 +40,8 @@ from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.spec import SAMPLE_RATE, Cue, ShotSpan, Title
 
 BLOCK_FRAMES = 64  # pictures handed to the detector at once
+READ_AHEAD_BLOCKS = 4  # blocks that the detector may be behind: with fewer it waits for pictures after each of its windows
+CANDIDATE_LEAD = 2 * BLOCK_FRAMES  # pictures from which frames are chosen, beyond those that the detector has answered for
 MAX_SOUND_LEAD_S = 0.5  # sound that starts earlier than this before the first picture is programme, not a codec's lead-in
 MAX_SOUND_WAITING = 2_000  # frames of sound that wait until the first picture tells where the time line starts
 JUMP_BACK_S = 1.0  # a time stamp this far before its predecessor starts a new count: the recording was joined there
@@ -50,12 +53,16 @@ SIGN_OF_LIFE_S = 2.0  # how often slow work is reported
 class Exchange(Protocol):
     """Where the results of a pass go, and where the settled spans come from."""
 
-    def pictures(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
-        """Hand over (T, 27, 48, 3) uint8 RGB pictures; return spans that have settled. Which ones must not depend on timing."""
+    def pictures(self, frames_THWC: np.ndarray) -> None:
+        """Hand over the next (T, 27, 48, 3) uint8 RGB pictures."""
         ...
 
-    def no_more_pictures(self) -> list[ShotSpan]:
-        """Return all spans that are left."""
+    def no_more_pictures(self) -> None:
+        """Say that all pictures have been handed over."""
+        ...
+
+    def settled(self) -> list[ShotSpan]:
+        """Return the spans that the earliest call of ``pictures`` or ``no_more_pictures`` without an answer has settled; wait for them."""
         ...
 
     def sound(self, samples_N: np.ndarray) -> None:
@@ -159,6 +166,9 @@ class _Pass:
 
         self.alive = SignsOfLife(exchange.alive)
         self.block: list[np.ndarray] = []
+        self.unanswered: deque[int] = deque()  # pictures in each block that the detector has not answered for
+        self.answered = 0  # pictures
+        self.ahead: deque[sampling.Candidate[picture.WorkingFrame]] = deque()  # pictures that are no candidates yet
         self.frame_count = 0
         self.packet_count = 0  # of video
         self.last_dts = -1  # of video
@@ -335,7 +345,7 @@ class _Pass:
         self._note_oddities(frame)
         ticks = self._ticks_of(frame)
         detector_HWC, small = self.painter.pictures(frame)
-        self.candidates.add(self.frame_count, ticks, small)
+        self.ahead.append(sampling.Candidate(self.frame_count, ticks, small))
         self.block.append(detector_HWC)
         self.frame_count += 1
         if len(self.block) == BLOCK_FRAMES:
@@ -408,9 +418,11 @@ class _Pass:
             self._sound(frame)
 
     def _hand_over_block(self) -> None:
-        block_THWC = np.stack(self.block)
+        self.exchange.pictures(np.stack(self.block))
+        self.unanswered.append(len(self.block))
         self.block = []
-        self._settle(self.exchange.pictures(block_THWC))
+        if len(self.unanswered) > READ_AHEAD_BLOCKS:
+            self._settle()
 
     def _read_log(self, log: DecoderLog) -> None:
         concealed, of_video, errors = log.news()
@@ -421,7 +433,15 @@ class _Pass:
         if log.out_of_memory:
             raise MemoryError
 
-    def _settle(self, spans: list[ShotSpan], last: bool = False) -> None:
+    def _settle(self, last: bool = False) -> None:
+        """Hand over the shots that the earliest unanswered block settles.
+
+        Only frames up to a fixed distance behind that block are candidates, so the choice depends on neither timing nor read-ahead.
+        """
+        spans = self.exchange.settled()
+        self.answered += self.unanswered.popleft()
+        while self.ahead and self.ahead[0].index < self.answered + CANDIDATE_LEAD:
+            self.candidates.add(self.ahead.popleft())
         for span in spans:
             ends_title = last and span.end_frame == self.frame_count
             end_ticks = self.last_ticks + self.last_duration if ends_title else self.candidates.start_ticks(span.end_frame)
@@ -503,7 +523,10 @@ class _Pass:
             self._read_log(self.log)
         if self.card is not None:
             self.card.check_end()
-        self._settle(self.exchange.no_more_pictures(), last=True)
+        self.exchange.no_more_pictures()
+        self.unanswered.append(0)
+        while self.unanswered:
+            self._settle(last=True)
         if self.track is not None:
             for samples_N in self.track.finish():
                 self.exchange.sound(samples_N)

@@ -41,10 +41,10 @@ class CandidateBuffer(Generic[Picture]):
         self.dense: deque[Candidate[Picture]] = deque()
         self.stride = 1
 
-    def add(self, index: int, ticks: int, picture: Picture) -> None:
+    def add(self, frame: Candidate[Picture]) -> None:
         """Take the next frame. ``ticks`` grow from frame to frame."""
-        self.ticks.append(ticks)
-        self.dense.append(Candidate(index, ticks, picture))
+        self.ticks.append(frame.ticks)
+        self.dense.append(frame)
         if len(self.dense) > DENSE_FRAMES:
             self.sparse.append(self.dense.popleft())
             self._thin()

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import math
+import queue
 import socket
 import struct
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ LENGTH = struct.Struct(">I")
 MAX_HEADER_BYTES = 64 << 20  # texts of a title's shots travel in a header
 MAX_MESSAGE_BYTES = 256 << 20
 MAX_PARTS = 4096
+MAX_WAITING_MESSAGES = 32
 
 
 class WireError(Exception):
@@ -46,10 +49,12 @@ class Channel:
     def send(self, kind: str, fields: Mapping[str, Any] | None = None, parts: Sequence[bytes | memoryview] = ()) -> None:
         """Send one message. Raises WireError when the other side is gone."""
         header = json.dumps({**(fields or {}), "kind": kind, "sizes": [len(part) for part in parts]}).encode()
+        self._send_pieces([LENGTH.pack(len(header)) + header, *parts])
+
+    def _send_pieces(self, pieces: Sequence[bytes | memoryview]) -> None:
         try:
-            self.sock.sendall(LENGTH.pack(len(header)) + header)
-            for part in parts:
-                self.sock.sendall(part)
+            for piece in pieces:
+                self.sock.sendall(piece)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise Gone("the other side has closed the connection") from error
 
@@ -90,3 +95,31 @@ class Channel:
 
     def close(self) -> None:
         self.sock.close()
+
+
+class BufferedChannel(Channel):
+    """A channel whose messages are sent by a thread of its own.
+
+    A socket's buffer holds less than one block of pictures, so without the thread the sender would wait until the other side receives.
+    ``send`` waits where MAX_WAITING_MESSAGES have not been sent, and raises WireError where an earlier message could not be sent.
+    """
+
+    def __init__(self, sock: socket.socket):
+        super().__init__(sock)
+        self._waiting: queue.Queue[Sequence[bytes | memoryview]] = queue.Queue(MAX_WAITING_MESSAGES)
+        self._failure: WireError | None = None
+        threading.Thread(target=self._send_waiting, name="sender", daemon=True).start()
+
+    def _send_pieces(self, pieces: Sequence[bytes | memoryview]) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._waiting.put(pieces)
+
+    def _send_waiting(self) -> None:
+        while True:
+            pieces = self._waiting.get()
+            if self._failure is None:  # after a failure messages are dropped, so that ``send`` does not wait for room
+                try:
+                    super()._send_pieces(pieces)
+                except WireError as error:
+                    self._failure = error
