@@ -27,13 +27,14 @@ import av.logging
 import numpy as np
 
 from mediafm_ray.errors import CardError, OutageError, TitleError, is_outage
-from mediafm_ray.media import card, reader
+from mediafm_ray.media import card, cues, reader
 from mediafm_ray.media.damage import DecoderLog
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
 from mediafm_ray.media.wire import BufferedChannel, Channel, WireError
 from mediafm_ray.spec import ShotSpan, TimedTextSource, Title
 
+MIN_SOUND_BYTES = 1 << 16  # Sound is sent in pieces of about two seconds: a message for each packet costs both processes time.
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STDERR = 2  # where FFmpeg writes; the parent opened it as a file for appending
 
@@ -43,6 +44,7 @@ class _ToParent:
 
     def __init__(self, channel: Channel):
         self.channel = channel
+        self.samples = bytearray()  # sound that has not been sent
 
     def pictures(self, frames_THWC: np.ndarray) -> None:
         self.channel.send("pictures", {"count": len(frames_THWC)}, [np.ascontiguousarray(frames_THWC).tobytes()])
@@ -57,7 +59,14 @@ class _ToParent:
         return [ShotSpan(**span) for span in header["spans"]]
 
     def sound(self, samples_N: np.ndarray) -> None:
-        self.channel.send("sound", {}, [samples_N.astype("<i2").tobytes()])
+        self.samples += samples_N.astype("<i2").tobytes()
+        if len(self.samples) >= MIN_SOUND_BYTES:
+            self.send_sound()
+
+    def send_sound(self) -> None:
+        """Send the sound that is still held back."""
+        self.channel.send("sound", {}, [bytes(self.samples)])
+        self.samples.clear()
 
     def shot(self, span: ShotSpan, start_s: float, end_s: float, frames: Sequence[bytes], thumbnail: bytes) -> None:
         self.channel.send("shot", {"span": asdict(span), "start_s": start_s, "end_s": end_s}, [thumbnail, *frames])
@@ -106,20 +115,23 @@ def _title(header: dict[str, Any]) -> Title:
 def _texts(header: dict[str, Any], channel: Channel) -> list[bytes]:
     """The texts of the sidecar's cues, a line each, in one part; no part where there are none."""
     timed_text, media = TimedTextConfig(**header["timed_text"]), MediaConfig(**header["media"])
-    cues, _ = reader.read_sidecars(_title(header), timed_text, media, reader.SignsOfLife(lambda: channel.send("alive")))
-    return ["\n".join(cue.text for cue in cues).encode()] if cues else []
+    found, _ = cues.read_sidecars(_title(header), timed_text, media, cues.SignsOfLife(lambda: channel.send("alive")))
+    return ["\n".join(cue.text for cue in found).encode()] if found else []
 
 
 def _read(header: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    return reader.read_title(
+    to_parent = _ToParent(channel)
+    end = reader.read_title(
         _title(header),
         FramesConfig(**header["frames"]),
         TimedTextConfig(**header["timed_text"]),
         MediaConfig(**header["media"]),
-        _ToParent(channel),
+        to_parent,
         DecoderLog(STDERR),
         header["not_on_card"],
     )
+    to_parent.send_sound()
+    return end
 
 
 def confine(parent: int, memory_limit_gb: float, decoder: str) -> None:
