@@ -49,7 +49,7 @@ class TitleDecoder:
 
     @property
     def without_pts(self) -> bool:
-        """Whether the container stores no times of presentation.
+        """True where the container stores no times of presentation.
 
         AVI stores the order of decoding only, and the pts that are derived from it are wrong where there are B-frames; FFmpeg
         returns decoding times in the order of presentation, and they are even.
@@ -108,12 +108,12 @@ class TitleDecoder:
         return self._decoded(packet)
 
     def pictures(self, packet: Any) -> list[Any]:
-        """Return the pictures that a packet completes. The CPU decodes the first one; a card that takes the title starts again from there.
+        """Return the pictures that a packet completes. The CPU decodes the first one; a card then starts from the same packets.
 
         Raises TitleError where the video cannot be decoded at all, CardError where a card that has begun cannot go on.
         """
         if self.card is not None:
-            self.distrust_card()
+            self.check_card()
             return self.card.decode(packet)
         frames = self._decoded(packet)
         if self.for_card is None:
@@ -187,7 +187,7 @@ class TitleDecoder:
         self.card = taken
         return taken.frames
 
-    def distrust_card(self) -> None:
+    def check_card(self) -> None:
         """Raise CardError where anything is wrong with a title on a card, which reports less than the CPU about what is damaged."""
         if self.card is not None and self.damage.troubles:
             raise CardError(f"the file is damaged ({self.damage.summary()})")

@@ -1,6 +1,6 @@
 """One pass over a title: packets in, small pictures, sound, cues and the frames of settled shots out.
 
-    container -> packets -> video frames -> detector's pictures -> (detector, elsewhere) -> settled spans -> a shot's frames
+    container -> packets -> video frames -> detector's pictures -> (detector, in the parent) -> settled spans -> a shot's frames
                          -> audio frames -> 16 kHz mono samples
                          -> cues         -> text of shots
 
@@ -31,18 +31,18 @@ from mediafm_ray.media.decoding import TitleDecoder
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.spec import SAMPLE_RATE, Cue, ShotSpan, Title
 
-BLOCK_FRAMES = 64  # pictures handed to the detector at once
-READ_AHEAD_BLOCKS = 4  # blocks that the detector may be behind: with fewer it waits for pictures after each of its windows
-CANDIDATE_LEAD = 2 * BLOCK_FRAMES  # pictures from which frames are chosen, beyond those that the detector has answered for
-MAX_SOUND_LEAD_S = 0.5  # sound that starts earlier than this before the first picture is programme, not a codec's lead-in
-MAX_SOUND_WAITING = 2_000  # frames of sound that wait until the first picture tells where the time line starts
-JUMP_BACK_S = 1.0  # a time stamp this far before its predecessor starts a new count: the recording was joined there
-MAX_LAST_FRAME_S = 60.0  # how long the last frame is shown, at most, whatever it says
-MISSING_END_S = 0.25  # a declared end this much after the last picture is rounding, or the tail of the sound
+BLOCK_FRAMES = 64  # pictures in one block for the detector
+READ_AHEAD_BLOCKS = 4  # blocks that decoding may be ahead: with fewer the detector waits for pictures after each window
+CANDIDATE_LEAD = 2 * BLOCK_FRAMES  # pictures after those that the detector has answered for, up to which frames are candidates
+MAX_SOUND_LEAD_S = 0.5  # sound that starts earlier before the first picture is programme, not a codec's lead-in
+MAX_SOUND_WAITING = 2_000  # frames of sound that wait for the first picture, where the time line starts
+JUMP_BACK_S = 1.0  # a time stamp this far before its predecessor starts a new count: recordings were joined there
+MAX_LAST_FRAME_S = 60.0  # maximum duration of the last frame, whatever it declares
+MISSING_END_S = 0.25  # a declared end this close to the last picture is rounding, or the end of the sound
 
 
 class Exchange(Protocol):
-    """Where the results of a pass go, and where the settled spans come from."""
+    """Receiver of the results of a pass, and source of the settled spans."""
 
     def pictures(self, frames_THWC: np.ndarray) -> None:
         """Hand over the next (T, 27, 48, 3) uint8 RGB pictures."""
@@ -65,7 +65,7 @@ class Exchange(Protocol):
         ...
 
     def alive(self) -> None:
-        """Say that there is progress, though nothing to hand over."""
+        """Report progress without a result."""
         ...
 
 
@@ -80,9 +80,9 @@ def read_title(
 ) -> dict[str, Any]:
     """Read one title; return what is known at its end: texts, languages, duration_s, frame_count, has_sound, warnings, facts.
 
-    ``log`` is what FFmpeg writes; without it, concealed errors go unnoticed. ``not_on_card``: why a card that was tried before is not to
-    decode it. Raises TitleError with a reason for people, and CardError where a card that has begun the title cannot go on: what was
-    handed over is then void.
+    ``log`` is what FFmpeg writes; without it, concealed errors go unnoticed. ``not_on_card`` is the reason why a card that was tried
+    before must not decode the title. Raises TitleError with a reason for people, and CardError where a card that has begun the title
+    cannot go on: all results are then void.
     """
     name = source.file_name(title.video)
     with source.open_bytes(title.video, media) as stream:
@@ -160,7 +160,7 @@ class _Pass:
         return self._finish()
 
     def _place(self, packet: Any) -> None:
-        """Note how far reading is: trouble is reported at the packet that is read, pictures come later."""
+        """Note the time of the packet that is read, for errors that it causes; its pictures come later."""
         pts = packet.dts if self.decoder.without_pts else packet.pts
         if pts is None or self.first_pts is None:
             self.damage.now_ticks = self.last_ticks
@@ -170,7 +170,7 @@ class _Pass:
     # -- pictures
 
     def _picture(self, frame: av.VideoFrame) -> None:
-        if frame.width * frame.height > self.media.max_pixels:  # a card's are scaled, and were looked at before
+        if frame.width * frame.height > self.media.max_pixels:  # a card's pictures are scaled, and their size was checked before
             raise TitleError(
                 f"{self.name} has pictures of {frame.width}x{frame.height} pixels; media.max_pixels allows {self.media.max_pixels}"
             )
@@ -183,19 +183,19 @@ class _Pass:
         if len(self.block) == BLOCK_FRAMES:
             self._hand_over_block()
         else:
-            self.alive()  # there are pictures that take seconds each
+            self.alive()  # some pictures take seconds each
 
     def _note_oddities(self, frame: av.VideoFrame) -> None:
         if frame.is_corrupt:
             self.damage.see("pictures that the decoder marks as corrupt", of_decoder=True)
             self.damage.corrupt_frames += 1
-        whole = frame if self.decoder.card is None else self.decoder.card.first  # a card does not go on where the size changes
+        whole = frame if self.decoder.card is None else self.decoder.card.first  # on a card the size cannot change
         size = f"{whole.width}x{whole.height}"
         if self.sizes[-1:] != [size] and len(self.sizes) < 10:
             self.sizes.append(size)
 
     def _ticks_of(self, frame: av.VideoFrame) -> int:
-        """When the frame is shown, in ticks that grow from frame to frame; 0 for the first."""
+        """Return when the frame is shown, in ticks that grow from frame to frame; 0 for the first."""
         usual = self.last_ticks + self.last_duration if self.frame_count else 0
         without_pts = self.decoder.without_pts
         pts = frame.dts if frame.pts is None or without_pts else frame.pts
@@ -203,7 +203,7 @@ class _Pass:
             if not without_pts:
                 self.damage.remark("pictures without a time stamp, placed after their predecessor")
             ticks = usual
-        elif self.first_pts is None:  # of frames before this one without a time stamp we know how many there were
+        elif self.first_pts is None:  # earlier frames without a time stamp have been counted
             self.first_pts = pts - usual
             self._start()
             ticks = usual
@@ -231,7 +231,7 @@ class _Pass:
         return ticks
 
     def _start(self) -> None:
-        """The first time stamp is known: place the zero, let the sound that came before go on."""
+        """Place the zero, now that the first time stamp is known, and convert the sound that has waited for it."""
         assert self.first_pts is not None
         waiting, self.waiting_sound = self.waiting_sound, []
         first_s = self.first_pts * self.tick
@@ -282,7 +282,7 @@ class _Pass:
                 self.candidates.drop_before(span.end_frame)
 
     def _seconds(self, ticks: int) -> float:
-        """Seconds on the title's time line."""
+        """Convert ticks to seconds on the title's time line."""
         return max(float((ticks - self.zero) * self.tick), 0.0)
 
     # -- sound and cues
@@ -292,7 +292,7 @@ class _Pass:
             self.waiting_sound.append(frame)
             if len(self.waiting_sound) < MAX_SOUND_WAITING:
                 return
-            start_s = _start_of(self.waiting_sound) or Fraction(0)  # far apart: where the picture starts no longer matters
+            start_s = _start_of(self.waiting_sound) or Fraction(0)  # far apart, so the start of the picture no longer matters
             declared = self.video.start_time
             zero_s = declared * self.tick if declared is not None and declared * self.tick - start_s < MAX_SOUND_LEAD_S else start_s
             self.track = sound.SoundTrack(zero_s, self.media.max_hours)
@@ -345,7 +345,7 @@ class _Pass:
         }
 
     def _verdict(self) -> float:
-        """The share of the picture that is lost or damaged; warnings say what. Raises TitleError beyond ``max_damage``."""
+        """Return the share of the picture that is lost or damaged, and add warnings. Raises TitleError beyond ``max_damage``."""
         missing = self._missing_end_ticks()
         silences = [
             (self.zero + round(Fraction(start, SAMPLE_RATE) / self.tick), self.zero + round(Fraction(end, SAMPLE_RATE) / self.tick))
@@ -353,7 +353,7 @@ class _Pass:
         ]
         broadcast = self.container.format.name in BROADCAST_FORMATS
         share = self.damage.share(self.frame_count, missing, self.last_ticks + self.last_duration, broadcast, silences)
-        self.decoder.distrust_card()
+        self.decoder.check_card()
         if share > self.media.max_damage:
             declared_s = self._declared_s()
             raise TitleError(
@@ -369,19 +369,19 @@ class _Pass:
         return share
 
     def _declared_s(self) -> float | None:
-        """The duration that the container declares for its video, else for all of it."""
+        """Return the declared duration of the video, else of the whole container, else None."""
         if self.video.duration:
             return float(self.video.duration * self.tick)
-        tag = self.video.metadata.get("DURATION", "")  # Matroska's statistics: 00:01:02.345000000
+        tag = self.video.metadata.get("DURATION", "")  # Matroska writes 00:01:02.345000000 in its statistics
         parts = tag.strip("\0 ").split(":")
         if len(parts) == 3 and all(part.replace(".", "", 1).isdigit() for part in parts):
             return int(parts[0]) * 3600 + int(parts[1]) * 60 + float(parts[2])
         return self.container.duration / av.time_base if self.container.duration else None
 
     def _missing_end_ticks(self) -> int:
-        """The time between the last picture and the end that the container declares, where that is to be believed."""
-        if self.container.format.name == "avi":  # FFmpeg corrects the duration, not the count
-            # A tick is a picture. Null frames, which captures write for pictures that they drop, take one and give no packet.
+        """Return the time between the last picture and the declared end, or 0 where the declaration cannot be right."""
+        if self.container.format.name == "avi":  # FFmpeg corrects the duration but not the count
+            # A tick is a picture. Null frames, which captures write for dropped pictures, take a tick and have no packet.
             missing = self.video.frames - max(self.decoder.packet_count, self.decoder.last_dts + 1)
             if missing > 0 and self.cut_off is False and not self.damage.troubles:
                 self.warnings.append(f"the last {missing} of the {self.video.frames} declared pictures are null frames")
@@ -394,8 +394,8 @@ class _Pass:
             return 0
         end_s = float((self.last_ticks + self.last_duration) * self.tick)
         if self.video.duration and self.video.start_time is not None and self.first_pts is not None:
-            end_s += float((self.first_pts - self.video.start_time) * self.tick)  # both count from the declared start
-        elif self.track is not None:  # the container's duration covers the sound, too
+            end_s += float((self.first_pts - self.video.start_time) * self.tick)  # both are relative to the declared start
+        elif self.track is not None:  # the container's duration includes the sound
             end_s = max(end_s, self.track.written / SAMPLE_RATE)
         missing_s = declared_s - end_s
         if self.cut_off and missing_s > 0:

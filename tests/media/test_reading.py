@@ -308,7 +308,7 @@ def test_reading_needs_neither_sidecar_nor_isolation(tmp_path):
 
 
 def test_decoding_runs_ahead_of_detection_by_a_fixed_number_of_blocks(tmp_path):
-    """The detector's answer to a block is awaited only when READ_AHEAD_BLOCKS more have been handed over, and all are awaited at the end."""
+    """The answer to a block is awaited when READ_AHEAD_BLOCKS more have been handed over; all others are awaited at the end."""
     made = make_video(tmp_path / "a.mp4", [700], size=(96, 64), options={"preset": "ultrafast"})
     events = []
 

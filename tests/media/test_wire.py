@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mediafm_ray.media.wire import BufferedChannel, Channel, Gone
+from mediafm_ray.media.wire import BufferedChannel, Channel, PeerClosed
 
 BLOCK = bytes(64 * 27 * 48 * 3)
 
@@ -36,6 +36,10 @@ def test_sender_learns_that_the_other_side_is_gone():
     with theirs:
         sender = BufferedChannel(theirs)
         ours.close()
-        with pytest.raises(Gone):
+
+        def send():
             for _ in range(1000):
                 sender.send("pictures", {}, [BLOCK])
+
+        with pytest.raises(PeerClosed):
+            send()
