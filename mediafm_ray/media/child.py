@@ -1,9 +1,9 @@
-"""The reading process: decodes titles on behalf of an ``IsolatedReader``. Run as ``python -m mediafm_ray.media.child FD``.
+"""The reading process, which decodes titles for an ``IsolatedReader``.
 
-It limits its own address space, writes no core dump, and ends when its parent does. One title at a time:
+It limits its own address space, writes no core dump, and ends when its parent does. Messages of one title:
 
     parent: read {title, options}           child: pictures (a block), sound (a piece), shot, ... in any order
-    parent: spans, one for each pictures
+    parent: spans, one for each pictures and for no more pictures
                                             child: end {...} or error {reason}
     parent: texts {title, options}          child: end (the texts of its sidecar, a line each) or error {reason}
 """
@@ -27,54 +27,52 @@ import av.logging
 import numpy as np
 
 from mediafm_ray.errors import CardError, OutageError, TitleError, is_outage
-from mediafm_ray.media import card, reader
+from mediafm_ray.media import card, cues, reader
 from mediafm_ray.media.damage import DecoderLog
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
-from mediafm_ray.media.wire import Channel, WireError
+from mediafm_ray.media.wire import BufferedChannel, Channel, WireError
 from mediafm_ray.spec import ShotSpan, TimedTextSource, Title
 
-OUTSTANDING_BLOCKS = 2  # blocks the detector may lag behind the decoder: replies are awaited at fixed places, whatever the timing
+MIN_SOUND_BYTES = 1 << 16  # bytes in a piece of sound, two seconds: a message for each audio packet costs both processes time
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STDERR = 2  # where FFmpeg writes; the parent opened it as a file for appending
 
 
 class _ToParent:
-    """The exchange of ``reader.read_title`` over the channel."""
+    """The ``reader.Exchange`` over the channel."""
 
     def __init__(self, channel: Channel):
         self.channel = channel
-        self.outstanding = 0
+        self.samples = bytearray()  # sound that has not been sent
 
-    def pictures(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
-        spans = self._spans() if self.outstanding == OUTSTANDING_BLOCKS else []
+    def pictures(self, frames_THWC: np.ndarray) -> None:
         self.channel.send("pictures", {"count": len(frames_THWC)}, [np.ascontiguousarray(frames_THWC).tobytes()])
-        self.outstanding += 1
-        return spans
 
-    def no_more_pictures(self) -> list[ShotSpan]:
+    def no_more_pictures(self) -> None:
         self.channel.send("no more pictures")
-        self.outstanding += 1
-        spans: list[ShotSpan] = []
-        while self.outstanding:
-            spans += self._spans()
-        return spans
+
+    def settled(self) -> list[ShotSpan]:
+        header, _ = self.channel.receive()
+        if header["kind"] != "spans":
+            raise WireError(f"expected spans, got {header['kind']}")
+        return [ShotSpan(**span) for span in header["spans"]]
 
     def sound(self, samples_N: np.ndarray) -> None:
-        self.channel.send("sound", {}, [samples_N.astype("<i2").tobytes()])
+        self.samples += samples_N.astype("<i2").tobytes()
+        if len(self.samples) >= MIN_SOUND_BYTES:
+            self.send_sound()
+
+    def send_sound(self) -> None:
+        """Send the sound that is still held back."""
+        self.channel.send("sound", {}, [bytes(self.samples)])
+        self.samples.clear()
 
     def shot(self, span: ShotSpan, start_s: float, end_s: float, frames: Sequence[bytes], thumbnail: bytes) -> None:
         self.channel.send("shot", {"span": asdict(span), "start_s": start_s, "end_s": end_s}, [thumbnail, *frames])
 
     def alive(self) -> None:
         self.channel.send("alive")
-
-    def _spans(self) -> list[ShotSpan]:
-        header, _ = self.channel.receive()
-        if header["kind"] != "spans":
-            raise WireError(f"expected spans, got {header['kind']}")
-        self.outstanding -= 1
-        return [ShotSpan(**span) for span in header["spans"]]
 
 
 def serve(channel: Channel) -> None:
@@ -84,7 +82,7 @@ def serve(channel: Channel) -> None:
             header, _ = channel.receive()
         except WireError:
             return
-        if header["kind"] == "spans":  # of pictures of a title that has failed meanwhile
+        if header["kind"] == "spans":  # answers to pictures of a title that has failed
             continue
         try:
             if header["kind"] == "texts":
@@ -115,32 +113,35 @@ def _title(header: dict[str, Any]) -> Title:
 
 
 def _texts(header: dict[str, Any], channel: Channel) -> list[bytes]:
-    """The texts of the sidecar's cues, a line each, in one part; no part where there are none."""
+    """Return one part with the texts of the sidecar's cues, a line each; no part where there are no cues."""
     timed_text, media = TimedTextConfig(**header["timed_text"]), MediaConfig(**header["media"])
-    cues, _ = reader.read_sidecars(_title(header), timed_text, media, reader.SignsOfLife(lambda: channel.send("alive")))
-    return ["\n".join(cue.text for cue in cues).encode()] if cues else []
+    found, _ = cues.read_sidecars(_title(header), timed_text, media, cues.SignsOfLife(lambda: channel.send("alive")))
+    return ["\n".join(cue.text for cue in found).encode()] if found else []
 
 
 def _read(header: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    return reader.read_title(
+    to_parent = _ToParent(channel)
+    end = reader.read_title(
         _title(header),
         FramesConfig(**header["frames"]),
         TimedTextConfig(**header["timed_text"]),
         MediaConfig(**header["media"]),
-        _ToParent(channel),
+        to_parent,
         DecoderLog(STDERR),
         header["not_on_card"],
     )
+    to_parent.send_sound()
+    return end
 
 
 def confine(parent: int, memory_limit_gb: float, decoder: str) -> None:
-    """Limit this process: its memory, core dumps, and its life to that of its parent.
+    """Limit the memory of this process, switch off core dumps, and let it end with its parent.
 
-    A card's driver reserves address space for all memory of the machine and the card, so where there may be one, only memory that can be
+    A card's driver reserves address space for all memory of the machine and the card, so where there may be a card, only memory that can be
     written is limited.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # the parent ended before the line above
         sys.exit(1)
     limits.setrlimit(limits.RLIMIT_CORE, (0, 0))
     size = int(memory_limit_gb * (1 << 30))
@@ -151,10 +152,10 @@ def confine(parent: int, memory_limit_gb: float, decoder: str) -> None:
 def main() -> None:
     descriptor, parent, memory_limit_gb, decoder = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
     confine(parent, memory_limit_gb, decoder)
-    logging.disable(logging.CRITICAL)  # what parsers of text log would stand among FFmpeg's lines, and count as trouble of the picture
-    av.logging.restore_default_callback()  # in C: see DecoderLog
+    logging.disable(logging.CRITICAL)  # log lines of text parsers would be read as FFmpeg's and count as errors of the picture
+    av.logging.restore_default_callback()  # FFmpeg writes its log from C: see DecoderLog
     av.logging.set_libav_level(av.logging.INFO)
-    serve(Channel(socket.socket(fileno=descriptor)))
+    serve(BufferedChannel(socket.socket(fileno=descriptor)))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""What was lost of a title: counted from what demuxer and decoder report, never guessed from how pictures look.
+"""Loss and damage of a title: counted from reports of demuxer and decoder, never guessed from how pictures look.
 
 Damage is a share of the title's picture time, 0 to 1:
 
     lost        packets that could not be decoded; holes in the time of the pictures, with a sign that they are a loss;
                 the end that the container declares and the file does not have
     damaged     pictures that the decoder marks as corrupt or says it has concealed errors in; where it says neither, its
-                complaints
+                error messages
 
-A hole alone may be how a variable frame rate looks (slides, screen recordings, captures that drop frames), and is then a
-remark and no damage. It is a loss when demuxer or video decoder report anything wrong at that time, when the sound has a gap
-for half of the time, or when all other pictures come regularly in a container of broadcasting, which has no variable rates. (A
+A hole alone may be a variable frame rate (slides, screen recordings, captures that drop frames), which is a remark and not
+damage. It is a loss when demuxer or video decoder report an error at that time, when the sound has a gap for half of the
+time, or when all other pictures come regularly in a container of broadcasting, which has no variable rates. (A
 transport stream can lose a second without any error: its counters run modulo 16.) Trouble of the sound is never a loss of
 pictures. An end that is declared although the file is complete is a wrong header, no loss.
 """
@@ -23,16 +23,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-LONG_HOLE_S = 5.0  # a picture that stays for longer than this, and ten usual frames, is worth a remark
+LONG_HOLE_S = 5.0  # a picture that stays longer than this, and longer than ten usual frames, is worth a remark
 BROADCAST_FORMATS = ("mpegts", "mpeg", "mxf", "gxf", "dv")
-REGULAR_SHARE = 0.95  # of the intervals between pictures, to call them regular
-MAX_HOLES = 10_000  # remembered one by one, as are stretches of trouble
-TROUBLE_REACH_S = 1.0  # a hole this near to what the demuxer complains of is a loss: it reads ahead
-TROUBLE_REACH_PICTURES = 2  # and this near, in usual pictures, to what the decoder complains of: it says so at the packet
+REGULAR_SHARE = 0.95  # share of usual intervals between pictures from which the rate counts as regular
+MAX_HOLES = 10_000  # recorded holes, and recorded stretches of trouble
+TROUBLE_REACH_S = 1.0  # a hole this near to an error of the demuxer, which reads ahead, is a loss
+TROUBLE_REACH_PICTURES = 2  # the same for errors of the decoder, which come with the packet, in usual pictures
 LATE_PICTURE_S = 0.25  # pictures that start this much later than the container declares are worth a remark
-CONCEALED = re.compile(rb"\] concealing \d+ DC")  # how FFmpeg's decoders say that they made up a part of one picture
+CONCEALED = re.compile(rb"\] concealing \d+ DC")  # FFmpeg's message about a picture that is partly made up
 NO_MEMORY = re.compile(rb"Cannot allocate memory|get_buffer\(\) failed|alloc\w* failed")
-OF_STREAM = re.compile(rb"\bstream\s*(?:[=#]\s*)?(\d+)")  # how demuxers name the stream that a line is about
+OF_STREAM = re.compile(rb"\bstream\s*(?:[=#]\s*)?(\d+)")  # how demuxers name a stream in their messages
 TROUBLE = re.compile(rb"error|invalid|corrupt|damaged|missing|prematurely|truncat|outside|overread|CABAC_MAX|not find ref", re.IGNORECASE)
 
 
@@ -48,18 +48,18 @@ class DecoderLog:
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
-        self.video_codec = b""  # whose lines count as errors of the picture; set when the video is known, like the next two
-        self.other_codecs: tuple[bytes, ...] = ()  # whose lines say nothing of the picture
-        self.video_index = 0  # of the stream, in the demuxer's lines
+        self.video_codec = b""  # lines of this codec are errors of the picture; set when the video is known, like the next two
+        self.other_codecs: tuple[bytes, ...] = ()  # lines of these codecs are not about the picture
+        self.video_index = 0  # index of the video stream in the demuxer's lines
         self.position = os.fstat(descriptor).st_size
-        self.out_of_memory = False  # whether FFmpeg has said so
+        self.out_of_memory = False  # whether FFmpeg has reported it
 
     def grown(self) -> bool:
-        """Whether FFmpeg has written anything since the last call of ``news``."""
+        """Return whether FFmpeg has written anything since the last call of ``news``."""
         return os.fstat(self.descriptor).st_size > self.position
 
     def news(self) -> tuple[int, int, int]:
-        """Since the last call: pictures with concealed errors; lines about errors of the video decoder, and of the picture at all."""
+        """Return counts since the last call: pictures with concealed errors, error lines of the video decoder, all of the picture."""
         concealed = of_video = errors = 0
         rest = b""
         while piece := os.pread(self.descriptor, 1 << 20, self.position):
@@ -77,7 +77,7 @@ class DecoderLog:
         return concealed, of_video, errors
 
     def _of_another_stream(self, line: bytes) -> bool:
-        """Whether a line is about the sound or the text: its decoder wrote it, or the demuxer names its stream."""
+        """Return whether a line is about sound or text: their decoder wrote it, or the demuxer names their stream."""
         if line.startswith(tuple(b"[" + codec + b" @" for codec in self.other_codecs if codec != self.video_codec)):
             return True
         named = OF_STREAM.search(line)
@@ -86,23 +86,23 @@ class DecoderLog:
 
 @dataclass
 class Damage:
-    """Counts while a title is read, and the verdict at its end."""
+    """Counts of faults while a title is read, and the damaged share at its end."""
 
-    counts: Counter[str] = field(default_factory=Counter)  # what happened how often, in words for people
-    notes: list[str] = field(default_factory=list)  # what happened once, in words for people
+    counts: Counter[str] = field(default_factory=Counter)  # faults and remarks for people, with how often each happened
+    notes: list[str] = field(default_factory=list)  # faults for people that happen once
     lost_frames: int = 0  # packets that gave no picture
     corrupt_frames: int = 0  # pictures marked as corrupt
     concealed_frames: int = 0  # pictures with concealed errors, as the decoder's log says
-    holes: list[tuple[int, int]] = field(default_factory=list)  # from when until when no picture came where one was due, ticks
-    hole_ticks: int = 0  # their sum
-    complaints: int = 0  # packets at which the video decoder wrote of errors
-    reach_ticks: int = 0  # TROUBLE_REACH_S
-    decoder_reach_ticks: int = 0  # TROUBLE_REACH_PICTURES, and what the decoder's threads are behind
-    now_ticks: int = 0  # the time of the packet that is read
-    troubles: list[tuple[int, int]] = field(default_factory=list)  # from when until when a hole is a loss, ticks
+    holes: list[tuple[int, int]] = field(default_factory=list)  # start and end in ticks of times without a picture where one was due
+    hole_ticks: int = 0  # total length of all holes
+    complaints: int = 0  # packets at which the video decoder reported errors
+    reach_ticks: int = 0  # TROUBLE_REACH_S in ticks
+    decoder_reach_ticks: int = 0  # TROUBLE_REACH_PICTURES and the delay of the decoder's threads in ticks
+    now_ticks: int = 0  # time of the packet that is read
+    troubles: list[tuple[int, int]] = field(default_factory=list)  # start and end in ticks of times in which a hole is a loss
 
     def trouble(self, of_decoder: bool = False) -> None:
-        """Something is wrong with the file, or with the packet that is decoded."""
+        """Record that something is wrong at the current time, with the file or with the packet that is decoded."""
         reach_ticks = self.decoder_reach_ticks if of_decoder else self.reach_ticks
         start, end = self.now_ticks - reach_ticks, self.now_ticks + reach_ticks
         if self.troubles and ((self.troubles[-1][0] <= end and start <= self.troubles[-1][1]) or len(self.troubles) == MAX_HOLES):
@@ -111,29 +111,29 @@ class Damage:
         self.troubles.append((start, end))
 
     def see(self, what: str, of_decoder: bool = False) -> None:
-        """Something is wrong: count it under these words."""
+        """Count a fault under these words."""
         self.counts[what] += 1
         self.trouble(of_decoder)
 
     def note(self, what: str) -> None:
-        """Something is wrong once and for all: say it in these words."""
+        """Record a fault that happens once, in these words."""
         self.notes.append(what)
         self.trouble()
 
     def remark(self, what: str) -> None:
-        """Something is odd, but nothing is lost by it."""
+        """Count something unusual by which nothing is lost."""
         self.counts[what] += 1
 
     def hole(self, start_ticks: int, end_ticks: int) -> None:
-        """No picture came from one time to the other, where one was due."""
+        """Record a time without a picture where one was due."""
         self.hole_ticks += end_ticks - start_ticks
         if len(self.holes) < MAX_HOLES:
             self.holes.append((start_ticks, end_ticks))
 
     def share(self, frames: int, missing_end_ticks: int, end_ticks: int, broadcast: bool, silences: Sequence[tuple[int, int]]) -> float:
-        """The share of the picture that is lost or damaged, 0 to 1.
+        """Return the share of the picture that is lost or damaged, 0 to 1.
 
-        ``frames`` were shown until ``end_ticks``; ``missing_end_ticks`` are declared beyond; ``silences`` are the gaps of the
+        ``frames`` pictures were shown until ``end_ticks``; ``missing_end_ticks`` are declared beyond; ``silences`` are the gaps of the
         sound, in the same ticks; ``broadcast`` says that the container has no variable frame rates.
         """
         regular = len(self.holes) <= (1 - REGULAR_SHARE) * frames
@@ -143,21 +143,21 @@ class Damage:
             troubles, gaps = _Intervals(self.troubles), _Intervals(silences)
             lost = ((start, end) for start, end in self.holes if troubles.within(start, end) or 2 * gaps.within(start, end) >= end - start)
             hole_ticks = sum(end - start for start, end in lost)
-            if self.troubles:  # of holes that were not remembered nobody knows where they were
+            if self.troubles:  # the times of holes that were not recorded are unknown
                 hole_ticks += self.hole_ticks - sum(end - start for start, end in self.holes)
         usual_ticks = max((end_ticks - self.hole_ticks) / frames, 1)
-        # a lost packet leaves a hole: the same loss seen twice
+        # A lost packet also leaves a hole, so the larger of the two counts.
         lost_frames = max(self.lost_frames, hole_ticks / usual_ticks) + missing_end_ticks / usual_ticks
-        damaged = max(self.corrupt_frames, self.concealed_frames) or self.complaints  # some decoders conceal and say nothing else
-        kept = (self.hole_ticks - hole_ticks) / usual_ticks  # holes that are no loss: the picture before them stays
+        damaged = max(self.corrupt_frames, self.concealed_frames) or self.complaints  # some decoders report nothing else
+        kept = (self.hole_ticks - hole_ticks) / usual_ticks  # during holes that are not a loss the picture before stays
         return min((lost_frames + damaged) / (frames + kept + lost_frames), 1.0)
 
     def summary(self) -> str:
-        """The counts in words, "no error was reported" where there are none."""
+        """Return the counts in words, "no error was reported" where there are none."""
         return ", ".join(self.in_words()) or "no error was reported"
 
     def in_words(self) -> list[str]:
-        """What happened, for people."""
+        """Return all faults and remarks for people."""
         words = [f"{count} {what}" for what, count in self.counts.items()] + self.notes
         if self.concealed_frames:
             words.append(f"{self.concealed_frames} pictures in which the decoder concealed errors")
@@ -167,7 +167,7 @@ class Damage:
 
 
 class _Intervals:
-    """Intervals of time, joined where they overlap."""
+    """Intervals of time; overlapping ones are joined."""
 
     def __init__(self, intervals: Iterable[tuple[int, int]]):
         self.starts: list[int] = []
@@ -180,6 +180,6 @@ class _Intervals:
                 self.ends.append(end)
 
     def within(self, start: int, end: int) -> int:
-        """How much of the time from ``start`` to ``end`` they cover."""
+        """Return how much of the time from ``start`` to ``end`` the intervals cover."""
         places = range(bisect.bisect_right(self.ends, start), bisect.bisect_left(self.starts, end))
         return sum(min(end, self.ends[place]) - max(start, self.starts[place]) for place in places)

@@ -1,4 +1,4 @@
-"""Reading in a process of its own: a crash, a hang or a memory bomb ends one title, never the job."""
+"""Reading in a separate process: a crash, a hang or a memory bomb ends one title, never the job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mediafm_ray.errors import CardError, OutageError, TitleError
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.media.source import file_name
 from mediafm_ray.media.spool import Spool
-from mediafm_ray.media.wire import Channel, Gone, Overdue, WireError
+from mediafm_ray.media.wire import Channel, DeadlineExceeded, PeerClosed, WireError
 from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH, SAMPLE_RATE, ShotMedia, ShotSpan, ShotStream, Title, TitleMedia
 from mediafm_ray.text import PublicError
 
@@ -30,11 +30,11 @@ Result = TypeVar("Result")
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 BYTES_PER_SAMPLE = 2
-MAX_LEAD_S = 120.0  # how long the last picture stays, and rounding
-FSSPEC_PREFIX = "FSSPEC_"  # of fsspec's own configuration
+MAX_LEAD_S = 120.0  # maximum duration of the last picture, and rounding
+FSSPEC_PREFIX = "FSSPEC_"  # prefix of fsspec's own configuration
 
-# The variables that the child gets: hostile media shall not come near any other, whatever its name. A process needs the first
-# of them, the network the second, and object stores the rest: those that botocore, gcsfs and adlfs read.
+# Environment variables of the child; hostile media must not be able to read any other. Processes need the first group, the network
+# the second, and object stores the others: those that botocore, gcsfs and adlfs read.
 PASSED_ON = frozenset(
     """
     PATH HOME USER LOGNAME LANG LANGUAGE LC_ALL LC_CTYPE LC_MESSAGES TZ TMPDIR TEMP TMP LD_LIBRARY_PATH VIRTUAL_ENV XDG_CACHE_HOME
@@ -66,9 +66,9 @@ PASSED_ON = frozenset(
 
 
 class IsolatedReader:
-    """Reads titles one after another in a child process of its own, and replaces that process when it fails.
+    """Reads titles one after another in a child process, and replaces that process when it fails.
 
-    The child decodes; the detector runs here. The child goes on decoding while the detector works.
+    The child decodes; the detector runs here. The child decodes up to reader.READ_AHEAD_BLOCKS blocks ahead of the detector.
     """
 
     def __init__(self, frames: FramesConfig, timed_text: TimedTextConfig, media: MediaConfig):
@@ -76,31 +76,31 @@ class IsolatedReader:
         self.process: subprocess.Popen[bytes] | None = None
         self.channel: Channel | None = None
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the reader)
-        fcntl.fcntl(self.log, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)  # the child cuts it off now and then
+        fcntl.fcntl(self.log, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)  # the child truncates it now and then
 
     def read(self, title: Title, detector: ShotStream, not_on_card: str = "") -> TitleMedia:
-        """All that the encoders need of one title.
+        """Return all that the encoders need of one title.
 
         Raises TitleError when the title cannot be read, is too damaged, exceeds a limit of ``media`` or makes no progress.
-        Errors of ``detector`` pass through; the child is replaced then, too.
+        Errors of ``detector`` pass through; the child is replaced then as well.
 
-        Where ``media.decoder`` allows a card, raises CardError when that fails after it has begun: read the title again with a new
+        Where ``media.decoder`` allows a card, raises CardError when the card fails after it has begun: read the title again with a new
         detector stream and that error as ``not_on_card``, and the CPU decodes it.
         """
         may_retry = self.media.decoder != "cpu" and not not_on_card
         return self._guarded(title, lambda: self._converse(title, detector, not_on_card), CardError if may_retry else TitleError)
 
     def texts(self, title: Title) -> list[str]:
-        """The text of the cues of the sidecar that would be used; empty where none can be read. The video is not opened.
+        """Return the texts of the cues of the sidecar that would be used; empty where none can be read. The video is not opened.
 
         Raises what ``read`` raises.
         """
         return self._guarded(title, lambda: self._ask_for_texts(title))
 
     def _guarded(self, title: Title, exchange: Callable[[], Result], at_death: type[PublicError] = TitleError) -> Result:
-        """The result of an exchange with the child about a title; the child is replaced where it fails.
+        """Return the result of an exchange with the child about a title; replace the child where that fails.
 
-        ``at_death`` is raised where it hangs or ends.
+        ``at_death`` is raised where the child hangs or ends.
         """
         self.start()
         finished = False
@@ -108,19 +108,19 @@ class IsolatedReader:
             result = exchange()
             finished = True
             return result
-        except _Refused as error:  # the child is well, the title is not
+        except _Refused as error:  # the child goes on, only the title has failed
             finished = True
             raise error.kind(str(error)) from None
         except TimeoutError:
             raise at_death(
                 f"{file_name(title.video)}: reading made no progress for {self.media.no_progress_timeout_s:g} s and was stopped"
             ) from None
-        except Overdue:
+        except DeadlineExceeded:
             raise TitleError(
                 f"{file_name(title.video)} could not be read and cut into shots within media.max_processing_s="
                 f"{self.media.max_processing_s:g} s and was stopped"
             ) from None
-        except Gone:
+        except PeerClosed:
             raise at_death(f"{file_name(title.video)}: {self._cause_of_death()}") from None
         except WireError as error:
             raise TitleError(f"{file_name(title.video)}: the reading process sent something that is not understood ({error})") from None
@@ -199,7 +199,7 @@ class IsolatedReader:
         self.channel.send("spans", {"spans": [asdict(span) for span in spans]})
 
     def start(self) -> None:
-        """Start the child process, if it does not run. ``read`` does so by itself."""
+        """Start the child process if it does not run. ``read`` calls this, too."""
         if self.process is not None and self.process.poll() is None:
             return
         self._stop()
@@ -219,7 +219,7 @@ class IsolatedReader:
                 env={
                     **{name: value for name, value in os.environ.items() if name in passed_on or name.startswith(FSSPEC_PREFIX)},
                     "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")])),
-                    "MALLOC_ARENA_MAX": "2",  # address space is limited: one arena a thread would eat it
+                    "MALLOC_ARENA_MAX": "2",  # an arena for each thread would use up the limited address space
                 },
             )
         self.channel = Channel(ours)
@@ -248,7 +248,7 @@ class IsolatedReader:
 
 
 class _Refused(Exception):
-    """The child's reason why it cannot read the title, and what kind of error that is."""
+    """The child's reason why it cannot read the title, and the class of error for it."""
 
     def __init__(self, header: dict[str, Any]):
         super().__init__(_text(header.get("reason", "")))
@@ -257,14 +257,14 @@ class _Refused(Exception):
 
 
 def _text(value: Any) -> str:
-    """A string of the child's in a form that can be stored. Raises ValueError where it is none."""
+    """Return a string of the child in a form that can be stored. Raises ValueError where it is not a string."""
     if not isinstance(value, str):
         raise ValueError(f"a text is {type(value).__name__}")
-    return value.encode(errors="replace").decode()  # a file's name may hold half a character
+    return value.encode(errors="replace").decode()  # a file name may hold an incomplete character
 
 
 def _span(fields: dict[str, Any]) -> ShotSpan:
-    """A span of the child's. Raises ValueError or TypeError where it is none."""
+    """Return a span of the child. Raises ValueError or TypeError where it is not valid."""
     span = ShotSpan(**fields)
     for name, value in asdict(span).items():
         if name == "boundary_kind":
@@ -278,9 +278,9 @@ def _span(fields: dict[str, Any]) -> ShotSpan:
 
 
 class _Assembly:
-    """Puts together shots and the sound, which arrive in no fixed order; memory holds neither frames nor sound.
+    """Collects shots and sound, which arrive in no fixed order; frames and sound are not held in memory.
 
-    It believes the child nothing that could cost disk or memory without limit, or that could not be stored: ValueError.
+    Raises ValueError for input of the child that would cost disk or memory without limit, or that could not be stored.
     """
 
     def __init__(self, max_hours: float) -> None:
@@ -308,8 +308,8 @@ class _Assembly:
         texts, languages, warnings = ([_text(text) for text in header[name]] for name in ("texts", "languages", "warnings"))
         duration_s, frame_count, facts = float(header["duration_s"]), int(header["frame_count"]), dict(header["facts"])
         if not 0 <= duration_s <= self.max_s:
-            raise ValueError("a duration without end")
-        json.dumps([frame_count, facts], allow_nan=False, ensure_ascii=False).encode()  # what could not be stored raises here
+            raise ValueError("the duration is not finite or too long")
+        json.dumps([frame_count, facts], allow_nan=False, ensure_ascii=False).encode()  # raises for values that could not be stored
         ends = [round(shot.end_s * SAMPLE_RATE) * BYTES_PER_SAMPLE if header["has_sound"] else 0 for shot in self.shots]
         self.samples.fill(ends[-1] if ends else 0)
         frames, audio = self.frames.packed(self.frame_offsets), self.samples.packed([0, *ends])

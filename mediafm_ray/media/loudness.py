@@ -1,4 +1,4 @@
-"""How loud a shot is, moment by moment: a curve for people, small enough to be stored beside the vectors. numpy only."""
+"""Loudness curve of a shot for people, small enough to be stored beside the vectors. numpy only."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import numpy as np
 
 from mediafm_ray.spec import SAMPLE_RATE
 
-LEVEL_SAMPLES = SAMPLE_RATE // 10  # samples under one level: 0.1 s
-FULL_SCALE = 32_768  # what an int16 sample of 0 dBFS would be
-LOWEST_LEVEL = -96  # dBFS: below the rounding of 16 bits, and what digital silence is given
+LEVEL_SAMPLES = SAMPLE_RATE // 10  # samples of one level: 0.1 s
+FULL_SCALE = 32_768  # an int16 sample of 0 dBFS
+LOWEST_LEVEL = -96  # dBFS: the value of digital silence, below the rounding of 16 bits
 BLOCK_LEVELS = 600  # levels computed at once: a minute of samples as int64 is 8 MB
 
 
 def audio_levels(samples_N: np.ndarray) -> np.ndarray:
-    """Root mean square of each 0.1 s of (N,) int16 samples, the last piece shorter, in whole dBFS: (ceil(N / 1600),) int8 of -96 to 0.
+    """Return the root mean square of each 0.1 s of (N,) int16 samples in whole dBFS: (ceil(N / 1600),) int8 of -96 to 0.
 
+    The last piece is shorter.
     0 dBFS is a constant signal at full scale, so a sine that just does not clip has -3. Sums are of integers: exact on every machine.
     """
     starts = range(0, len(samples_N), LEVEL_SAMPLES * BLOCK_LEVELS)

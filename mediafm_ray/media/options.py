@@ -1,4 +1,4 @@
-"""What can be configured in the media layer: one frozen dataclass a concern, filled from YAML. Standard library only."""
+"""Configuration of the media layer: one frozen dataclass for each concern, filled from YAML. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DECODERS = ("cpu", "cuda", "auto")
 
 @dataclass(frozen=True)
 class FramesConfig(ConfigSection):
-    """Which frames of a shot are kept, and how."""
+    """Choice and storage of the frames of a shot."""
 
     per_shot: int = recipe(8, "frames kept of a shot, at most: the ones shown at the centres of equal parts of its time", min=1)
     size: int = recipe(256, "shorter side of a kept frame in (square) pixels; smaller pictures are not enlarged", min=16)
@@ -23,7 +23,7 @@ class FramesConfig(ConfigSection):
 
 @dataclass(frozen=True)
 class TimedTextConfig(ConfigSection):
-    """Which timed text becomes the text of a shot."""
+    """Choice of the timed text that becomes the text of a shot."""
 
     languages: list[str] = recipe(
         [], "languages in order of preference (BCP 47 prefixes, e.g. [en, de]); the first that a title has is used; empty = any"
@@ -75,6 +75,9 @@ class MediaConfig(ConfigSection):
 
 
 def media_recipe(media: MediaConfig) -> dict[str, Any]:
-    """What changes the numbers. A card's pictures are scaled otherwise than a CPU's; which titles it takes depends on the machine, so all
-    settings that allow it make one version."""
+    """Return the settings that change the numbers.
+
+    A card scales pictures differently from a CPU, and the titles that it takes depend on the machine, so all settings that allow
+    a card make one dataset version.
+    """
     return recipe_of(media) | ({"on_card": True} if media.decoder != "cpu" else {})

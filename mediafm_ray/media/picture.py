@@ -1,4 +1,4 @@
-"""A decoded frame to pixels: the detector's small pictures, the frames that are kept, thumbnails for people.
+"""Decoded frames to pixels: the detector's small pictures, the kept frames, and thumbnails for people.
 
 Pixel contract: RGB, 8 bits a channel, rows top to bottom, as a player shows the frame: turned by the display matrix, square
 pixels (kept frames and thumbnails), HDR mapped to the range of ordinary screens (see ``tone.py``), fields of interlaced
@@ -7,7 +7,7 @@ video woven together as they are stored.
 Every frame is scaled once, to a working picture of about the size that is kept, by averaging areas; the detector's
 48 x 27 are made from that by bicubic interpolation. Against bicubic interpolation from the full frame, which is what the
 detector was trained on, this differs by a rounding error (0.2 of 255 levels on average, 5 at most, on film), at half the
-cost; pictures that are not larger than the working picture are scaled directly.
+cost. Pictures that are not larger than the working picture are scaled directly.
 
     T frames, H rows, W columns, C channels (RGB)
 """
@@ -29,14 +29,14 @@ from PIL import Image
 from mediafm_ray.media import tone
 from mediafm_ray.spec import DETECTOR_HEIGHT, DETECTOR_WIDTH
 
-MAX_ASPECT = 4  # longer side of a kept frame, at most this many times the configured shorter side
+MAX_ASPECT = 4  # longer side of a kept frame as a multiple of the configured shorter side
 MIN_WORKING_SIZE = 192  # shorter side from which the detector's pictures may be made without a visible difference
-WORKING_FORMAT = "yuv420p"  # the cheapest: what nearly all video is stored in
+WORKING_FORMAT = "yuv420p"  # the cheapest format, because nearly all video is stored in it
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored picture is turned to be shown: quarter turns counter-clockwise, then mirrored left to right."""
+    """Turn of a stored picture for display: quarter turns counter-clockwise, then mirrored left to right."""
 
     quarters: int = 0
     mirrored: bool = False
@@ -47,30 +47,30 @@ class Orientation:
 
 
 def turn_of(frame: av.VideoFrame) -> Orientation:
-    """The turn that the frame's display matrix asks for, to the nearest quarter.
+    """Return the turn in the frame's display matrix, rounded to a quarter.
 
     The matrix (ISO/IEC 14496-12, 8.5.2.3; 16.16 fixed point) maps stored (x, y) to shown (a x + c y, b x + d y), y down.
     """
     try:
-        matrix = cast(Any, frame.side_data).get(SideData.DISPLAYMATRIX)  # typed as a mapping of strings, is one of types
-    except ValueError:  # PyAV does not know one of the frame's other kinds of side data and gives none of them
+        matrix = cast(Any, frame.side_data).get(SideData.DISPLAYMATRIX)  # PyAV's stub has strings as keys, the object has types
+    except ValueError:  # PyAV returns no side data of a frame that has a kind unknown to it
         return Orientation(round(frame.rotation / 90) % 4)
     if matrix is None:
         return Orientation()
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix)[:36])
-    if a * d - b * c == 0:  # not a turn at all: ignored as players do
+    if a * d - b * c == 0:  # players ignore a matrix that is not a turn
         return Orientation()
     mirrored = a * d - b * c < 0
-    if mirrored:  # take the mirror out (x -> -x after the turn); what is left is a pure rotation
+    if mirrored:  # without the mirror (x -> -x after the turn) a pure rotation is left
         a, c = -a, -c
-    # a rotation counter-clockwise by t on a y-down screen maps (1, 0) to (cos t, -sin t)
+    # A rotation counter-clockwise by t on a y-down screen maps (1, 0) to (cos t, -sin t).
     quarters = round(np.degrees(np.arctan2(-b, a)) / 90) % 4
     return Orientation(int(quarters), mirrored)
 
 
 @dataclass(frozen=True)
 class WorkingFrame:
-    """A working picture that waits for its choice: as stored (not turned), planar YUV 4:2:0, 8 bits."""
+    """A working picture that may be kept: as stored (not turned), planar YUV 4:2:0, 8 bits."""
 
     planes: np.ndarray  # (width * height * 3 / 2,) uint8: Y, U, V
     width: int
@@ -82,10 +82,10 @@ class WorkingFrame:
 
 
 class FrameConverter:
-    """Turns the frames of one title into pixels. Copes with frames that change size or format in mid-stream.
+    """Converts the frames of one title to pixels. Frames may change size or format in mid-stream.
 
-    Working pictures lie in reused memory: hand them back with ``discard``. (Fresh memory for each, between the decoder's
-    large frames, would fragment the heap to many times what they need.)
+    Working pictures lie in reused memory: return them with ``discard``. (Fresh memory for each, between the decoder's
+    large frames, would fragment the heap to many times their size.)
     """
 
     def __init__(self, size: int, pixel_aspect: Fraction):
@@ -96,16 +96,16 @@ class FrameConverter:
         self.to_rgb = VideoReformatter()
         self.free: list[np.ndarray] = []
         self.turn = Orientation()
-        self.rotation: int | None = None  # of the frame that ``turn`` was read from
-        self.kept: tuple[int, int] | None = None  # width and height of kept frames; by default what ``kept_size`` gives for each
+        self.rotation: int | None = None  # rotation of the frame that ``turn`` was read from
+        self.kept: tuple[int, int] | None = None  # width and height of kept frames; by default ``kept_size`` decides for each
 
     def expect(self, like: av.VideoFrame, kept: tuple[int, int]) -> None:
-        """Frames from now on come scaled and without side data: they are turned as ``like``, and kept at the size given."""
+        """Expect scaled frames without side data from now on: turn them as ``like`` and keep them at the given size."""
         self.turn, self.rotation, self.kept = turn_of(like), 0, kept
 
     def pictures(self, frame: av.VideoFrame) -> tuple[np.ndarray, WorkingFrame]:
-        """The detector's picture, (27, 48, 3) uint8 RGB, and the working picture of a frame."""
-        if frame.rotation != self.rotation:  # looking at a frame's side data keeps it alive for long: only where something changed
+        """Return the detector's picture of a frame, (27, 48, 3) uint8 RGB, and its working picture."""
+        if frame.rotation != self.rotation:  # reading side data keeps a frame in memory for long, so only after a change
             self.rotation, self.turn = frame.rotation, turn_of(frame)
         turn = self.turn
         width, height = self.kept or kept_size(frame.width, frame.height, self.pixel_aspect, self.size)
@@ -119,14 +119,14 @@ class FrameConverter:
         return detector_HWC, self._put_aside(working, int(frame.color_trc), turn)
 
     def rgb_HWC(self, small: WorkingFrame) -> np.ndarray:
-        """(H, W, 3) uint8 RGB of a working picture, as a player shows it."""
+        """Return the (H, W, 3) uint8 RGB of a working picture, as a player shows it."""
         frame = av.VideoFrame.from_ndarray(small.planes.reshape(small.height * 3 // 2, small.width), format=WORKING_FORMAT)
         frame.colorspace, frame.color_range = small.colorspace, small.color_range
         picture = self.to_rgb.reformat(frame, format="rgb24", interpolation=Interpolation.BICUBIC, threads=1)
         return small.turn.apply(tone.to_ordinary_range(picture.to_ndarray(), small.transfer))
 
     def discard(self, small: WorkingFrame) -> None:
-        """The picture is not needed any more; its memory is used for the next one of the same size."""
+        """Reuse the memory of a picture that is not needed any more for the next one of the same size."""
         if not self.free or self.free[-1].size == small.planes.size:
             self.free.append(small.planes)
 
@@ -144,9 +144,9 @@ class FrameConverter:
 
 
 def kept_size(width: int, height: int, pixel_aspect: Fraction, size: int) -> tuple[int, int]:
-    """Width and height of a kept frame: square pixels, shorter side ``size`` at most, never enlarged, sides even."""
+    """Return width and height of a kept frame: square pixels, shorter side ``size`` at most, never enlarged, sides even."""
     shown_width, shown_height = float(width * pixel_aspect), float(height)
-    if pixel_aspect < 1:  # square pixels by enlarging the height, so that nothing is lost
+    if pixel_aspect < 1:  # enlarging the height makes square pixels without a loss
         shown_width, shown_height = float(width), float(height / pixel_aspect)
     shorter, longer = sorted((shown_width, shown_height))
     scale = min(1.0, size / shorter, MAX_ASPECT * size / longer)
@@ -154,7 +154,7 @@ def kept_size(width: int, height: int, pixel_aspect: Fraction, size: int) -> tup
 
 
 def jpeg(picture_HWC: np.ndarray, quality: int, width: int = 0) -> bytes:
-    """The picture as a baseline JPEG, reduced to ``width`` columns where that is given and it has more."""
+    """Encode the picture as a baseline JPEG, reduced to ``width`` columns where that is given and it has more."""
     image = Image.fromarray(np.ascontiguousarray(picture_HWC))
     if 0 < width < image.width:
         image = image.resize((width, max(round(image.height * width / image.width), 1)), Image.Resampling.BOX)

@@ -1,6 +1,6 @@
 """One pass over a title: packets in, small pictures, sound, cues and the frames of settled shots out.
 
-    container -> packets -> video frames -> detector's pictures -> (detector, elsewhere) -> settled spans -> a shot's frames
+    container -> packets -> video frames -> detector's pictures -> (detector, in the parent) -> settled spans -> a shot's frames
                          -> audio frames -> 16 kHz mono samples
                          -> cues         -> text of shots
 
@@ -14,48 +14,46 @@ integer count of the video stream's ticks since its first time stamp.
 
 from __future__ import annotations
 
-import os
-import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
 import av
 import numpy as np
 
-from mediafm_ray.errors import CardError, TitleError
-from mediafm_ray.media import card, picture, sampling, sound, source, streams, timed_text
-from mediafm_ray.media.damage import (
-    BROADCAST_FORMATS,
-    LATE_PICTURE_S,
-    LONG_HOLE_S,
-    TROUBLE_REACH_PICTURES,
-    TROUBLE_REACH_S,
-    Damage,
-    DecoderLog,
-)
+from mediafm_ray.errors import TitleError
+from mediafm_ray.media import picture, sampling, sound, source, streams, timed_text
+from mediafm_ray.media.cues import EmbeddedCues, SignsOfLife, read_sidecars
+from mediafm_ray.media.damage import BROADCAST_FORMATS, LATE_PICTURE_S, LONG_HOLE_S, Damage, DecoderLog
+from mediafm_ray.media.decoding import TitleDecoder
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.spec import SAMPLE_RATE, Cue, ShotSpan, Title
 
-BLOCK_FRAMES = 64  # pictures handed to the detector at once
-MAX_SOUND_LEAD_S = 0.5  # sound that starts earlier than this before the first picture is programme, not a codec's lead-in
-MAX_SOUND_WAITING = 2_000  # frames of sound that wait until the first picture tells where the time line starts
-JUMP_BACK_S = 1.0  # a time stamp this far before its predecessor starts a new count: the recording was joined there
-MAX_LAST_FRAME_S = 60.0  # how long the last frame is shown, at most, whatever it says
-MISSING_END_S = 0.25  # a declared end this much after the last picture is rounding, or the tail of the sound
-SIGN_OF_LIFE_S = 2.0  # how often slow work is reported
+BLOCK_FRAMES = 64  # pictures in one block for the detector
+READ_AHEAD_BLOCKS = 4  # blocks that decoding may be ahead: with fewer the detector waits for pictures after each window
+CANDIDATE_LEAD = 2 * BLOCK_FRAMES  # pictures after those that the detector has answered for, up to which frames are candidates
+MAX_SOUND_LEAD_S = 0.5  # sound that starts earlier before the first picture is programme, not a codec's lead-in
+MAX_SOUND_WAITING = 2_000  # frames of sound that wait for the first picture, where the time line starts
+JUMP_BACK_S = 1.0  # a time stamp this far before its predecessor starts a new count: recordings were joined there
+MAX_LAST_FRAME_S = 60.0  # maximum duration of the last frame, whatever it declares
+MISSING_END_S = 0.25  # a declared end this close to the last picture is rounding, or the end of the sound
 
 
 class Exchange(Protocol):
-    """Where the results of a pass go, and where the settled spans come from."""
+    """Receiver of the results of a pass, and source of the settled spans."""
 
-    def pictures(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
-        """Hand over (T, 27, 48, 3) uint8 RGB pictures; return spans that have settled. Which ones must not depend on timing."""
+    def pictures(self, frames_THWC: np.ndarray) -> None:
+        """Hand over the next (T, 27, 48, 3) uint8 RGB pictures."""
         ...
 
-    def no_more_pictures(self) -> list[ShotSpan]:
-        """Return all spans that are left."""
+    def no_more_pictures(self) -> None:
+        """Say that all pictures have been handed over."""
+        ...
+
+    def settled(self) -> list[ShotSpan]:
+        """Return the spans that the earliest call of ``pictures`` or ``no_more_pictures`` without an answer has settled; wait for them."""
         ...
 
     def sound(self, samples_N: np.ndarray) -> None:
@@ -67,7 +65,7 @@ class Exchange(Protocol):
         ...
 
     def alive(self) -> None:
-        """Say that there is progress, though nothing to hand over."""
+        """Report progress without a result."""
         ...
 
 
@@ -82,9 +80,9 @@ def read_title(
 ) -> dict[str, Any]:
     """Read one title; return what is known at its end: texts, languages, duration_s, frame_count, has_sound, warnings, facts.
 
-    ``log`` is what FFmpeg writes; without it, concealed errors go unnoticed. ``not_on_card``: why a card that was tried before is not to
-    decode it. Raises TitleError with a reason for people, and CardError where a card that has begun the title cannot go on: what was
-    handed over is then void.
+    ``log`` is what FFmpeg writes; without it, concealed errors go unnoticed. ``not_on_card`` is the reason why a card that was tried
+    before must not decode the title. Raises TitleError with a reason for people, and CardError where a card that has begun the title
+    cannot go on: all results are then void.
     """
     name = source.file_name(title.video)
     with source.open_bytes(title.video, media) as stream:
@@ -96,36 +94,9 @@ def read_title(
             container.close()
 
 
-class SignsOfLife:
-    """Called again and again by what takes long and hands nothing over; says so now and then."""
-
-    def __init__(self, say: Callable[[], None]):
-        self.say, self.last = say, time.monotonic()
-
-    def __call__(self) -> None:
-        if time.monotonic() - self.last > SIGN_OF_LIFE_S:
-            self.last = time.monotonic()
-            self.say()
-
-
-def read_sidecars(title: Title, config: TimedTextConfig, media: MediaConfig, alive: Callable[[], None]) -> tuple[list[Cue], list[str]]:
-    """The cues of the sidecar that fits best; where it cannot be read or has none, of the next. And warnings, in plain words."""
-    warnings: list[str] = []
-    for one in timed_text.by_fit(title.timed_text, config):
-        name = source.file_name(one.uri)
-        try:
-            data = source.read_whole(one.uri, media, timed_text.MAX_BYTES)
-            cues, remarks = timed_text.parse(data, name, config, one.language, one.kind, alive)
-        except TitleError as error:
-            warnings.append(f"no text from {name}: {error}")
-            continue
-        warnings += remarks
-        if cues:
-            return cues, warnings
-    return [], warnings
-
-
 class _Pass:
+    """One reading of one title. Positions are ticks of the video stream since its first time stamp."""
+
     def __init__(
         self,
         container: av.container.InputContainer,
@@ -139,229 +110,100 @@ class _Pass:
         log: DecoderLog | None,
     ):
         self.container, self.name, self.cut_off, self.title = container, name, cut_off, title
-        self.frames, self.timed_text_config, self.media, self.exchange, self.log = frames, timed_text_config, media, exchange, log
+        self.frames, self.timed_text_config, self.media, self.exchange = frames, timed_text_config, media, exchange
         self.warnings: list[str] = []
         self.damage = Damage()
-
-        self.video = streams.choose_video(container, name)
-        self.audio = streams.choose_audio(container)
-        self.text: Any = None
-        self.tick = Fraction(self.video.time_base or Fraction(1, 1000))
-        rate = self.video.guessed_rate or self.video.average_rate or Fraction(25)
-        self.period = max(round(1 / rate / self.tick), 1)  # ticks of a usual frame
-        self.damage.reach_ticks = round(TROUBLE_REACH_S / self.tick)
-        self.damage.decoder_reach_ticks = (TROUBLE_REACH_PICTURES + (media.threads or os.cpu_count() or 1) - 1) * self.period
-        self.pixel_aspect = Fraction(self.video.sample_aspect_ratio or 1) or Fraction(1)
-        self.painter = picture.FrameConverter(frames.size, self.pixel_aspect)
-        self.candidates = sampling.CandidateBuffer(discard=self.painter.discard)
-        self.card: card.CardDecoder | None = None
-        self.for_card: list[Any] | None = None  # the first packets, while a card may still take the title
+        self.decoder = TitleDecoder(container, name, media, self.damage, self.warnings, log, frames.size, self._place)
+        self.video, self.tick, self.period = self.decoder.video, self.decoder.tick, self.decoder.period
+        self.converter = self.decoder.converter
+        self.candidates = sampling.CandidateBuffer(discard=self.converter.discard)
 
         self.alive = SignsOfLife(exchange.alive)
         self.block: list[np.ndarray] = []
+        self.unanswered: deque[int] = deque()  # pictures in each block that the detector has not answered for
+        self.answered = 0  # pictures that the detector has answered for
+        self.ahead: deque[sampling.Candidate[picture.WorkingFrame]] = deque()  # pictures that are no candidates yet
         self.frame_count = 0
-        self.packet_count = 0  # of video
-        self.last_dts = -1  # of video
-        self.first_pts: int | None = None  # the pts that stands at 0 of our ticks, or would
+        self.first_pts: int | None = None  # the pts at 0 of our ticks, which no picture need have
         self.zero = 0  # the title's zero, in our ticks
         self.last_ticks = 0
         self.last_duration = self.period
-        self.sizes: list[str] = []  # of the pictures, as they come
+        self.sizes: list[str] = []  # sizes of the pictures, each time that they change
         self.track: sound.SoundTrack | None = None
         self.waiting_sound: list[av.AudioFrame] = []
         self.cues: list[Cue] = []
-        self.embedded: list[tuple[Fraction, Fraction, str]] = []  # start and end on the container's clock, text
+        self.embedded: EmbeddedCues | None = None
         self.shot_times = array("d")  # start_s, end_s of each shot
 
     def run(self, not_on_card: str) -> dict[str, Any]:
+        """Read to the end; return what ``read_title`` returns."""
         self.cues, warnings = read_sidecars(self.title, self.timed_text_config, self.media, self.alive)
         self.warnings += warnings
+        text = None
         if self.timed_text_config.embedded and not self.cues:
-            self.text = streams.choose_text(self.container, self.timed_text_config)
-        self.video.thread_type = "AUTO"
-        self.video.codec_context.thread_count = self.media.threads
-        if self.log is not None:
-            self.log.video_codec, self.log.video_index = self.video.codec_context.name.encode(), self.video.index
-            others = [other.codec_context.name for other in (self.audio, self.text) if other is not None]
-            self.log.other_codecs = tuple(name.encode() for name in (*others, *card.LOGGED_AS))
-        if self.audio is not None:
-            self.audio.codec_context.thread_count = 1
-        wanted = [stream for stream in (self.video, self.audio, self.text) if stream is not None]
-        for stream in self.container.streams:
-            if stream not in wanted:
-                stream.discard = av.stream.Discard.all
-        self._consider_card(not_on_card)
-        for packet in self._packets(wanted):
+            text = streams.choose_text(self.container, self.timed_text_config)
+        if text is not None:
+            self.embedded = EmbeddedCues(text, self.timed_text_config)
+        for packet in self.decoder.packets(text, not_on_card):
             if packet.stream is self.video:
-                self.packet_count += bool(packet.size)
-                for frame in self._video(packet):
+                for frame in self.decoder.pictures(packet):
                     self._picture(frame)
-                if self.log is not None and self.log.grown():
-                    self._read_log(self.log)
-            elif packet.stream is self.audio:
-                for sounding in self._decoded(packet):
+                self.decoder.read_log()
+            elif packet.stream is self.decoder.audio:
+                for sounding in self.decoder.sounds(packet):
                     self._sound(sounding)
-            else:
-                self._cue(packet)
+            elif self.embedded is not None:
+                try:
+                    self.embedded.add(packet)
+                except av.error.FFmpegError:
+                    self.damage.remark("cues that could not be decoded")
         return self._finish()
 
-    # -- the card
-
-    def _consider_card(self, not_on_card: str) -> None:
-        """Decide whether a card is to try the title; a title that it cannot decode for sure is left to the CPU."""
-        if self.media.decoder == "cpu" or (self.media.decoder == "auto" and not card.is_visible()):
-            return
-        codec = card.codec_of(self.video)
-        if not_on_card:
-            self._leave_to_cpu(not_on_card)
-        elif codec in card.DECODERS:
-            self.for_card = []
-        elif self.media.decoder == "cuda":
-            self._leave_to_cpu(f"cards have no decoder for {codec}")
-
-    def _video(self, packet: Any) -> list[Any]:
-        """The pictures that a packet completes. The CPU decodes the first one, and a card that can do it all begins again."""
-        if self.card is not None:
-            self._distrust_card()
-            return self.card.decode(packet)
-        frames = self._decoded(packet)
-        if self.for_card is None:
-            return frames
-        self.for_card.append(packet)
-        if not frames and packet.size and len(self.for_card) < card.MAX_FIRST_PACKETS:
-            return []
-        packets, self.for_card = self.for_card, None
-        try:
-            return self._hand_to_card(packets, frames)
-        except CardError as error:
-            self._leave_to_cpu(str(error))
-            return frames
-
-    def _hand_to_card(self, packets: Sequence[Any], frames: Sequence[av.VideoFrame]) -> list[Any]:
-        """The card's pictures of the first packets. Raises CardError."""
-        if self.log is not None and self.log.grown():
-            self._read_log(self.log)
-        if self._without_pts():
-            raise CardError("the container stores no times of its pictures")
-        if not frames or self.damage.troubles:
-            raise CardError("its first picture is missing or damaged")
-        if frames[0].width * frames[0].height > self.media.max_pixels:
-            raise CardError("its pictures are too large")
-        taken = card.CardDecoder(self.video, packets, frames[0], self.pixel_aspect, self.frames.size)
-        self.painter.expect(frames[0], taken.kept)
-        self.card = taken
-        return taken.frames
-
-    def _distrust_card(self) -> None:
-        """Raises CardError where anything is wrong with a title on a card, which says less than the CPU of what is damaged."""
-        if self.card is not None and self.damage.troubles:
-            raise CardError(f"the file is damaged ({self.damage.summary()})")
-
-    def _leave_to_cpu(self, reason: str) -> None:
-        self.warnings.append(f"decoded on the CPU, not by media.decoder={self.media.decoder}: {reason}")
-
-    # -- packets and frames
-
-    def _packets(self, wanted: Sequence[Any]) -> Iterator[Any]:
-        packets = self.container.demux(wanted)
-        while True:
-            try:
-                packet = next(packets)
-            except StopIteration:
-                return
-            except av.error.MemoryError:
-                raise
-            except av.error.FFmpegError as error:
-                self.damage.note(f"the container breaks off ({error.strerror})")
-                break
-            except IndexError:  # PyAV, at the end of a file in which streams appeared that its header does not name
-                self.warnings.append("streams appear in mid-file that the header does not name; they were not read")
-                break
-            if packet.stream is self.video:
-                self._place(packet)
-            if packet.is_corrupt:
-                (self.damage.see if packet.stream is self.video else self.damage.remark)(f"corrupt {packet.stream.type} packets")
-            yield packet
-        for stream in wanted:  # what the decoders still hold
-            if stream is not self.text:
-                flush = av.Packet()
-                flush.stream = stream
-                yield flush
-
-    def _decoded(self, packet: Any) -> list[Any]:
-        try:
-            return packet.stream.decode(packet if packet.size else None)
-        except av.error.MemoryError:
-            raise
-        except av.error.EOFError:  # flushed before
-            return []
-        except av.error.DecoderNotFoundError:
-            raise TitleError(f"{self.name}: there is no decoder for its {packet.stream.type}") from None
-        except av.error.FFmpegError:
-            if packet.stream is self.video:
-                if packet.has_sidedata("encryption_info"):
-                    raise TitleError(f"{self.name} is encrypted; there is no key") from None
-                self.damage.see("video packets that could not be decoded", of_decoder=True)
-                self.damage.lost_frames += bool(packet.size)
-            else:
-                self.damage.remark("audio packets that could not be decoded")
-        return []
-
     def _place(self, packet: Any) -> None:
-        """Note where the reading stands: trouble is reported of the packet that is read, pictures come later."""
-        pts = packet.dts if self._without_pts() else packet.pts
+        """Note the time of the packet that is read, for errors that it causes; its pictures come later."""
+        pts = packet.dts if self.decoder.without_pts else packet.pts
         if pts is None or self.first_pts is None:
             self.damage.now_ticks = self.last_ticks
         else:
             self.damage.now_ticks = pts - self.first_pts
-        if packet.dts is not None:
-            self.last_dts = max(self.last_dts, packet.dts)
-
-    def _without_pts(self) -> bool:
-        """Whether the container stores no times of presentation.
-
-        AVI stores the order of decoding only, and what is derived from it as pts is wrong where there are B-frames; FFmpeg
-        hands decoding times out in the order of presentation, and they are even.
-        """
-        return bool(self.container.format.name == "avi")
 
     # -- pictures
 
     def _picture(self, frame: av.VideoFrame) -> None:
-        if frame.width * frame.height > self.media.max_pixels:  # a card's are scaled, and were looked at before
+        if frame.width * frame.height > self.media.max_pixels:  # a card's pictures are scaled, and their size was checked before
             raise TitleError(
                 f"{self.name} has pictures of {frame.width}x{frame.height} pixels; media.max_pixels allows {self.media.max_pixels}"
             )
         self._note_oddities(frame)
         ticks = self._ticks_of(frame)
-        detector_HWC, small = self.painter.pictures(frame)
-        self.candidates.add(self.frame_count, ticks, small)
+        detector_HWC, small = self.converter.pictures(frame)
+        self.ahead.append(sampling.Candidate(self.frame_count, ticks, small))
         self.block.append(detector_HWC)
         self.frame_count += 1
         if len(self.block) == BLOCK_FRAMES:
             self._hand_over_block()
         else:
-            self.alive()  # there are pictures that take seconds each
+            self.alive()  # some pictures take seconds each
 
     def _note_oddities(self, frame: av.VideoFrame) -> None:
         if frame.is_corrupt:
             self.damage.see("pictures that the decoder marks as corrupt", of_decoder=True)
             self.damage.corrupt_frames += 1
-        whole = frame if self.card is None else self.card.first  # a card does not go on where the size changes
+        whole = frame if self.decoder.card is None else self.decoder.card.first  # on a card the size cannot change
         size = f"{whole.width}x{whole.height}"
         if self.sizes[-1:] != [size] and len(self.sizes) < 10:
             self.sizes.append(size)
 
     def _ticks_of(self, frame: av.VideoFrame) -> int:
-        """When the frame is shown, in ticks that grow from frame to frame; 0 for the first."""
+        """Return when the frame is shown, in ticks that grow from frame to frame; 0 for the first."""
         usual = self.last_ticks + self.last_duration if self.frame_count else 0
-        without_pts = self._without_pts()
+        without_pts = self.decoder.without_pts
         pts = frame.dts if frame.pts is None or without_pts else frame.pts
         if pts is None:
             if not without_pts:
                 self.damage.remark("pictures without a time stamp, placed after their predecessor")
             ticks = usual
-        elif self.first_pts is None:  # of frames before this one without a time stamp we know how many there were
+        elif self.first_pts is None:  # earlier frames without a time stamp have been counted
             self.first_pts = pts - usual
             self._start()
             ticks = usual
@@ -389,7 +231,7 @@ class _Pass:
         return ticks
 
     def _start(self) -> None:
-        """The first time stamp is known: place the zero, let the sound that came before go on."""
+        """Place the zero, now that the first time stamp is known, and convert the sound that has waited for it."""
         assert self.first_pts is not None
         waiting, self.waiting_sound = self.waiting_sound, []
         first_s = self.first_pts * self.tick
@@ -402,44 +244,45 @@ class _Pass:
             self.warnings.append(
                 f"the first {late_s:.2f} s of the video cannot be decoded (it starts in the middle of a group of pictures)"
             )
-        if self.audio is not None and self.track is None:
+        if self.decoder.audio is not None and self.track is None:
             self.track = sound.SoundTrack(first_s + self.zero * self.tick, self.media.max_hours)
         for frame in waiting:
             self._sound(frame)
 
     def _hand_over_block(self) -> None:
-        block_THWC = np.stack(self.block)
+        self.exchange.pictures(np.stack(self.block))
+        self.unanswered.append(len(self.block))
         self.block = []
-        self._settle(self.exchange.pictures(block_THWC))
+        if len(self.unanswered) > READ_AHEAD_BLOCKS:
+            self._settle()
 
-    def _read_log(self, log: DecoderLog) -> None:
-        concealed, of_video, errors = log.news()
-        self.damage.concealed_frames += concealed
-        self.damage.complaints += bool(of_video)
-        if errors or concealed:
-            self.damage.trouble(of_decoder=errors == of_video)
-        if log.out_of_memory:
-            raise MemoryError
+    def _settle(self, last: bool = False) -> None:
+        """Hand over the shots that the earliest unanswered block settles.
 
-    def _settle(self, spans: list[ShotSpan], last: bool = False) -> None:
+        Only frames up to a fixed distance behind that block are candidates, so the choice depends on neither timing nor read-ahead.
+        """
+        spans = self.exchange.settled()
+        self.answered += self.unanswered.popleft()
+        while self.ahead and self.ahead[0].index < self.answered + CANDIDATE_LEAD:
+            self.candidates.add(self.ahead.popleft())
         for span in spans:
             ends_title = last and span.end_frame == self.frame_count
             end_ticks = self.last_ticks + self.last_duration if ends_title else self.candidates.start_ticks(span.end_frame)
             start_s = self._seconds(self.candidates.start_ticks(span.start_frame)) if span.start_frame else 0.0
             end_s = self._seconds(end_ticks)
             chosen = self.candidates.choose(span.end_frame, end_ticks, self.frames.per_shot)
-            kept = [picture.jpeg(self.painter.rgb_HWC(one.picture), self.frames.jpeg_quality) for one in chosen]
+            kept = [picture.jpeg(self.converter.rgb_HWC(one.picture), self.frames.jpeg_quality) for one in chosen]
             thumbnail = b""
             if self.frames.thumbnail_width:
                 (middle,) = self.candidates.choose(span.end_frame, end_ticks, 1)
-                thumbnail = picture.jpeg(self.painter.rgb_HWC(middle.picture), self.frames.thumbnail_quality, self.frames.thumbnail_width)
+                thumbnail = picture.jpeg(self.converter.rgb_HWC(middle.picture), self.frames.thumbnail_quality, self.frames.thumbnail_width)
             self.shot_times.extend((start_s, end_s))
             self.exchange.shot(span, start_s, end_s, kept, thumbnail)
             if not ends_title:
                 self.candidates.drop_before(span.end_frame)
 
     def _seconds(self, ticks: int) -> float:
-        """Seconds on the title's time line."""
+        """Convert ticks to seconds on the title's time line."""
         return max(float((ticks - self.zero) * self.tick), 0.0)
 
     # -- sound and cues
@@ -449,7 +292,7 @@ class _Pass:
             self.waiting_sound.append(frame)
             if len(self.waiting_sound) < MAX_SOUND_WAITING:
                 return
-            start_s = _start_of(self.waiting_sound) or Fraction(0)  # far apart: where the picture starts no longer matters
+            start_s = _start_of(self.waiting_sound) or Fraction(0)  # far apart, so the start of the picture no longer matters
             declared = self.video.start_time
             zero_s = declared * self.tick if declared is not None and declared * self.tick - start_s < MAX_SOUND_LEAD_S else start_s
             self.track = sound.SoundTrack(zero_s, self.media.max_hours)
@@ -460,38 +303,10 @@ class _Pass:
         for samples_N in self.track.add(frame):
             self.exchange.sound(samples_N)
 
-    def _cue(self, packet: Any) -> None:
-        if not packet.size or packet.pts is None or len(self.embedded) >= timed_text.MAX_CUES:
-            return
-        start_s = packet.pts * packet.time_base
-        end_s = start_s + (packet.duration or 0) * packet.time_base
-        try:
-            lines = [line.dialogue.decode(errors="replace") for line in packet.stream.decode(packet)]
-        except av.error.FFmpegError:
-            self.damage.remark("cues that could not be decoded")
-            return
-        self.embedded.append((start_s, end_s, "\n".join(lines)))
-
-    def _embedded_cues(self) -> list[Cue]:
-        """The cues of the subtitle stream on the title's time line; one without an end lasts until the next."""
-        zero_s = ((self.first_pts or 0) + self.zero) * self.tick
-        language, kind = streams.language_of(self.text), streams.kind_of(self.text)
-        cues = []
-        for position, (start_s, end_s, text) in enumerate(self.embedded):
-            if end_s <= start_s:
-                end_s = start_s + Fraction(timed_text.OPEN_END_S)
-                if position + 1 < len(self.embedded):
-                    end_s = min(end_s, self.embedded[position + 1][0])
-            words = timed_text.plain(text.replace("\\N", "\n").replace("\\h", " "), self.timed_text_config)
-            if words and end_s > zero_s:
-                cues.append(Cue(max(float(start_s - zero_s), 0.0), float(end_s - zero_s), words, language, kind))
-        return sorted(cues, key=lambda cue: (cue.start_s, cue.end_s))
-
     # -- the end
 
     def _finish(self) -> dict[str, Any]:
-        if self.log is not None:
-            self._read_log(self.log)
+        self.decoder.read_log()
         if not self.frame_count:
             raise TitleError(f"{self.name}: no picture could be decoded ({self.damage.summary()})")
         if self.first_pts is None:  # no picture has a time stamp
@@ -499,11 +314,13 @@ class _Pass:
             self._start()
         if self.block:
             self._hand_over_block()
-        if self.log is not None:
-            self._read_log(self.log)
-        if self.card is not None:
-            self.card.check_end()
-        self._settle(self.exchange.no_more_pictures(), last=True)
+        self.decoder.read_log()
+        if self.decoder.card is not None:
+            self.decoder.card.check_end()
+        self.exchange.no_more_pictures()
+        self.unanswered.append(0)
+        while self.unanswered:
+            self._settle(last=True)
         if self.track is not None:
             for samples_N in self.track.finish():
                 self.exchange.sound(samples_N)
@@ -513,8 +330,8 @@ class _Pass:
                 self.warnings.append(f"{self.track.jumps} time stamps of the sound that jump back or beyond the limit; counted on")
         duration_s = self.shot_times[-1]
         damage = self._verdict()
-        if self.text is not None:
-            self.cues = self._embedded_cues()
+        if self.embedded is not None:
+            self.cues = self.embedded.on_time_line((self.first_pts + self.zero) * self.tick)
         shots = list(zip(self.shot_times[::2], self.shot_times[1::2], strict=True))
         texts = timed_text.text_of_shots(self.cues, shots, self.warnings)
         return {
@@ -528,7 +345,7 @@ class _Pass:
         }
 
     def _verdict(self) -> float:
-        """The share of the picture that is lost or damaged; warnings say what. Raises TitleError beyond ``max_damage``."""
+        """Return the share of the picture that is lost or damaged, and add warnings. Raises TitleError beyond ``max_damage``."""
         missing = self._missing_end_ticks()
         silences = [
             (self.zero + round(Fraction(start, SAMPLE_RATE) / self.tick), self.zero + round(Fraction(end, SAMPLE_RATE) / self.tick))
@@ -536,7 +353,7 @@ class _Pass:
         ]
         broadcast = self.container.format.name in BROADCAST_FORMATS
         share = self.damage.share(self.frame_count, missing, self.last_ticks + self.last_duration, broadcast, silences)
-        self._distrust_card()
+        self.decoder.check_card()
         if share > self.media.max_damage:
             declared_s = self._declared_s()
             raise TitleError(
@@ -552,20 +369,20 @@ class _Pass:
         return share
 
     def _declared_s(self) -> float | None:
-        """The duration that the container declares for its video, else for all of it."""
+        """Return the declared duration of the video, else of the whole container, else None."""
         if self.video.duration:
             return float(self.video.duration * self.tick)
-        tag = self.video.metadata.get("DURATION", "")  # Matroska's statistics: 00:01:02.345000000
+        tag = self.video.metadata.get("DURATION", "")  # Matroska writes 00:01:02.345000000 in its statistics
         parts = tag.strip("\0 ").split(":")
         if len(parts) == 3 and all(part.replace(".", "", 1).isdigit() for part in parts):
             return int(parts[0]) * 3600 + int(parts[1]) * 60 + float(parts[2])
         return self.container.duration / av.time_base if self.container.duration else None
 
     def _missing_end_ticks(self) -> int:
-        """The time between the last picture and the end that the container declares, where that is to be believed."""
-        if self.container.format.name == "avi":  # FFmpeg corrects the duration, not the count
-            # A tick is a picture. Null frames, which captures write for pictures that they drop, take one and give no packet.
-            missing = self.video.frames - max(self.packet_count, self.last_dts + 1)
+        """Return the time between the last picture and the declared end, or 0 where the declaration cannot be right."""
+        if self.container.format.name == "avi":  # FFmpeg corrects the duration but not the count
+            # A tick is a picture. Null frames, which captures write for dropped pictures, take a tick and have no packet.
+            missing = self.video.frames - max(self.decoder.packet_count, self.decoder.last_dts + 1)
             if missing > 0 and self.cut_off is False and not self.damage.troubles:
                 self.warnings.append(f"the last {missing} of the {self.video.frames} declared pictures are null frames")
                 return 0
@@ -577,15 +394,15 @@ class _Pass:
             return 0
         end_s = float((self.last_ticks + self.last_duration) * self.tick)
         if self.video.duration and self.video.start_time is not None and self.first_pts is not None:
-            end_s += float((self.first_pts - self.video.start_time) * self.tick)  # both count from the declared start
-        elif self.track is not None:  # the container's duration covers the sound, too
+            end_s += float((self.first_pts - self.video.start_time) * self.tick)  # both are relative to the declared start
+        elif self.track is not None:  # the container's duration includes the sound
             end_s = max(end_s, self.track.written / SAMPLE_RATE)
         missing_s = declared_s - end_s
         if self.cut_off and missing_s > 0:
             self.damage.note("the file is cut off")
         elif missing_s <= MISSING_END_S:
             return 0
-        complete = self.cut_off is False or 0 < self.video.frames <= self.packet_count
+        complete = self.cut_off is False or 0 < self.video.frames <= self.decoder.packet_count
         if complete or declared_s > self.media.max_hours * 3600:
             self.warnings.append(
                 f"the container declares {declared_s:.1f} s, the pictures end at {end_s:.1f} s although the file is complete"
@@ -593,11 +410,11 @@ class _Pass:
             return 0
         self.damage.note(f"{missing_s:.1f} s are missing at the end")
         if self.video.frames:
-            return min(round(missing_s / self.tick), (self.video.frames - self.packet_count) * self.period)
+            return min(round(missing_s / self.tick), (self.video.frames - self.decoder.packet_count) * self.period)
         return round(missing_s / self.tick)
 
     def _facts(self, duration_s: float, damage: float) -> dict[str, Any]:
-        video, audio = self.video.codec_context, self.audio.codec_context if self.audio is not None else None
+        video, audio = self.video.codec_context, self.decoder.audio.codec_context if self.decoder.audio is not None else None
         return {
             "container": self.container.format.name,
             "bytes": self.container.size,
@@ -606,8 +423,8 @@ class _Pass:
             "pixel_format": video.pix_fmt,
             "width": video.width,
             "height": video.height,
-            "pixel_aspect": str(self.pixel_aspect),
-            "rotation": 90 * self.painter.turn.quarters,  # degrees counter-clockwise
+            "pixel_aspect": str(self.decoder.pixel_aspect),
+            "rotation": 90 * self.converter.turn.quarters,  # degrees counter-clockwise
             "average_rate": str(self.video.average_rate) if self.video.average_rate else None,
             "time_base": str(self.tick),
             "first_pts": self.first_pts,
@@ -617,9 +434,9 @@ class _Pass:
             "audio_rate": audio.sample_rate if audio is not None else None,
             "audio_layout": audio.layout.name if audio is not None else None,
             "sound_gaps": len(self.track.silences) if self.track is not None else 0,
-            "text_stream": self.text.index if self.text is not None else None,
+            "text_stream": self.embedded.stream.index if self.embedded is not None else None,
             "damage": round(damage, 6),
-        } | ({"decoder": self.card.name} if self.card is not None else {})
+        } | ({"decoder": self.decoder.card.name} if self.decoder.card is not None else {})
 
 
 def _start_of(frames: Sequence[av.AudioFrame]) -> Fraction | None:

@@ -1,4 +1,4 @@
-"""Which frames of a shot are kept: the ones shown at the centres of equal parts of its time.
+"""Choice of the frames of a shot that are kept: those on screen at the centres of equal parts of its time.
 
 A shot's end is known only some frames after it, so every recent frame waits as a candidate; for a very long shot the older
 candidates are thinned to every second, fourth, eighth ... frame, so that memory stays bounded and the choice uniform.
@@ -15,15 +15,15 @@ from typing import Generic, TypeVar
 
 Picture = TypeVar("Picture")
 
-# Recent frames that are all kept. A detector settles a boundary within fewer: its wide windows, gathered for its threads,
-# and the blocks on their way make about 700. Beyond, the frames of short shots would be chosen from thinned ones.
+# Recent frames that are never thinned. A detector settles a boundary within about 700 frames: its wide windows, gathered for its
+# threads, and the blocks on their way. With a smaller limit the frames of short shots would be chosen from thinned ones.
 DENSE_FRAMES = 1024
-SPARSE_FRAMES = 128  # older frames of the open shot, at most
+SPARSE_FRAMES = 128  # maximum number of older frames of the open shot
 
 
 @dataclass
 class Candidate(Generic[Picture]):
-    """A frame that may be kept: its index, its time in ticks, its picture."""
+    """A frame that may be kept, with its time in ticks."""
 
     index: int
     ticks: int
@@ -31,20 +31,20 @@ class Candidate(Generic[Picture]):
 
 
 class CandidateBuffer(Generic[Picture]):
-    """The frames since the last settled boundary: dense at the end, thinned before it."""
+    """The frames since the last settled boundary: all of the recent ones, a thinned choice of the older ones."""
 
     def __init__(self, discard: Callable[[Picture], None] = lambda picture: None) -> None:
-        self.discard = discard  # told of every picture that is let go
-        self.first_index = 0  # of the open shot
-        self.ticks = array("q")  # of every frame since then; 8 bytes a frame
+        self.discard = discard  # called with every picture that is not needed any more
+        self.first_index = 0  # first frame of the open shot
+        self.ticks = array("q")  # times of all frames since then; 8 bytes a frame
         self.sparse: list[Candidate[Picture]] = []
         self.dense: deque[Candidate[Picture]] = deque()
         self.stride = 1
 
-    def add(self, index: int, ticks: int, picture: Picture) -> None:
+    def add(self, frame: Candidate[Picture]) -> None:
         """Take the next frame. ``ticks`` grow from frame to frame."""
-        self.ticks.append(ticks)
-        self.dense.append(Candidate(index, ticks, picture))
+        self.ticks.append(frame.ticks)
+        self.dense.append(frame)
         if len(self.dense) > DENSE_FRAMES:
             self.sparse.append(self.dense.popleft())
             self._thin()
@@ -63,11 +63,11 @@ class CandidateBuffer(Generic[Picture]):
                     self.discard(one.picture)
 
     def start_ticks(self, index: int) -> int:
-        """When frame ``index`` is first shown."""
+        """Return the time at which frame ``index`` is first shown."""
         return self.ticks[index - self.first_index]
 
     def choose(self, end_index: int, end_ticks: int, count: int) -> list[Candidate[Picture]]:
-        """At most ``count`` frames of the open shot ``[first_index, end_index)``, in order, none twice.
+        """Return at most ``count`` different frames of the open shot ``[first_index, end_index)``, in order.
 
         The shot is divided into equal parts of time, as many as frames are wanted; the frame on screen at the centre of
         each is taken. Where candidates were thinned it is the last kept one before that centre.
@@ -84,7 +84,7 @@ class CandidateBuffer(Generic[Picture]):
         return list(chosen.values())
 
     def drop_before(self, index: int) -> None:
-        """The open shot now starts at frame ``index``."""
+        """Let the open shot start at frame ``index``; drop all frames before it."""
         del self.ticks[: index - self.first_index]
         self.first_index, self.stride = index, 1
         candidates = [*self.sparse, *self.dense]

@@ -18,25 +18,25 @@ from mediafm_ray.spec import SAMPLE_RATE
 
 RESYNC_S = 0.010  # time stamps that differ from the running count by more than this are followed
 JUMP_BACK_S = 1.0  # a time stamp this far before the count starts a new count
-MAX_SILENCES = 1000  # remembered one by one
-SILENCE_PIECE = SAMPLE_RATE * 60  # samples of silence handed over at once
+MAX_SILENCES = 1000  # gaps that are recorded
+SILENCE_PIECE = SAMPLE_RATE * 60  # samples of silence in one piece
 
 
 class SoundTrack:
-    """Turns decoded audio frames, in order, into samples of the time line."""
+    """Converts decoded audio frames, in order, to samples of the time line."""
 
     def __init__(self, zero_s: Fraction, max_hours: float):
-        self.zero_s = zero_s  # on the container's clock
+        self.zero_s = zero_s  # the title's zero on the container's clock
         self.limit = round(max_hours * 3600 * SAMPLE_RATE)
-        self.jumps = 0  # time stamps not followed
-        self.unusable = 0  # frames that cannot be converted
-        self.written = 0  # samples handed over: the position on the time line
+        self.jumps = 0  # time stamps that were not followed
+        self.unusable = 0  # frames that could not be converted
+        self.written = 0  # samples returned so far: the position on the time line
         self.to_drop = 0  # samples of the coming output that lie before the position or before zero
         self.expected = Fraction(0)  # where the next frame starts, in samples of the time line, if nothing is missing
         self.started = False
         self.layout: tuple[str, str, int] | None = None
         self.resampler: av.AudioResampler | None = None
-        self.silences: list[tuple[int, int]] = []  # gaps between sound and sound: from and to, in samples
+        self.silences: list[tuple[int, int]] = []  # gaps within the sound: start and end in samples
 
     def add(self, frame: av.AudioFrame) -> list[np.ndarray]:
         """Take the next frame; return pieces of (N,) int16 that follow what was returned before."""
@@ -67,13 +67,13 @@ class SoundTrack:
             pieces += self._take(self.resampler.resample(frame))
         except av.error.MemoryError:
             raise
-        except av.error.FFmpegError:  # a layout or rate that damage made up: what it covers becomes silence
+        except av.error.FFmpegError:  # damage can make up a layout or rate; silence takes the place of such sound
             self.unusable += 1
             self.resampler = self.layout = None
         return pieces
 
     def finish(self) -> list[np.ndarray]:
-        """What is left in the resampler."""
+        """Return the samples that are left in the resampler."""
         return self._flush()
 
     def _flush(self) -> list[np.ndarray]:

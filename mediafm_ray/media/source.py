@@ -1,4 +1,4 @@
-"""Opening a title's objects: we open the bytes ourselves and hand FFmpeg a stream, never a name it could follow.
+"""Opening of a title's objects: the bytes are opened here and FFmpeg gets a stream, never a name that it could follow.
 
 Container formats are an allow-list. Formats that refer to other files or addresses (playlists, concat scripts, image
 sequences, SDP) are not on it, nested protocols are closed, and a demuxer that asks for another file gets an error.
@@ -22,13 +22,13 @@ from mediafm_ray.errors import OutageError, TitleError, is_outage, says_absent
 from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.text import local_path, public_line, public_uri
 
-LOCAL_BUFFER_BYTES = 1 << 20  # what FFmpeg reads at once from a local file; small reads cost a Python call each
-READ_ATTEMPTS = 4  # of reading on in a remote file, each after what the file system tries by itself
-READ_PAUSE_S = 0.5  # half of the longest pause before the second of them; it doubles
-MAX_RIFF_CHUNKS = 1000  # of an AVI file; each but the last holds about a GB
-REMOTE_BLOCKS = 4  # of a remote file in memory at once, each of media.read_ahead_mb
+LOCAL_BUFFER_BYTES = 1 << 20  # bytes that FFmpeg reads at once from a local file; each read costs a Python call
+READ_ATTEMPTS = 4  # attempts to go on reading a remote file, on top of those of the file system
+READ_PAUSE_S = 0.5  # half of the longest pause before the second attempt; it doubles each time
+MAX_RIFF_CHUNKS = 1000  # chunks of an AVI file; each but the last holds about a GB
+REMOTE_BLOCKS = 4  # blocks of a remote file in memory at once, each of media.read_ahead_mb
 
-# Self-contained containers of video. The audio-only ones are here so that the error can say "audio only".
+# Self-contained formats. Those of audio are here so that the error message can say "only audio".
 VIDEO_FORMATS = ("mov", "matroska", "mpegts", "mpeg", "avi", "flv", "asf", "ogg", "mxf", "nut", "ivf", "dv", "gxf", "wtv", "rm")
 ELEMENTARY_FORMATS = ("mpegvideo", "m4v", "h264", "hevc", "vvc", "obu", "yuv4mpegpipe", "gif")
 AUDIO_FORMATS = ("mp3", "flac", "wav", "aac", "aiff", "amr", "ac3", "eac3", "caf", "w64", "dts")
@@ -36,7 +36,7 @@ ALLOWED_FORMATS = VIDEO_FORMATS + ELEMENTARY_FORMATS + AUDIO_FORMATS
 
 
 def file_name(uri: str) -> str:
-    """The last part of a URI or path, for messages: no folders, no secrets, no control characters."""
+    """Return the last part of a URI or path for messages: no folders, no secrets, no control characters."""
     path = local_path(uri)
     if path is None:
         path = public_uri(uri).partition("://")[2]
@@ -46,15 +46,15 @@ def file_name(uri: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """Whether a URI names a file of this machine."""
+    """Return whether a URI names a file of this machine."""
     return local_path(uri) is not None
 
 
 def open_bytes(uri: str, media: MediaConfig) -> BinaryIO:
-    """A seekable binary stream of the object at ``uri``: a local path, ``file://``, ``s3://``, anything fsspec opens.
+    """Open a seekable binary stream of the object at ``uri``: a local path, ``file://``, ``s3://``, anything fsspec opens.
 
     Remote objects are read by range requests with read-ahead, never downloaded whole. Raises TitleError when there is no such object or
-    it cannot be read, and OutageError where that is no fault of the object's.
+    it cannot be read, and OutageError where the cause is not the object.
     """
     name = file_name(uri)
     try:
@@ -63,8 +63,8 @@ def open_bytes(uri: str, media: MediaConfig) -> BinaryIO:
             if os.path.isdir(path):
                 raise TitleError(f"{name} is a folder, not a file")
             return open(path, "rb", buffering=0)
-        kind = fsspec.get_filesystem_class(uri.partition("://")[0].lower())  # not url_to_fs: '::' would be a chain of them
-        found = {} if uri.startswith("s3:") else kind._get_kwargs_from_urls(uri)  # of s3: a version, where a key holds '?versionId='
+        kind = fsspec.get_filesystem_class(uri.partition("://")[0].lower())  # not url_to_fs, which reads '::' as a chain of file systems
+        found = {} if uri.startswith("s3:") else kind._get_kwargs_from_urls(uri)  # s3 keys may hold '?versionId='
         filesystem, path_there = kind(**{**found, **media.storage_options}), kind._strip_protocol(uri)
 
         def open_there() -> Any:
@@ -72,12 +72,12 @@ def open_bytes(uri: str, media: MediaConfig) -> BinaryIO:
                 path_there,
                 "rb",
                 block_size=media.read_ahead_mb << 20,
-                cache_type="background",  # the next block is on its way while one is decoded
+                cache_type="background",  # loads the next block while one is decoded
                 cache_options={"maxblocks": REMOTE_BLOCKS},
             )
 
         opened = open_there()
-        return cast(BinaryIO, RemoteStream(name, open_there, opened) if opened.size is not None else opened)  # a web server without ranges
+        return cast(BinaryIO, RemoteStream(name, open_there, opened) if opened.size is not None else opened)  # no ranges
     except FileNotFoundError as error:
         if says_absent(error):
             raise TitleError(f"{name} does not exist") from None
@@ -90,9 +90,9 @@ def open_bytes(uri: str, media: MediaConfig) -> BinaryIO:
 
 
 class RemoteStream:
-    """A remote object as a stream that outlives faults of the network: it opens the object again where reading failed.
+    """A stream of a remote object that survives faults of the network: it opens the object again where reading failed.
 
-    The file system tries single requests again by itself; this is for what it gives up on, and for answers that end early.
+    The file system retries single requests; this class handles the errors that remain, and answers that end early.
     """
 
     def __init__(self, name: str, open_there: Callable[[], Any], opened: Any):
@@ -101,8 +101,10 @@ class RemoteStream:
         self._version = _version_of(opened)
 
     def read(self, size: int = -1) -> bytes:
-        """Up to ``size`` bytes; fewer only at the end. Raises TitleError where the object changed meanwhile, OutageError where it cannot
-        be read on."""
+        """Return up to ``size`` bytes; fewer only at the end.
+
+        Raises TitleError where the object has changed, OutageError where reading cannot go on.
+        """
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
                 return self._read(size)
@@ -114,7 +116,7 @@ class RemoteStream:
                 self._pause(attempt, error.__cause__ or error)
             except PermissionError as error:
                 raise OutageError(f"{self.name} may not be read any more: {error}") from error
-            except Exception as error:  # every file system raises its own
+            except Exception as error:  # every file system has exceptions of its own
                 self._pause(attempt, error)
         raise AssertionError("the last attempt returns or raises")
 
@@ -122,13 +124,13 @@ class RemoteStream:
         """Wait before the object is opened again. Raises OutageError after the last attempt."""
         if attempt == READ_ATTEMPTS:
             raise OutageError(f"{self.name} cannot be read on at byte {self._position}: {type(error).__name__}: {error}") from error
-        time.sleep(random.uniform(0, READ_PAUSE_S * 2**attempt))  # jitter: other readers met the same fault
-        with contextlib.suppress(Exception):  # a stream that failed may fail to close, too
+        time.sleep(random.uniform(0, READ_PAUSE_S * 2**attempt))  # with jitter, because other readers met the same fault
+        with contextlib.suppress(Exception):  # closing a failed stream may fail as well
             self._file.close()
         self._file = None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move; the position from the start. Raises ValueError before the start."""
+        """Move; return the position from the start. Raises ValueError for a position before the start."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         if start + offset < 0:
             raise ValueError(f"cannot seek to {start + offset}")
@@ -136,7 +138,7 @@ class RemoteStream:
         return self._position
 
     def tell(self) -> int:
-        """The position from the start."""
+        """Return the position from the start."""
         return self._position
 
     def close(self) -> None:
@@ -165,12 +167,15 @@ class RemoteStream:
 
 
 def _version_of(opened: Any) -> str:
-    """The mark that tells versions of an open file apart, where the file system gives one."""
+    """Return what tells versions of an open file apart, or an empty string where the file system gives nothing."""
     return str(opened.details.get("ETag") or opened.details.get("Last-Modified", ""))
 
 
 def read_whole(uri: str, media: MediaConfig, max_bytes: int) -> bytes:
-    """All bytes of a small object. Raises TitleError where it is missing or larger than ``max_bytes``, and what ``open_bytes`` raises."""
+    """Return all bytes of a small object.
+
+    Raises what ``open_bytes`` raises, and TitleError where the object is larger than ``max_bytes``.
+    """
     with open_bytes(uri, media) as stream:
         pieces: list[bytes] = []
         size = 0
@@ -183,7 +188,7 @@ def read_whole(uri: str, media: MediaConfig, max_bytes: int) -> bytes:
 
 
 def open_container(stream: BinaryIO, name: str, media: MediaConfig) -> av.container.InputContainer:
-    """Open the container in ``stream``. Raises TitleError when it is none, or none of the allowed formats."""
+    """Open the container in ``stream``. Raises TitleError when the format is unknown or not allowed."""
     if stream.seek(0, os.SEEK_END) == 0:
         raise TitleError(f"{name} is empty (0 bytes)")
     stream.seek(0)
@@ -196,7 +201,7 @@ def open_container(stream: BinaryIO, name: str, media: MediaConfig) -> av.contai
             buffer_size=LOCAL_BUFFER_BYTES,
             metadata_errors="replace",
         )
-    except av.error.ArgumentError as error:  # EINVAL: what FFmpeg says of a format that is not on the list
+    except av.error.ArgumentError as error:  # FFmpeg returns EINVAL for a format that is not on the list
         raise TitleError(f"{name} is in none of the containers that are read (playlists and scripts are not followed)") from error
     except av.error.MemoryError:
         raise
@@ -210,7 +215,7 @@ def open_container(stream: BinaryIO, name: str, media: MediaConfig) -> av.contai
 
 
 def is_cut_off(stream: BinaryIO) -> bool | None:
-    """Whether a Matroska, WebM or AVI file ends before its content does; None where it does not say or is something else."""
+    """Return whether a Matroska, WebM or AVI file ends before its content does; None where no length is declared or for other formats."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     head = stream.read(4096)
@@ -220,13 +225,13 @@ def is_cut_off(stream: BinaryIO) -> bool | None:
 
 
 def _avi_is_cut_off(stream: BinaryIO, size: int) -> bool | None:
-    """An AVI file is a row of RIFF chunks of at most some GB, each with its size; one of size 0 was never finished."""
+    """Follow the RIFF chunks of an AVI file, each of which declares its size; a size of 0 means that it was never finished."""
     position = 0
     for _ in range(MAX_RIFF_CHUNKS):
         stream.seek(position)
         head = stream.read(8)
         if len(head) < 8 or head[:4] != b"RIFF":
-            return position > size + 1  # the padding of the last may be left out
+            return position > size + 1  # the padding of the last chunk may be missing
         length = int.from_bytes(head[4:], "little")
         if not length:
             return None
@@ -235,7 +240,10 @@ def _avi_is_cut_off(stream: BinaryIO, size: int) -> bool | None:
 
 
 def _matroska_is_cut_off(head: bytes, size: int) -> bool | None:
-    """RFC 8794: an element is an identifier, a size whose leading zeros tell its length, and content; all ones is unknown."""
+    """Compare the declared size of the segment with the file's.
+
+    RFC 8794: an element is an identifier, a size whose leading zeros give its own length, and content; all ones means unknown.
+    """
     position = 0
     for identifier in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # EBML header, segment
         if head[position : position + 4] != identifier or len(head) < position + 12 or not head[position + 4]:
@@ -259,7 +267,7 @@ def _refuse(url: str, flags: int, options: dict[str, str]) -> Any:
 
 
 class _Named:
-    """A stream under a plain file name: FFmpeg sees the name in messages and for nothing else."""
+    """A stream with a plain file name, which FFmpeg uses only in messages."""
 
     def __init__(self, stream: BinaryIO, name: str):
         self.name = name

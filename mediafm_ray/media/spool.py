@@ -1,4 +1,4 @@
-"""Bytes of a title laid one after another in a file without a name, mapped into memory: long titles cost disk, not memory."""
+"""Byte strings of a title in an unnamed temporary file that is mapped into memory: long titles cost disk, not memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mediafm_ray.spec import Packed
 
 
 class Spool:
-    """Takes byte strings, gives them back as one ``Packed``. The file is gone when nobody looks at it any more.
+    """Collects byte strings and returns them as one ``Packed``. The file is removed with its last reference.
 
-    It stands in the folder of temporary files (TMPDIR): about 120 MB an hour of sound, and what the stored frames take.
+    It lies in the folder of temporary files (TMPDIR): about 120 MB an hour of sound, and what the stored frames take.
     """
 
     def __init__(self) -> None:
@@ -26,14 +26,14 @@ class Spool:
         self.size += len(content)
 
     def fill(self, size: int) -> None:
-        """Zeros up to ``size`` bytes; what is beyond is cut off."""
+        """Pad with zeros or truncate to ``size`` bytes."""
         self.file.flush()
         self.file.truncate(size)
         self.file.seek(size)
         self.size = size
 
     def packed(self, offsets: list[int]) -> Packed:
-        """What was added, in pieces: piece i is ``[offsets[i], offsets[i + 1])``. Nothing can be added afterwards."""
+        """Return the content in pieces: piece i is ``[offsets[i], offsets[i + 1])``. Nothing can be added afterwards."""
         self.file.flush()
         data = mmap.mmap(self.file.fileno(), self.size, prot=mmap.PROT_READ) if self.size else b""
         self.file.close()  # the map holds the file

@@ -1,4 +1,4 @@
-"""Which streams of a container are the title's picture, sound and text."""
+"""Choice of a container's video, audio and subtitle streams."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NOT_PROGRAMME = Disposition.comment | Disposition.visual_impaired | Disposition.
 
 
 def choose_video(container: av.container.InputContainer, name: str) -> av.VideoStream:
-    """The stream marked as default, else the one with the largest picture, else the first; never an attached picture.
+    """Return the stream marked as default, else the one with the largest picture, else the first; never an attached picture.
 
-    Raises TitleError when there is none, or none that can be decoded.
+    Raises TitleError when there is no such stream or none that can be decoded.
     """
     streams = [stream for stream in container.streams.video if not stream.disposition & NOT_PICTURE]
     if not streams:
@@ -30,7 +30,7 @@ def choose_video(container: av.container.InputContainer, name: str) -> av.VideoS
 
 
 def choose_audio(container: av.container.InputContainer) -> av.AudioStream | None:
-    """The main sound: no commentary, no audio description; of those the default one, else the first. None without audio."""
+    """Return the default stream, else the first, preferring those that are not commentary or audio description; None without audio."""
     streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
     if not streams:
         return None
@@ -38,7 +38,7 @@ def choose_audio(container: av.container.InputContainer) -> av.AudioStream | Non
 
 
 def choose_text(container: av.container.InputContainer, config: TimedTextConfig) -> av.subtitles.stream.SubtitleStream | None:
-    """The subtitle stream that fits the configuration best; only text, no pictures of text. None where there is none."""
+    """Return the text subtitle stream (not pictures of text) that fits the configuration best; None where there is none."""
     ranked = []
     for stream in container.streams.subtitles:
         if stream.codec_context is not None and stream.codec_context.name in timed_text.TEXT_CODECS:
@@ -49,13 +49,13 @@ def choose_text(container: av.container.InputContainer, config: TimedTextConfig)
 
 
 def language_of(stream: av.stream.Stream) -> str:
-    """The stream's language as a BCP 47 tag where the container's code is known, else as it stands; empty when unknown."""
+    """Return the stream's language as a BCP 47 tag where the container's code is known, else unchanged; empty when unknown."""
     language = (stream.metadata.get("language") or "").lower()
     return "" if language in ("und", "mis", "mul", "zxx") else timed_text.TWO_LETTERS.get(language, language)
 
 
 def kind_of(stream: av.stream.Stream) -> str:
-    """The kind of timed text that the stream's disposition says: forced, descriptions, commentary, captions, or subtitles."""
+    """Return the kind of text by the stream's disposition: forced, descriptions, commentary, captions, or subtitles."""
     disposition = stream.disposition
     if disposition & Disposition.forced:
         return "forced"

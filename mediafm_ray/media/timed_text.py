@@ -1,10 +1,10 @@
 """Timed text to plain cues, and cues to the text of shots.
 
-SubRip and WebVTT are read here: what the world calls so is looser than libraries accept (times without milliseconds, missing
+SubRip and WebVTT are read here because real files are looser than libraries accept (times without milliseconds, missing
 headers, notes and styles between cues, a last cue cut off). TTML, IMSC and DFXP are read in ``ttml``, SCC by ttconv, the rest
 (SubStation, SAMI, MicroDVD, ...) by pysubs2.
 
-What becomes of markup, by rule:
+Rules for markup:
     tags, override codes, WebVTT classes and karaoke times   dropped; entities become characters
     voices: <v Name>, NAME: in capitals, >> and leading -    dropped, unless ``speakers``: voice and NAME: become "Name: "
     sounds: [door slams], (music), notes around lyrics       kept, or dropped with ``sound_cues: false``
@@ -27,20 +27,20 @@ from mediafm_ray.media import ttml
 from mediafm_ray.media.options import TimedTextConfig
 from mediafm_ray.spec import Cue, TimedTextSource
 
-MAX_BYTES = 32 << 20  # of one timed text object; a feature film has 0.1 MB
-MAX_CUES = 100_000  # of one timed text object, or stream; a day has 86,400 seconds
+MAX_BYTES = 32 << 20  # bytes of one timed text object; a feature film has 0.1 MB
+MAX_CUES = 100_000  # cues of one timed text object or stream; a day has 86,400 seconds
 MAX_SCC_CHARACTERS = 4 << 20
 MAX_SHOT_CHARACTERS = 20_000  # text of one shot; encoders read less
 MAX_TITLE_CHARACTERS = 8_000_000  # text of all shots together; a feature film has 0.1 million
-MAX_OVERLAPS = 2_000_000  # of cues with shots
+MAX_OVERLAPS = 2_000_000  # pairs of a cue and a shot that are compared
 MIN_OVERLAP_S = 0.25  # a shot that shows less of a cue than this, and less than half of it, does not get its text
-MAX_REASON = 500  # characters of why a text cannot be read
-OPEN_END_S = 10.0  # how long a cue lasts whose format does not say when it ends, at most
+MAX_REASON = 500  # characters of a message about text that cannot be read
+OPEN_END_S = 10.0  # maximum duration of a cue whose format gives no end
 FALLBACK_ENCODING = "cp1252"  # the most common legacy encoding; a superset of the printable part of ISO 8859-1
 
 TEXT_CODECS = ("subrip", "srt", "ass", "ssa", "mov_text", "webvtt", "text")  # subtitle streams that are text, not pictures
 
-# ISO 639-2 codes that containers use, to the two-letter ones of BCP 47
+# Containers use ISO 639-2 codes; BCP 47 has the two-letter ones.
 TWO_LETTERS = {
     three: two
     for two, threes in {
@@ -59,7 +59,7 @@ TWO_LETTERS = {
 
 
 def decode(data: bytes) -> tuple[str, str | None]:
-    """Bytes to text, and a remark where the encoding had to be guessed.
+    """Decode bytes; return the text, and a remark where the encoding had to be guessed.
 
     A byte order mark decides (UTF-8, UTF-16); else UTF-16 where every other byte of the beginning is zero; else UTF-8 where
     valid; else Windows-1252, whose few undefined bytes become U+FFFD.
@@ -91,10 +91,10 @@ def parse(
     kind: str = "",
     alive: Callable[[], None] = lambda: None,
 ) -> tuple[list[Cue], list[str]]:
-    """The cues of one timed text object, in order of time, and warnings in plain words.
+    """Return the cues of one timed text object in order of time, and warnings for people.
 
-    The format is told by the content; the ending of ``name`` is only a hint. ``alive`` is called again and again meanwhile.
-    Raises TitleError when it is no timed text.
+    The content decides the format; the ending of ``name`` is only a hint. ``alive`` is called often during the work.
+    Raises TitleError when the object is not timed text.
     """
     warnings: list[str] = []
     text, remark = decode(data)
@@ -106,7 +106,7 @@ def parse(
         return [], warnings
     try:
         raw_cues = list(itertools.islice(_reader_for(text, name)(text, alive), MAX_CUES + 1))
-    except Exception as error:  # the libraries raise whatever a hostile text leads them to: RecursionError, OverflowError, ...
+    except Exception as error:  # on hostile text the libraries raise RecursionError, OverflowError and others
         raise TitleError(f"timed text {name} cannot be read: {error.__class__.__name__}: {error}"[:MAX_REASON]) from error
     if len(raw_cues) > MAX_CUES:
         raise TitleError(f"timed text {name} cannot be read: it has more than {MAX_CUES} cues")
@@ -143,7 +143,7 @@ def _reader_for(text: str, name: str) -> Callable[[str, Callable[[], None]], Ite
 
 _TIME = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,3}))?"
 _TIMING = re.compile(rf"^\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?$")
-_HALF_A_CUE = re.compile(r"^\s*\d+\s*$")  # the number of a cue whose timing line is missing or cut off
+_LONE_CUE_NUMBER = re.compile(r"^\s*\d+\s*$")  # the number of a cue whose timing line is missing or cut off
 
 
 def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str | None) -> float:
@@ -151,7 +151,7 @@ def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str | None
 
 
 def _webvtt(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
-    """Blocks between blank lines; a block with a timing line is a cue, all others are headers, notes, styles, regions."""
+    """Yield the blocks between blank lines that have a timing line; all others are headers, notes, styles or regions."""
     for block in re.split(r"\n\s*\n", text):
         alive()
         lines = block.strip("\n").split("\n")
@@ -163,18 +163,18 @@ def _webvtt(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
 
 
 def _subrip(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
-    """As WebVTT, but a block without timing belongs to the cue before it, whose text has a blank line inside.
+    """Yield cues as ``_webvtt`` does, but add a block without timing to the cue before it, whose text has a blank line inside.
 
-    Cues may follow each other without a blank line between them, too.
+    Cues may also follow each other without a blank line between them.
     """
-    times: tuple[float, float] | None = None  # of the open cue
-    own: list[str] = []  # its lines
+    times: tuple[float, float] | None = None  # start and end of the open cue
+    own: list[str] = []  # lines of the open cue
     for block in re.split(r"\n\s*\n", text):
         alive()
         lines = block.strip("\n").split("\n")
         timings = [_TIMING.match(line) for line in lines]
         if not any(timings):
-            if times and not _HALF_A_CUE.match(lines[0]):
+            if times and not _LONE_CUE_NUMBER.match(lines[0]):
                 own += block.split("\n")
             continue
         in_block = False
@@ -184,7 +184,7 @@ def _subrip(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
                     own.append(line)
                 continue
             if times:
-                yield *times, "\n".join(own[:-1] if in_block and own and _HALF_A_CUE.match(own[-1]) else own)
+                yield *times, "\n".join(own[:-1] if in_block and own and _LONE_CUE_NUMBER.match(own[-1]) else own)
             parts = match.groups()
             times, own, in_block = (_seconds(*parts[:4]), _seconds(*parts[4:])), [], True
     if times:
@@ -194,7 +194,7 @@ def _subrip(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
 def _by_pysubs2(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
     format_ = "ass" if "[Script Info]" in text[:4096] else pysubs2.formats.autodetect_format(text)
     if format_ == "json":
-        raise ValueError("it is JSON, and no format of timed text")
+        raise ValueError("it is JSON, which is not a format of timed text")
     alive()
     for event in pysubs2.SSAFile.from_string(text, format_=format_):
         alive()
@@ -227,7 +227,7 @@ def _scc(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
         for child in element:
             collect(child, begin, end, place)
         if words and (end is None or begin < end):
-            parts.append((round(begin * ttml.MICROSECOND), ttml.FOR_EVER if end is None else round(end * ttml.MICROSECOND), place, words))
+            parts.append((round(begin * ttml.MICROSECOND), ttml.NO_END if end is None else round(end * ttml.MICROSECOND), place, words))
 
     collect(document.get_body(), Fraction(0), None, 0)
     for start_s, end_s, words in ttml.screens(parts, alive):
@@ -239,17 +239,17 @@ def _scc(text: str, alive: Callable[[], None]) -> Iterator[RawCue]:
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
 _VOICE = re.compile(r"<v[.\w]*\s([^<>]*)>")
 _SPEAKER = re.compile(r"^\s*(?:>>+\s*|[-\u2013]\s*)?(?:([A-Z][A-Z0-9 .'#&-]{1,30}):(?=\s)\s*)?")
-_NO_CHARACTER = re.compile(r"&#[xX]?[0-9a-fA-F]{20,};?")  # references that are too long to be converted
-_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # no text: nothing can store it
+_OVERLONG_REFERENCE = re.compile(r"&#[xX]?[0-9a-fA-F]{20,};?")  # references that are too long to be converted
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # cannot be encoded as UTF-8
 _SOUND = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|[\u266a\u266b#]+[^\u266a\u266b#]*[\u266a\u266b#]+|[\u266a\u266b]")
 
 
 def plain(text: str, config: TimedTextConfig) -> str:
-    """Words without markup, by the rules at the top of this module."""
+    """Return the words without markup, by the rules at the top of this module."""
     lines = []
     for line in text.split("\n"):
         voices = _VOICE.findall(line) if config.speakers else []
-        line = html.unescape(_NO_CHARACTER.sub("\ufffd", _TAG.sub("", line)))
+        line = html.unescape(_OVERLONG_REFERENCE.sub("\ufffd", _TAG.sub("", line)))
         line = _LONE_SURROGATE.sub("\ufffd", line.replace("\u200b", ""))
         if not config.sound_cues:
             line = _SOUND.sub(" ", line)
@@ -266,13 +266,13 @@ def plain(text: str, config: TimedTextConfig) -> str:
 
 
 def same_language(one: str, other: str) -> bool:
-    """Whether two language tags (BCP 47 or ISO 639-2) mean the same language, whatever the region."""
+    """Return whether two language tags (BCP 47 or ISO 639-2) mean the same language; regions are ignored."""
     first, second = (tag.lower().replace("_", "-").split("-")[0] for tag in (one, other))
     return TWO_LETTERS.get(first, first) == TWO_LETTERS.get(second, second)
 
 
 def rank(language: str, kind: str, config: TimedTextConfig) -> tuple[int, int] | None:
-    """How well timed text fits the configuration, smaller is better; None where it must not be used.
+    """Return a sort key of how well timed text fits the configuration, smaller is better; None where it must not be used.
 
     The order of ``languages`` comes first, then that of ``kinds``; text of unknown language is used after all wanted ones.
     """
@@ -287,13 +287,13 @@ def rank(language: str, kind: str, config: TimedTextConfig) -> tuple[int, int] |
 
 
 def by_fit(sources: Sequence[TimedTextSource], config: TimedTextConfig) -> list[TimedTextSource]:
-    """The sources that may be used, best first; of equals, in the order given."""
+    """Return the sources that may be used, best first; equal ones keep their order."""
     ranked = [(rank(source.language, source.kind, config), source) for source in sources]
     return [source for place, source in sorted(((place, source) for place, source in ranked if place is not None), key=lambda one: one[0])]
 
 
 def text_of_shots(cues: Sequence[Cue], shots: Sequence[tuple[float, float]], warnings: list[str] | None = None) -> list[tuple[str, str]]:
-    """Text and language of each shot ``[start_s, end_s)``; shots and cues in order of time.
+    """Return text and language of each shot ``[start_s, end_s)``; shots and cues are in order of time.
 
     A cue that spans a cut goes, whole, to every shot that shows at least ``MIN_OVERLAP_S`` of it or half of it, and
     always to the shot that shows most of it (the earlier of two equal ones). A cue that repeats the one before it in the

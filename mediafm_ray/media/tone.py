@@ -1,4 +1,4 @@
-"""HDR pictures to the range of ordinary screens, which is all that the detector and the encoders have ever seen.
+"""HDR pictures to the range of ordinary screens, which the detector and the encoders were trained on.
 
 Code values of the PQ and HLG curves shown as if they were ordinary ones look flat and dark. They are turned into light,
 moved from BT.2020 to BT.709 primaries, and compressed so that HDR reference white (203 cd/m2, ITU-R BT.2408) comes out as
@@ -14,7 +14,7 @@ import numpy as np
 
 TRANSFER_PQ = 16  # SMPTE ST 2084; numbers of ITU-T H.273, as FFmpeg uses them
 TRANSFER_HLG = 18  # ARIB STD-B67
-PEAK = 1000.0  # cd/m2 that become white
+PEAK = 1000.0  # luminance in cd/m2 that becomes white
 REFERENCE_WHITE = 203.0  # cd/m2 (ITU-R BT.2408)
 
 # BT.2020 to BT.709 primaries, linear light (ITU-R BT.2087)
@@ -22,7 +22,7 @@ TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0
 
 
 def to_ordinary_range(picture_HWC: np.ndarray, transfer: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB in the given transfer characteristic (ITU-T H.273) to ordinary RGB; SDR is returned as it is."""
+    """Map (H, W, 3) uint8 RGB in the given transfer characteristic (ITU-T H.273) to ordinary RGB; SDR is returned unchanged."""
     if transfer not in (TRANSFER_PQ, TRANSFER_HLG):
         return picture_HWC
     light_HWC = _light(transfer)[picture_HWC]  # cd/m2 / reference white
@@ -36,7 +36,7 @@ def to_ordinary_range(picture_HWC: np.ndarray, transfer: int) -> np.ndarray:
 
 @cache
 def _light(transfer: int) -> np.ndarray:
-    """Light of the 256 code values, in units of reference white, (256,) float32."""
+    """Return the light of the 256 code values in units of reference white, (256,) float32."""
     code = np.arange(256) / 255
     if transfer == TRANSFER_PQ:  # SMPTE ST 2084 EOTF
         m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128

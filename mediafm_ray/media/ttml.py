@@ -1,8 +1,8 @@
 """TTML, IMSC and DFXP to the text on screen between the moments when it changes, in time that grows with the document's size.
 
-Read of the documents: times of body, div, p, span, br and regions (clock times, offsets, frames, ticks; begin, end, dur; parallel
+This module reads: times of body, div, p, span, br and regions (clock times, offsets, frames, ticks; begin, end, dur; parallel
 and sequential containers), the regions of text, ``display="none"`` of elements, regions and styles, ``xml:space``. Animation and
-all that concerns looks only is passed over. Content outside of all regions is shown only where the document has none.
+styling of looks are ignored. Content outside of all regions is shown only where the document has none.
 
 Expat calls back for every element, no tree is built: neither nesting nor length of a document costs more than its bytes.
 """
@@ -15,25 +15,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from xml.parsers import expat
 
-NAMESPACE = re.compile(r"http://www\.w3\.org/(?:ns/ttml|20\d\d/\d\d/ttaf1)(?:#\w+)?")  # the drafts are what DFXP files name
+NAMESPACE = re.compile(r"http://www\.w3\.org/(?:ns/ttml|20\d\d/\d\d/ttaf1)(?:#\w+)?")  # DFXP files name the drafts
 XML_NAMESPACE = "http://www.w3.org/XML/1998/namespace"
-PIECE_CHARACTERS = 1 << 16  # parsed between two signs of life
-MAX_SCREEN_PARTS = 2_000_000  # pieces of text on all screens together; more is text that overlaps absurdly
-MAX_NAMES = 1000  # of elements, remembered
-MICROSECOND = 1_000_000  # times are counted in these
-FOR_EVER = 1 << 62
+PIECE_CHARACTERS = 1 << 16  # characters parsed between two signs of life
+MAX_SCREEN_PARTS = 2_000_000  # pieces of text on all screens together; more of them means that nearly all text is shown at once
+MAX_NAMES = 1000  # element names that are cached
+MICROSECOND = 1_000_000  # microseconds in a second
+NO_END = 1 << 62
 
 CLOCK_TIME = re.compile(r"(\d{2,5}):(\d\d):(\d\d)(?:([.,]\d{1,9})\d*|:(\d{2,5})(?:\.\d{1,5})?)?")
 OFFSET_TIME = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\d*(h|m|s|ms|f|t)")
 UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-Part = tuple[int, int, int, str]  # of the text on screen: begin and end in microseconds, place of its region, text
+Part = tuple[int, int, int, str]  # a piece of text: begin and end in microseconds, position of its region, text
 
 TIMED = ("body", "div", "p", "span", "br", "region")
 
 
 @dataclass(slots=True)
 class _Element:
-    """An element that is open."""
+    """An open element."""
 
     name: str
     begin: int  # microseconds on the document's clock
@@ -42,10 +42,10 @@ class _Element:
     preserve: bool  # white space
     hidden: bool
     sequential: bool  # whether its children follow each other
-    next_begin: int = 0  # of a child, where they do
-    latest_end: int = 0  # of its children, where that is known
+    next_begin: int = 0  # begin of the next child in a sequential container
+    latest_end: int = 0  # latest end of its children, where that is known
     has_end: bool = False
-    first_part: int = 0  # of the text that it holds
+    first_part: int = 0  # index of its first part
 
 
 @dataclass
@@ -58,17 +58,17 @@ class _Region:
 
 @dataclass
 class _Document:
-    """What has been read so far."""
+    """State of the parser: the open elements and the text found so far."""
 
     frame_rate: float = 30.0
     tick_rate: float = 1.0
-    counts_frames: bool = False  # whether clock times with frames are SMPTE time codes, which count frames and no time
-    drops_frames: bool = False  # whether those leave out numbers, to keep up with the clock
-    styles: dict[str, bool] = field(default_factory=dict)  # whether a style hides what it is given to
+    counts_frames: bool = False  # whether clock times with frames are SMPTE time codes, which count frames instead of time
+    drops_frames: bool = False  # whether time codes skip numbers to keep up with the clock
+    styles: dict[str, bool] = field(default_factory=dict)  # whether a style hides the elements that use it
     regions: dict[str, _Region] = field(default_factory=dict)
     parts: list[tuple[int, int, str, str]] = field(default_factory=list)  # begin, end, region, text; in the document's order
     open: list[_Element] = field(default_factory=list)
-    names: dict[str, str] = field(default_factory=dict)  # what ``_name`` has found
+    names: dict[str, str] = field(default_factory=dict)  # cache of ``_name``
     foreign: int = 0  # depth within elements of other namespaces and metadata
     region_of_style: str = ""  # the region in whose element styles stand
 
@@ -78,7 +78,7 @@ class _Document:
             if name != "tt":
                 raise ValueError("its root is no TTML document")
             self._parameters(attributes)
-            self.open.append(_Element("tt", 0, FOR_EVER, "", attributes.get(f"{XML_NAMESPACE} space") == "preserve", False, False))
+            self.open.append(_Element("tt", 0, NO_END, "", attributes.get(f"{XML_NAMESPACE} space") == "preserve", False, False))
             return
         if self.foreign or not name:
             self.foreign += 1
@@ -105,7 +105,7 @@ class _Document:
         self.open.append(element)
 
     def _name(self, tag: str) -> str:
-        """The local name of an element of TTML; empty for those of other namespaces, and for metadata."""
+        """Return the local name of a TTML element; empty for metadata and for elements of other namespaces."""
         name = self.names.get(tag)
         if name is None:
             namespace, _, name = tag.rpartition(" ")
@@ -136,7 +136,7 @@ class _Document:
         self._text(element, text if element.preserve else text.replace("\n", " "))
 
     def shown_parts(self) -> list[Part]:
-        """The text of what is in a region while that is there; of everything, where the document has no regions."""
+        """Return the text inside regions while these are shown, or all text where the document has no regions."""
         if not self.regions:
             return [(begin, end, 0, text) for begin, end, _, text in self.parts]
         placed = ((part, self.regions[part[2]]) for part in self.parts if part[2] in self.regions)
@@ -192,19 +192,19 @@ class _Document:
             begin = end = duration = None
         element.begin = base + (begin or 0)
         element.has_end = end is not None or duration is not None
-        element.end = min(parent.end, FOR_EVER if end is None else base + end, FOR_EVER if duration is None else element.begin + duration)
+        element.end = min(parent.end, NO_END if end is None else base + end, NO_END if duration is None else element.begin + duration)
         element.sequential = attributes.get("timeContainer") == "seq"
         element.next_begin = element.latest_end = element.begin
 
     def _frame_number(self, time_s: int, frames: int) -> int:
-        """Which frame a time code means: at 30 a second, two numbers are left out a minute, but for every tenth."""
+        """Return the frame number of a time code: at 30 frames a second two numbers are skipped each minute, except every tenth."""
         nominal = round(self.frame_rate) or 1
         minutes = time_s // 60
         dropped = nominal // 15 * (minutes - minutes // 10) if self.drops_frames else 0
         return time_s * nominal + frames - dropped
 
     def _microseconds(self, expression: str | None) -> int | None:
-        """A time expression; None where there is none, -1 where it is none."""
+        """Return the value of a time expression, None where the attribute is missing, -1 where it cannot be read."""
         if expression is None:
             return None
         if match := CLOCK_TIME.fullmatch(expression.strip()):
@@ -217,18 +217,18 @@ class _Document:
         if match := OFFSET_TIME.fullmatch(expression.strip()):
             count, unit = float(match[1]), match[2]
             unit_s = UNITS_S.get(unit) or 1 / (self.frame_rate if unit == "f" else self.tick_rate)
-            return min(round(count * unit_s * MICROSECOND), FOR_EVER)
+            return min(round(count * unit_s * MICROSECOND), NO_END)
         return -1
 
 
 def read(text: str, alive: Callable[[], None]) -> Iterator[tuple[float, float | None, str]]:
-    """The texts on screen of a document: from when until when in seconds (None where it stays), and what.
+    """Yield the texts on screen: start and end in seconds (None where the text stays), and the text.
 
-    Raises ValueError where ``text`` is no TTML document.
+    Raises ValueError where ``text`` is not a TTML document.
     """
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise ValueError("it declares XML entities, which timed text has no need of")
-    text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text)  # its encoding has done its work
+    text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text)  # the declared encoding no longer applies to a decoded text
     document = _Document()
     parser = expat.ParserCreate(encoding="utf-8", namespace_separator=" ")
     parser.buffer_text = True
@@ -245,7 +245,7 @@ def read(text: str, alive: Callable[[], None]) -> Iterator[tuple[float, float | 
 
 
 def screens(parts: list[Part], alive: Callable[[], None]) -> Iterator[tuple[float, float | None, str]]:
-    """The text on screen between the moments when it changes; equal neighbours are joined."""
+    """Yield the text on screen between the moments when it changes; equal neighbours are joined."""
     order = sorted(range(len(parts)), key=lambda index: (parts[index][2], index))
     place_of = {index: place for place, index in enumerate(order)}
     begins = sorted(range(len(parts)), key=lambda index: parts[index][0])
@@ -273,5 +273,5 @@ def screens(parts: list[Part], alive: Callable[[], None]) -> Iterator[tuple[floa
         if shown and text == shown[1]:
             continue
         if shown and shown[1]:
-            yield shown[0] / MICROSECOND, time / MICROSECOND if time < FOR_EVER else None, shown[1]
+            yield shown[0] / MICROSECOND, time / MICROSECOND if time < NO_END else None, shown[1]
         shown = (time, text)

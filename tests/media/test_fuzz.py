@@ -24,7 +24,7 @@ from mediafm_ray.errors import TitleError
 from mediafm_ray.media import timed_text
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.media.wire import LENGTH, Channel, Overdue, WireError
+from mediafm_ray.media.wire import LENGTH, Channel, DeadlineExceeded, WireError
 from mediafm_ray.spec import ShotSpan, Title, TitleMedia
 from tests.media.test_timed_text import ASS, SRT, TTML, VTT
 from tests.videos import KnownCuts
@@ -303,7 +303,7 @@ def test_any_bytes_as_a_message(data, framed):
         theirs.shutdown(socket.SHUT_WR)
         try:
             header, parts = Channel(ours).receive()
-        except (WireError, Overdue):
+        except (WireError, DeadlineExceeded):
             return
         assert len(header["sizes"]) == len(parts)
 

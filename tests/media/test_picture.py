@@ -60,7 +60,7 @@ def test_candidates_are_bounded_and_every_one_is_let_go_once():
     discarded: list[int] = []
     buffer: CandidateBuffer[int] = CandidateBuffer(discarded.append)
     for index in range(20_000):
-        buffer.add(index, 10 * index, index)
+        buffer.add(sampling.Candidate(index, 10 * index, index))
         assert len(buffer.sparse) + len(buffer.dense) <= sampling.DENSE_FRAMES + sampling.SPARSE_FRAMES
     chosen = [one.index for one in buffer.choose(19_990, 199_900, 8)]
     ideal = [19_990 * (2 * part + 1) / 16 for part in range(8)]
@@ -77,7 +77,7 @@ def test_choice_is_the_frame_on_screen_at_each_centre(length, start):
     ticks = np.cumsum(np.random.default_rng(length + start).integers(1, 50, start + length + 1)).tolist()
     buffer: CandidateBuffer[None] = CandidateBuffer()
     for index in range(start + length):
-        buffer.add(index, ticks[index], None)
+        buffer.add(sampling.Candidate(index, ticks[index], None))
         if index + 1 == start:
             buffer.drop_before(start)
     end = ticks[start + length]

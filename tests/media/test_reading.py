@@ -12,7 +12,7 @@ import pytest
 from mediafm_ray.media import reader as reading
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.spec import SAMPLE_RATE, Title
+from mediafm_ray.spec import SAMPLE_RATE, ShotSpan, Title
 from tests.videos import KnownCuts, flat, make_video, number_in, onsets_in, picture_of
 
 TICK = Fraction(1, 90_000)
@@ -280,13 +280,16 @@ def test_reading_needs_neither_sidecar_nor_isolation(tmp_path):
 
     class Collect:
         def __init__(self):
-            self.detector, self.shots = KnownCuts(made.cuts), []
+            self.detector, self.answers, self.shots = KnownCuts(made.cuts), [], []
 
         def pictures(self, frames_THWC):
-            return self.detector.push(frames_THWC)
+            self.answers.append(self.detector.push(frames_THWC))
 
         def no_more_pictures(self):
-            return self.detector.finish()
+            self.answers.append(self.detector.finish())
+
+        def settled(self):
+            return self.answers.pop(0)
 
         def alive(self):
             pass
@@ -302,3 +305,30 @@ def test_reading_needs_neither_sidecar_nor_isolation(tmp_path):
     assert end["frame_count"] == 80
     assert [shot[0].end_frame for shot in collect.shots] == [40, 80]
     assert end["has_sound"] is False
+
+
+def test_decoding_runs_ahead_of_detection_by_a_fixed_number_of_blocks(tmp_path):
+    """The answer to a block is awaited when READ_AHEAD_BLOCKS more have been handed over; all others are awaited at the end."""
+    made = make_video(tmp_path / "a.mp4", [700], size=(96, 64), options={"preset": "ultrafast"})
+    events = []
+
+    class Recorder:
+        def pictures(self, frames_THWC):
+            events.append(len(frames_THWC))
+
+        def no_more_pictures(self):
+            events.append("no more")
+
+        def settled(self):
+            events.append("settled")
+            return [ShotSpan(0, 700)] if events.count("settled") == 12 else []
+
+        def alive(self):
+            pass
+
+        def shot(self, span, start_s, end_s, frames, thumbnail):
+            events.append(len(frames))
+
+    reading.read_title(Title("a", str(made.path)), FramesConfig(), TimedTextConfig(), MediaConfig(), Recorder())
+    ahead = reading.READ_AHEAD_BLOCKS
+    assert events == [64] * ahead + [64, "settled"] * (10 - ahead) + [60, "settled", "no more"] + ["settled"] * (ahead + 1) + [8]
