@@ -36,7 +36,7 @@ import numpy as np
 from mediafm_ray.media import source
 from mediafm_ray.media.isolation import IsolatedReader
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.models.transnet import WIDE_WINDOWS
+from mediafm_ray.models.detector import CHUNK
 from mediafm_ray.spec import ShotSpan, Title
 
 SHOT_FRAMES = 100  # of the shots that the stand-in for the detector makes
@@ -63,7 +63,7 @@ class EvenShots:
 
 
 class SlowShots(EvenShots):
-    """The same, but waits for each of a detector's windows: so many seconds a frame."""
+    """The same, with a pause for each of a detector's chunks: so many seconds a frame."""
 
     def __init__(self, frame_s: float):
         super().__init__()
@@ -71,9 +71,9 @@ class SlowShots(EvenShots):
 
     def push(self, frames_THWC: np.ndarray) -> list[ShotSpan]:
         self.waiting += len(frames_THWC)
-        while self.waiting >= WIDE_WINDOWS.window:
-            time.sleep(WIDE_WINDOWS.step * self.frame_s)
-            self.waiting -= WIDE_WINDOWS.step
+        while self.waiting > CHUNK:
+            time.sleep(CHUNK * self.frame_s)
+            self.waiting -= CHUNK
         return super().push(frames_THWC)
 
 
