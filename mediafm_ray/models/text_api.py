@@ -82,9 +82,9 @@ class LocalAllowance:
     """Rate limits and a cap on tokens for the encoders that share this object; thread-safe, and usable as a Ray actor."""
 
     def __init__(
-        self, requests_per_minute: int, tokens_per_minute: int, max_tokens: int = 0, clock: Callable[[], float] = time.monotonic
+        self, requests_per_minute: int, tokens_per_minute: int, max_tokens: float = math.inf, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Set the limits; 0 = no limit."""
+        """Set the limits; a rate of 0 = no limit."""
         self._rates = {"requests": requests_per_minute / 60, "tokens": tokens_per_minute / 60}  # per second
         self._free_at = {"requests": -math.inf, "tokens": -math.inf}
         self._paused_until = -math.inf
@@ -96,7 +96,7 @@ class LocalAllowance:
     def reserve(self, requests: int, tokens: int) -> float:
         """See Allowance. The rate is steady, with bursts of BURST_S."""
         with self._lock:
-            if self._max_tokens and self._spent + tokens > self._max_tokens:
+            if self._spent + tokens > self._max_tokens:
                 raise BudgetExceeded(
                     f"text.max_cost_usd is reached: {self._spent} tokens are spent, {tokens} more exceed the cap of {self._max_tokens}"
                 )
@@ -127,7 +127,7 @@ class LocalAllowance:
 
 def allowance_of(config: TextEncoderConfig) -> LocalAllowance:
     """Return an allowance with the limits of a configuration, for one job."""
-    max_tokens = int(config.max_cost_usd / config.price_per_million_tokens * 1e6) if config.max_cost_usd else 0
+    max_tokens = int(config.max_cost_usd / config.price_per_million_tokens * 1e6) if config.max_cost_usd else math.inf
     return LocalAllowance(config.requests_per_minute, config.tokens_per_minute, max_tokens)
 
 

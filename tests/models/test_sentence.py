@@ -107,7 +107,7 @@ def test_a_partial_checkpoint_is_not_filled_with_random_numbers(folder: Path, tm
     tensors = load_file(partial / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if "layer.3.attention.self.query" not in name}
     save_file(kept, partial / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(weights.WeightsError, match=r"not complete.*layer\.3\.attention\.self\.query"):
+    with pytest.raises(weights.WeightsError, match=r"incomplete.*layer\.3\.attention\.self\.query"):
         SentenceEncoder(TextEncoderConfig(weights=str(partial)))
 
 

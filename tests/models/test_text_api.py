@@ -323,6 +323,12 @@ def test_the_cap_stops_before_it_is_passed(server: Server, build: Any, monkeypat
     assert built.encode(["aaaa"]).present_S.all()  # paid for already
 
 
+def test_a_cap_below_the_price_of_a_token_sends_nothing(server: Server, build: Any) -> None:
+    with pytest.raises(BudgetExceeded, match="cap of 0"):
+        build(max_cost_usd=1e-7, price_per_million_tokens=1.0).encode(["aaaa"])
+    assert not server.answered
+
+
 def test_refused_requests_do_not_count_towards_the_cap(server: Server, build: Any) -> None:
     server.plan = [fails(429), fails(503)]
     built = build(max_cost_usd=1e-5, price_per_million_tokens=1.0)
