@@ -27,10 +27,10 @@ class DetectorConfig(ConfigSection):
     flash_frames: int = recipe(4, "no boundary if the picture returns after at most this many frames; 0 = off", min=0)
     shortest_shot: int = recipe(0, "frames; of two boundaries closer than this, only the more probable one is kept; 0 = off", min=0)
     longest_shot: int = recipe(0, "frames; longer shots are split evenly (boundary_kind: split); 0 = off", min=0)
-    exact: bool = recipe(False, "windows and float32 exactly as in the reference (slower)")
+    exact: bool = recipe(False, "overlapping windows in float32 exactly as in the reference, at twice the work or more")
     device: str = resource("cpu", DEVICE)
     threads: int = resource(0, THREADS, min=0)
-    batch: int = resource(4, "windows in one forward pass on a GPU; fewer if they do not fit in its memory", min=1)
+    batch: int = resource(4, "hundreds of frames in one forward pass on a GPU; with detector.exact windows, fewer if they do not fit in its memory", min=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -66,7 +66,8 @@ def test_a_quick_stage_does_not_run_far_ahead_of_a_slow_one(monkeypatch):
         blocks = list(graph.blocks(graph.run_pools(graph.plan_dataset(plan_of(TITLES)), pools, 3)))
     assert [block.num_rows for block in blocks] == [1] * len(TITLES)
     rows = [block.to_pylist()[0] for block in blocks]
-    assert [row["title_id"] for row in sorted(rows, key=lambda row: row["quick_at"])] == TITLES
+    begun = [TITLES.index(row["title_id"]) for row in sorted(rows, key=lambda row: row["quick_at"])]
+    assert [position // 4 for position in begun] == [number // 4 for number in range(len(TITLES))]  # within a part Ray may swap two
     moments = [row["quick_at"] for row in rows]
     ahead = [sum((row["quick_at"] <= moment) - (row["slow_at"] <= moment) for row in rows) for moment in moments]
     in_flight = graph.TASKS_IN_FLIGHT_PER_ACTOR * (1 + 3)

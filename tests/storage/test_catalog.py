@@ -162,7 +162,8 @@ def test_text_that_is_none(tmp_path, row, part):
         read_catalog(str(table))
 
 
-def test_an_object_that_cannot_be_looked_at_fails_later_not_now(tmp_path):
+def test_an_object_that_cannot_be_looked_at_fails_later_not_now(tmp_path, monkeypatch):
+    monkeypatch.setattr("mediafm_ray.storage.errors.FIRST_PAUSE_S", 0.01)  # between attempts
     table = tmp_path / "c.jsonl"
     rows = [{"title_id": "long", "video": "a" * 300 + ".mp4"}, {"title_id": "nobody", "video": "http://127.0.0.1:9/a.mp4"}]
     write_table(table, [*rows, {"title_id": "two", "video": "http://127.0.0.1:9/b.mp4"}])

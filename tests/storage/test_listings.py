@@ -174,15 +174,20 @@ def test_a_listing_of_a_server_tells_replacements_too(web):
     assert [one.source == two.source for one, two in zip(before, read_catalog(f"{web.url}/"), strict=True)] == [True, False]
 
 
-def test_a_folder_of_a_server_that_fails_is_no_empty_folder(web, monkeypatch):
+@pytest.fixture
+def short_pauses(monkeypatch) -> None:
+    """All attempts are made, with less time between them."""
     monkeypatch.setattr("mediafm_ray.storage.errors.FIRST_PAUSE_S", 0.01)
+
+
+def test_a_folder_of_a_server_that_fails_is_no_empty_folder(web, short_pauses):
     web.lists["/"] = ["a.mp4", "more/"]
     web.answers |= {"/a.mp4": (200, {"ETag": '"1"'}), "/more/": (503, {})}
     with pytest.raises(StorageError, match="more"):
         read_catalog(f"{web.url}/")
 
 
-def test_a_look_up_that_fails_is_neither_a_change_nor_an_absence(web, tmp_path):
+def test_a_look_up_that_fails_is_neither_a_change_nor_an_absence(web, short_pauses, tmp_path):
     uri = catalog_of(tmp_path, [f"{web.url}/{name}.mp4" for name in ("there", "failing", "forbidden", "absent")])
     web.answers |= {"/there.mp4": (200, {"ETag": '"1"'}), "/failing.mp4": (503, {}), "/forbidden.mp4": (403, {})}
     there, failing, forbidden, absent = read_catalog(uri)
@@ -195,14 +200,14 @@ def test_a_look_up_that_fails_is_neither_a_change_nor_an_absence(web, tmp_path):
         source.open_bytes(failing.title.video, MediaConfig())
 
 
-def test_a_server_that_answers_nothing_ends_the_run(web, tmp_path):
+def test_a_server_that_answers_nothing_ends_the_run(web, short_pauses, tmp_path):
     names = [f"{number}.mp4" for number in range(40)]
     web.answers |= {f"/{name}": (503, {}) for name in names}
     with pytest.raises(StorageError, match="503"):
         read_catalog(catalog_of(tmp_path, [f"{web.url}/{name}" for name in names]))
 
 
-def test_a_location_that_fails_is_not_taken_for_an_empty_one(web):
+def test_a_location_that_fails_is_not_taken_for_an_empty_one(web, short_pauses):
     web.answers["/out"] = (503, {})
     with pytest.raises(StorageError, match="503"):
         Store(f"{web.url}/out").check_readable()
