@@ -30,7 +30,9 @@ class DetectorConfig(ConfigSection):
     exact: bool = recipe(False, "overlapping windows in float32 exactly as in the reference, at twice the work or more")
     device: str = resource("cpu", DEVICE)
     threads: int = resource(0, THREADS, min=0)
-    batch: int = resource(4, "hundreds of frames in one forward pass on a GPU; with detector.exact windows, fewer if they do not fit in its memory", min=1)
+    batch: int = resource(
+        4, "hundreds of frames in one forward pass on a GPU; with detector.exact windows, fewer if they do not fit in its memory", min=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
