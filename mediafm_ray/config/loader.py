@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from mediafm_ray.config.jobs import EmbedCatalogConfig
@@ -59,7 +60,8 @@ def read_config(kind: type[Job], files: Sequence[str], overrides: Sequence[str])
                 OmegaConf.update(given, key, _as_text(OmegaConf.select(given, key), value))
             merged = OmegaConf.merge(merged, given)
         except Exception as error:
-            raise ConfigError(f"{key}=...: {_first_line(error)}") from error  # The message leaves out the value, which may be a secret.
+            message = _first_line(error)  # Without the value, which may be a secret.
+            raise ConfigError(message if key in message else f"{key}=...: {message}") from error
     return _with_endpoint(_to_object(merged))
 
 
@@ -195,6 +197,11 @@ def _yaml(value: Any) -> str:
 
 def _first_line(error: Exception) -> str:
     """Return the message of an OmegaConf error in one line with the full key."""
-    message = str(error).splitlines()[0]
-    key = getattr(error, "full_key", None)
+    message, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+    if isinstance(error, ConfigKeyError):  # OmegaConf names the class of the section.
+        suggestion = re.search(r"Did you mean(?: one of)?: (.+)\?", str(error))
+        names = suggestion[1].replace("'", "") if suggestion else ""
+        return f"there is no key {key}" + (f"; did you mean {names}?" if names else "")
+    if "ListConfig" in message:
+        return f"{key}: expected a list, such as {key}=[one,other]"
     return f"{key}: {message}" if key else message

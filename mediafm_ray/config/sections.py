@@ -117,7 +117,9 @@ class VectorsConfig(ConfigSection):
     """The committed vectors to read."""
 
     kind: str = resource("contextual", "contextual = of a contextualiser; fused = of the encoders", choices=("contextual", "fused"))
-    checkpoint: str = resource("", "the 12 hex digits after contextual-; empty = the only checkpoint that has written")
+    checkpoint: str = resource(
+        "", "the 12 hex digits after contextual-; empty = the only trained checkpoint that has written, or builtin:neighbours"
+    )
 
 
 @dataclass(frozen=True)

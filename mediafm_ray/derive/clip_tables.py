@@ -20,7 +20,7 @@ from mediafm_ray.derive.reader import contextual_dataset, read_vectors, suggest_
 from mediafm_ray.derive.runner import ordered_map
 from mediafm_ray.downstream.clips import clip_overlaps, mean_of_neighbours, pool_overlaps
 from mediafm_ray.errors import TitleError
-from mediafm_ray.models.options import ContextualiserConfig
+from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, decode_title, encode_title, newest_objects, object_key
 from mediafm_ray.storage.store import StorageConfig
@@ -59,7 +59,8 @@ def check_kinds(source: ClipSource, kinds: Sequence[str]) -> None:
         raise ConfigError(f"unknown kind of clip vectors: {', '.join(unknown) or '(none given)'}; there are {', '.join(KINDS)}")
     if CONTEXTUAL_ALONE in kinds and not source.contextualiser.checkpoint:
         raise ConfigError(
-            f"{CONTEXTUAL_ALONE} reads a clip without the rest of its title and needs the model: set contextualiser.checkpoint"
+            f"{CONTEXTUAL_ALONE} reads a clip without the rest of its title and needs the model: "
+            f"set contextualiser.checkpoint, such as {BUILTIN_NEIGHBOURS}"
         )
     if CONTEXTUAL in kinds and not source.contextualiser.checkpoint:
         source.contextual_dataset()

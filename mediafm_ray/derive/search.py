@@ -223,9 +223,11 @@ def as_table(index: ShotIndex, query: Query, found: pa.Table) -> str:
     """Format the results as a text table."""
     rows = found.to_pylist()
     asked = ", ".join(f"{name}={value}" for name, value in query.asked.items())
-    heading = f"{asked}, in {index.shots(query.column)} shots ({index.facts.describe()})"
+    there, shots = index.shots(query.column), index.shots(EMBEDDING)
+    compared = f"{there} shots" if there == shots else f"the {there} of {shots} shots that have {modality_of(query.column)}"
+    heading = f"{asked}, in {compared} ({index.facts.describe()})"
     if not rows:
-        return f"{heading}\n\n  no shot was found: do the filters leave any?"
+        return f"{heading}\n\n  no shot was found: the filters leave none (shots have a language if the name of their subtitles gives one)"
     titles = [printable(row["title_id"]) for row in rows]
     width = min(MAX_TITLE_WIDTH, max(len("title"), *map(len, titles)))
     lines = [heading, "", f"  {'cosine':>6}  {'title':<{width}}  {'shot':>5}  {'start':>9}  {'end':>9}  text"]

@@ -156,10 +156,11 @@ def holder_of_lease(job: str) -> str:
 
 def parse(description: str, kind: type[Any], arguments: Sequence[str] | None) -> Any:
     """Return the configuration of a command line. Raises ConfigError."""
+    plans = any(section.name == "run" for section in dataclasses.fields(kind))
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--help] [--dry-run] [--config FILE [FILE ...]] [key=value ...]",
+        usage=f"%(prog)s [--help]{' [--dry-run]' if plans else ''} [--config PROFILE_OR_FILE ...] [key=value ...]",
         epilog=f"keys, with their defaults:\n{describe(kind)}",
     )
     parser.add_argument(
@@ -167,10 +168,10 @@ def parse(description: str, kind: type[Any], arguments: Sequence[str] | None) ->
         nargs="+",
         action="extend",
         default=[],
-        metavar="FILE",
+        metavar="PROFILE_OR_FILE",
         help="YAML files or names of profiles, later ones over earlier ones",
     )
-    if any(section.name == "run" for section in dataclasses.fields(kind)):
+    if plans:
         parser.add_argument("--dry-run", action="store_true", help="the same as run.dry_run=true")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="single values, over the files")
     found = parser.parse_intermixed_args(arguments)

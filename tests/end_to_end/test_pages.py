@@ -111,13 +111,13 @@ def test_a_click_on_the_timeline_shows_the_shot_and_its_nearest(pages, visit):
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 70)
     middle = int(page.get_attribute("#strip", "aria-valuenow"))
     data = json.loads(page.text_content("#data"))["shots"]
-    assert data["start"][middle - 1] <= data["end"][-1] / 2 < data["end"][middle - 1] + 0.2
+    assert data["start"][middle] <= data["end"][-1] / 2 < data["end"][middle] + 0.2
     assert page.text_content("#shot-name") == f"Shot {middle}"
     assert page.locator("#nearest .card").count() == 8
     nearest = page.locator("#nearest .card").first
     wanted = int(nearest.get_attribute("data-shot"))
     nearest.click()
-    assert page.text_content("#shot-name") == f"Shot {wanted + 1}"
+    assert page.text_content("#shot-name") == f"Shot {wanted}"
 
 
 def test_the_embedding_to_compare_by_is_one_choice_for_the_page(pages, visit):
@@ -129,7 +129,7 @@ def test_the_embedding_to_compare_by_is_one_choice_for_the_page(pages, visit):
     assert "audio embedding" in page.text_content("#nearest-heading")
     assert page.locator("#map").screenshot() != before
     page.hover("#map", position={"x": 3, "y": 3})
-    assert page.text_content("#pair").startswith("Shot 1 and shot 1: cosine")
+    assert page.text_content("#pair").startswith("Shot 0 and shot 0: cosine")
     box = page.locator("#map").bounding_box()
     page.click("#map", position={"x": 5, "y": box["height"] - 3})
     assert page.text_content("#shot-name") == f"Shot {SHOTS}"
@@ -156,8 +156,8 @@ def test_everything_can_be_reached_and_used_with_the_keyboard_alone(pages, visit
         ("ArrowRight", 2),
     ]:
         page.keyboard.press(key)
-        assert page.get_attribute("#strip", "aria-valuenow") == str(shot), key
-    assert page.get_attribute("#strip", "aria-valuetext").startswith(f"Shot 2 of {SHOTS}, ")
+        assert page.get_attribute("#strip", "aria-valuenow") == str(shot - 1), key
+    assert page.get_attribute("#strip", "aria-valuetext").startswith(f"Shot 1, the last is {SHOTS - 1}, ")
     width = page.evaluate("document.getElementById('strip').scrollWidth")
     page.keyboard.press("+")
     page.keyboard.press("+")
@@ -171,9 +171,9 @@ def test_everything_can_be_reached_and_used_with_the_keyboard_alone(pages, visit
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    assert page.text_content("#pair").startswith("Shot 3 and shot 2: cosine")
+    assert page.text_content("#pair").startswith("Shot 2 and shot 1: cosine")
     page.keyboard.press("Enter")
-    assert page.text_content("#shot-name") == "Shot 3"
+    assert page.text_content("#shot-name") == "Shot 2"
     for _ in range(10):
         page.keyboard.press("Tab")
         if focused(page) == "2":  # the card of the selected shot is the one that Tab reaches
@@ -181,7 +181,7 @@ def test_everything_can_be_reached_and_used_with_the_keyboard_alone(pages, visit
     page.keyboard.press("ArrowRight")
     assert focused(page) == "3"
     page.keyboard.press("Enter")
-    assert page.text_content("#shot-name") == "Shot 4"
+    assert page.text_content("#shot-name") == "Shot 3"
 
 
 def test_all_shots_can_be_searched(pages, visit):
@@ -202,7 +202,7 @@ def test_a_title_of_one_shot_has_nothing_to_compare(pages, visit):
     assert "nothing to compare" in page.text_content("#similarity")
     page.focus("#strip")
     page.keyboard.press("ArrowRight")
-    assert page.text_content("#shot-name") == "Shot 1"
+    assert page.text_content("#shot-name") == "Shot 0"
     page.check("[data-choice=nearest-by] input[value=video]", force=True)
 
 

@@ -120,8 +120,8 @@ function drawScenes(pen, x, top, first, last, width) {
     pen.fillRect(from, top, to - from, SCENE);
     const begin = Math.max(from, 0), room = Math.min(to, width) - begin;
     pen.fillStyle = colours.text;
-    if (room > 60) pen.fillText(`Scene ${scene + 1}`, begin + 6, top + SCENE / 2);
-    else if (room > 26) pen.fillText(`${scene + 1}`, begin + 4, top + SCENE / 2);
+    if (room > 60) pen.fillText(`Scene ${scene}`, begin + 6, top + SCENE / 2);
+    else if (room > 26) pen.fillText(`${scene}`, begin + 4, top + SCENE / 2);
   }
 }
 
@@ -220,10 +220,10 @@ function reveal(index) {
 function select(index, options = {}) {
   state.selected = Math.min(Math.max(index, 0), COUNT - 1);
   const shot = state.selected;
-  const words = [`Shot ${shot + 1} of ${COUNT}`, `${clock(SHOTS.start[shot])} to ${clock(SHOTS.end[shot])}`];
-  if (SCENES.length) words.push(`scene ${sceneOf(shot) + 1}`);
+  const words = [`Shot ${shot}, the last is ${COUNT - 1}`, `${clock(SHOTS.start[shot])} to ${clock(SHOTS.end[shot])}`];
+  if (SCENES.length) words.push(`scene ${sceneOf(shot)}`);
   if (textOf(shot)) words.push(textOf(shot).slice(0, 200));
-  strip.setAttribute("aria-valuenow", shot + 1);
+  strip.setAttribute("aria-valuenow", shot);
   strip.setAttribute("aria-valuetext", words.join(", "));
   if (options.reveal !== false) reveal(shot);
   showShot(shot);
@@ -243,8 +243,8 @@ function fact(list, label, value) {
 }
 
 function showShot(shot) {
-  byId("shot-frame").replaceChildren(SHOTS.picture[shot] ? picture(SHOTS.picture[shot], `Middle frame of shot ${shot + 1}`) : "no picture stored");
-  byId("shot-name").textContent = `Shot ${shot + 1}`;
+  byId("shot-frame").replaceChildren(SHOTS.picture[shot] ? picture(SHOTS.picture[shot], `Middle frame of shot ${shot}`) : "no picture stored");
+  byId("shot-name").textContent = `Shot ${shot}`;
   const facts = [];
   fact(facts, "Time", `${clock(SHOTS.start[shot])} to ${clock(SHOTS.end[shot])}`);
   fact(facts, "Length", `${lengthOf(shot).toFixed(2)} s`);
@@ -281,7 +281,7 @@ for (const space of Object.values(SPACES)) {
 
 function cardOf(shot, right, alt) {
   const frame = element("div", { class: "frame" }, SHOTS.picture[shot] ? picture(SHOTS.picture[shot], "") : "");
-  const line = element("div", { class: "line" }, element("b", {}, `${shot + 1}`), element("span", {}, right));
+  const line = element("div", { class: "line" }, element("b", {}, `${shot}`), element("span", {}, right));
   const card = element("button", { type: "button", class: "card", "aria-label": alt, "data-shot": shot }, frame, line);
   card.addEventListener("click", () => select(shot));
   return card;
@@ -293,9 +293,9 @@ function showNearest() {
     const at = state.selected * space.perShot + rank, shot = space.nearest[at];
     if (shot < 0) break;
     const cosine = (space.cosines[at] / 10000).toFixed(3);
-    list.push(element("li", {}, cardOf(shot, cosine, `Shot ${shot + 1} at ${clock(SHOTS.start[shot])}, cosine ${cosine}`)));
+    list.push(element("li", {}, cardOf(shot, cosine, `Shot ${shot} at ${clock(SHOTS.start[shot])}, cosine ${cosine}`)));
   }
-  byId("nearest-heading").textContent = `Nearest to shot ${state.selected + 1} by ${state.space} embedding`;
+  byId("nearest-heading").textContent = `Nearest to shot ${state.selected} by ${state.space} embedding`;
   byId("nearest").replaceChildren(...(list.length ? list : [element("li", { class: "quiet" }, COUNT > 1 ? `This shot has no ${state.space} embedding to compare.` : "The title is a single shot.")]));
 }
 
@@ -368,7 +368,7 @@ function drawMap() {
 
 function tellPair(row, column) {
   const space = SPACES[state.space], code = space.map[row * space.cells + column];
-  const name = (cell) => (space.first[cell] === lastOf(cell) ? `Shot ${space.first[cell] + 1}` : `Shots ${space.first[cell] + 1} to ${lastOf(cell) + 1}`);
+  const name = (cell) => (space.first[cell] === lastOf(cell) ? `Shot ${space.first[cell]}` : `Shots ${space.first[cell]} to ${lastOf(cell)}`);
   const value = space.low + ((code - 1) / 254) * (space.high - space.low);
   const sign = code === 1 ? "at most " : code === 255 ? "at least " : "";
   state.cell = [row, column];
@@ -411,12 +411,12 @@ function fillSheet() {
       group = element("ol", { class: "thumbs" });
       if (SCENES.length) {
         const last = (SCENES[scene + 1] ?? COUNT) - 1;
-        parts.push(element("h3", { class: "group" }, `Scene ${scene + 1}: ${clock(SHOTS.start[SCENES[scene]])} to ${clock(SHOTS.end[last])}, ${counted(last - SCENES[scene] + 1)}`));
+        parts.push(element("h3", { class: "group" }, `Scene ${scene}: ${clock(SHOTS.start[SCENES[scene]])} to ${clock(SHOTS.end[last])}, ${counted(last - SCENES[scene] + 1)}`));
       }
       parts.push(group);
     }
     const seen = SEEN.filter((_, bit) => saw(shot, bit)).join(" \u00b7 ") || "nothing seen";
-    const card = cardOf(shot, `${clock(SHOTS.start[shot])} \u00b7 ${lengthOf(shot).toFixed(1)} s`, `Shot ${shot + 1}, ${clock(SHOTS.start[shot])}, ${lengthOf(shot).toFixed(1)} seconds, ${seen}`);
+    const card = cardOf(shot, `${clock(SHOTS.start[shot])} \u00b7 ${lengthOf(shot).toFixed(1)} s`, `Shot ${shot}, ${clock(SHOTS.start[shot])}, ${lengthOf(shot).toFixed(1)} seconds, ${seen}`);
     card.tabIndex = -1;
     card.append(element("div", { class: "seen" }, seen));
     if (textOf(shot)) card.append(element("div", { class: "words", dir: "auto" }, textOf(shot).slice(0, 300)));
