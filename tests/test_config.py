@@ -27,7 +27,8 @@ def test_later_files_and_overrides_win(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["frames.per_shots=3"], "frames.per_shots"),
+        (["frames.per_shots=3"], "there is no key frames.per_shots; did you mean per_shot?"),
+        (["timed_text.languages=en"], "timed_text.languages: expected a list, such as timed_text.languages=[one,other]"),
         (["frame.per_shot=3"], "frame"),
         (["frames.per_shot=many"], "frames.per_shot"),
         (["run.max_failed_fraction=2"], "run.max_failed_fraction"),
