@@ -249,7 +249,7 @@ function showShot(shot) {
   fact(facts, "Time", `${clock(SHOTS.start[shot])} to ${clock(SHOTS.end[shot])}`);
   fact(facts, "Length", `${lengthOf(shot).toFixed(2)} s`);
   fact(facts, "Frames", `${SHOTS.frame[shot]} to ${(shot + 1 < COUNT ? SHOTS.frame[shot + 1] : SHOTS.lastFrame) - 1}`);
-  if (SCENES.length) fact(facts, "Scene", `${sceneOf(shot) + 1}`);
+  if (SCENES.length) fact(facts, "Scene", `${sceneOf(shot)}`);
   const detected = SHOTS.kind[shot] === "cut" || SHOTS.kind[shot] === "gradual";
   fact(facts, "Begins with", `${BOUNDARIES[SHOTS.kind[shot]] || SHOTS.kind[shot]}${detected ? `, probability ${SHOTS.probability[shot].toFixed(2)}` : ""}`);
   if (SHOTS.dropped[shot]) fact(facts, "Left out", `${SHOTS.dropped[shot]} weaker boundaries or flashes inside`);
