@@ -154,7 +154,7 @@ _PLACES_S3 = np.stack(
 
 
 def _are_empty(frames_THWC: np.ndarray) -> list[bool]:
-    """Whether each frame is of one colour. In integers: exact, so that it cannot depend on how many frames come at once."""
+    """Return for each frame whether it is of one colour, computed in integers, so that it cannot depend on how many frames come at once."""
     positions = DETECTOR_HEIGHT * DETECTOR_WIDTH
     sums_TS = frames_THWC.astype(np.int64).reshape(len(frames_THWC), positions, 3) @ np.ones(
         3, np.int64
@@ -287,7 +287,7 @@ class _Transitions:
         return found
 
     def _is_flash(self, found: Transition) -> bool:
-        """Whether a picture from before the transition is back after it, within the length of a flash."""
+        """Return whether a picture from before the transition is back after it, within the length of a flash."""
         reach = self._config.flash_frames
         if found.first_after - found.last_before > reach + 1:
             return False
@@ -317,7 +317,7 @@ class _Transitions:
             settled.append(before)
 
     def _is_empty_between(self, before: Transition, found: Transition) -> bool:
-        """Whether no shot lies between two transitions: at least half of the frames are empty (a slow fade-in is told late)."""
+        """Return whether no shot lies between two transitions: at least half of the frames are empty (a slow fade-in is detected late)."""
         if found.first_after - before.last_before > LONGEST_TRANSITION:
             return False
         between = self._empty[before.first_after - self._oldest : found.last_before + 1 - self._oldest]
