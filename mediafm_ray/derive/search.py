@@ -223,7 +223,7 @@ def as_table(index: ShotIndex, query: Query, found: pa.Table) -> str:
     """Format the results as a text table."""
     rows = found.to_pylist()
     asked = ", ".join(f"{name}={value}" for name, value in query.asked.items())
-    there, shots = index.shots(query.column), index.shots(EMBEDDING)
+    there, shots = index.shots(query.column), index.shots()
     compared = f"{there} shots" if there == shots else f"the {there} of {shots} shots that have {modality_of(query.column)}"
     heading = f"{asked}, in {compared} ({index.facts.describe()})"
     if not rows:

@@ -170,15 +170,13 @@ class _SequencePredictions:
         self._detector = detector
         self._sequence = TransNetSequence(detector.network, PIECE if detector.on_cpu else detector.chunk, detector.workers.map)
         self._pending = np.empty((0, DETECTOR_HEIGHT, DETECTOR_WIDTH, 3), np.uint8)
-        self._padding = 0  # repeated frames before the title that have no prediction yet
-        self._has_begun = False
+        self._padding = PADDING  # repeated frames before the title that have no prediction yet
 
     def push(self, frames_THWC: np.ndarray) -> list[np.ndarray]:
         """Take frames; return (2, T) probabilities, which go on where those before ended."""
-        if len(_checked(frames_THWC)) and not self._has_begun:
-            self._has_begun, self._padding = True, PADDING
-            self._pending = np.repeat(frames_THWC[:1], PADDING, axis=0)
-        self._pending = np.concatenate([self._pending, frames_THWC])
+        frames_THWC = _checked(frames_THWC)
+        before = self._pending if len(self._pending) else np.repeat(frames_THWC[:1], PADDING, axis=0)
+        self._pending = np.concatenate([before, frames_THWC])  # From the first frame on, some are always left.
         predicted = []
         while len(self._pending) > self._detector.chunk:  # what is left has a frame at least, for the title's end
             predicted.append(self._predict(self._pending[: self._detector.chunk], is_last=False))
@@ -187,13 +185,13 @@ class _SequencePredictions:
 
     def finish(self) -> list[np.ndarray]:
         """Return what is left, and more beyond the last frame, which is to be dropped."""
-        if not self._has_begun:
+        if len(self._pending) == 0:
             return []
         return [self._predict(np.concatenate([self._pending, np.repeat(self._pending[-1:], PADDING, axis=0)]), is_last=True)]
 
     def _predict(self, frames_NHWC: np.ndarray, is_last: bool) -> np.ndarray:
         with self._detector.whole_float32():
-            predicted_2T = self._sequence.push(torch.from_numpy(np.ascontiguousarray(frames_NHWC)), is_last).cpu().numpy()
+            predicted_2T = self._sequence.push(torch.from_numpy(frames_NHWC), is_last).cpu().numpy()
         dropped = min(self._padding, predicted_2T.shape[1])
         self._padding -= dropped
         return predicted_2T[:, dropped:]

@@ -152,9 +152,14 @@ def _neighbour_similarity(unit_BTC: Tensor) -> Tensor:
     """Dot products of every frame with its K neighbours in time: (B, T, C) -> (B, T, K). Zero outside the window."""
     reach = NEIGHBOURS // 2
     similarity_BTT = functional.pad(unit_BTC @ unit_BTC.transpose(1, 2), (reach, reach))
-    T = unit_BTC.shape[1]
-    lookup_TK = torch.arange(T, device=unit_BTC.device).unsqueeze(1) + torch.arange(NEIGHBOURS, device=unit_BTC.device)
-    return similarity_BTT.gather(2, lookup_TK.expand(len(unit_BTC), -1, -1))
+    return _of_neighbours(similarity_BTT)
+
+
+def _of_neighbours(similarity: Tensor) -> Tensor:
+    """(..., T, T + K - 1) products of frames with those from K // 2 before the first one on -> (..., T, K) with their neighbours."""
+    T, device = similarity.shape[-2], similarity.device
+    lookup_TK = torch.arange(T, device=device).unsqueeze(1) + torch.arange(NEIGHBOURS, device=device)
+    return similarity.gather(-1, lookup_TK.expand(*similarity.shape[:-2], -1, -1))
 
 
 def _colour_histograms(frames_NHWC: Tensor) -> Tensor:
@@ -237,16 +242,16 @@ class _Neighbours:
     @property
     def ready(self) -> int:
         """The number of frames whose neighbours are all there."""
-        return 0 if self.vectors_TC is None else max(0, len(self.vectors_TC) - NEIGHBOURS + 1)
+        assert self.vectors_TC is not None
+        return max(0, len(self.vectors_TC) - NEIGHBOURS + 1)
 
     def take(self, count: int) -> Tensor:
         """(count, K) similarities of the next frames to their neighbours."""
         assert self.vectors_TC is not None
         reach = NEIGHBOURS // 2
         near_TC, queries_NC = self.vectors_TC[: count + 2 * reach], self.vectors_TC[reach : reach + count]
-        lookup_NK = torch.arange(count, device=near_TC.device).unsqueeze(1) + torch.arange(NEIGHBOURS, device=near_TC.device)
         self.vectors_TC = self.vectors_TC[count:].clone()
-        return (queries_NC @ near_TC.T).gather(1, lookup_NK)
+        return _of_neighbours(queries_NC @ near_TC.T)
 
 
 class TransNetSequence:
