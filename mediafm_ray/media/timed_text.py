@@ -29,7 +29,7 @@ from mediafm_ray.spec import Cue, TimedTextSource
 
 MAX_BYTES = 32 << 20  # bytes of one timed text object; a feature film has 0.1 MB
 MAX_CUES = 100_000  # cues of one timed text object or stream; a day has 86,400 seconds
-MAX_SCC_CHARACTERS = 4 << 20
+MAX_SCC_CHARACTERS = 1 << 20
 MAX_SHOT_CHARACTERS = 20_000  # text of one shot; encoders read less
 MAX_TITLE_CHARACTERS = 8_000_000  # text of all shots together; a feature film has 0.1 million
 MAX_OVERLAPS = 2_000_000  # pairs of a cue and a shot that are compared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -168,7 +168,9 @@ class _SequencePredictions:
 
     def __init__(self, detector: ShotDetector) -> None:
         self._detector = detector
-        self._sequence = TransNetSequence(detector.network, PIECE if detector.on_cpu else detector.chunk, detector.workers.map)
+        self._sequence = TransNetSequence(
+            detector.network, PIECE if detector.on_cpu else detector.chunk, detector.workers.map if detector.on_cpu else _in_turn
+        )
         self._pending = np.empty((0, DETECTOR_HEIGHT, DETECTOR_WIDTH, 3), np.uint8)
         self._padding = PADDING  # repeated frames before the title that have no prediction yet
 
@@ -195,6 +197,11 @@ class _SequencePredictions:
         dropped = min(self._padding, predicted_2T.shape[1])
         self._padding -= dropped
         return predicted_2T[:, dropped:]
+
+
+def _in_turn(compute: Callable[[torch.Tensor], torch.Tensor], items: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Workers.map for a GPU, on the calling thread: every new thread would begin with new handles of cuDNN and cuBLAS."""
+    return [compute(item) for item in items]
 
 
 def _checked(frames_THWC: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ Shapes
     B  chunks of sound in one call
     N  samples
     T  time steps, 50 a second
-    C  channels of a convolution
+    C  channels of a convolution, I and O of one of its groups
     D  hidden size
 """
 
@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModel
 
 from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import Encoded
-from mediafm_ray.models.loading import PRECISIONS, MicroBatches, Workers, load_checkpoint, open_device
+from mediafm_ray.models.loading import PRECISIONS, MicroBatches, Workers, load_checkpoint, open_device, staged
 from mediafm_ray.models.options import AudioEncoderConfig
 from mediafm_ray.spec import SAMPLE_RATE
 
@@ -50,11 +51,15 @@ class Chunk:
         """Return the number of samples of ``sound()``."""
         return max(len(self.samples_N), MIN_SAMPLES)
 
+    @property
+    def start(self) -> int:
+        """Return the place of the first sample in ``sound()``: a sound shorter than 0.2 s is centred between zeros."""
+        return (self.length - len(self.samples_N)) // 2
+
     def sound(self) -> np.ndarray:
-        """Return (length,) float32 as the checkpoint's feature extractor does; a sound shorter than 0.2 s is centred between zeros."""
+        """Return (length,) float32 as the checkpoint's feature extractor does."""
         sound_N = (self.samples_N / INT16_SCALE - self.mean) / self.deviation  # float64
-        missing = self.length - len(sound_N)
-        return np.pad(sound_N, (missing // 2, missing - missing // 2)).astype(np.float32)
+        return np.pad(sound_N, (self.start, self.length - self.start - len(sound_N))).astype(np.float32)
 
 
 class Wav2Vec2Encoder:
@@ -84,6 +89,8 @@ class Wav2Vec2Encoder:
         model = load_checkpoint(AutoModel, folder, optional=("masked_spec_embed",), dtype=self.dtype)
         self.model: Any = model.requires_grad_(False).to(self.device)
         self.norm = _own_statistics(self.model)
+        if self.device.type == "cuda":
+            _positions_by_products(self.model)
         self.layer = config.layer
         layers = int(self.model.config.num_hidden_layers)
         if not -1 <= self.layer <= layers:
@@ -133,17 +140,13 @@ class Wav2Vec2Encoder:
     def _embed_batch(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
         """Return a (D,) float32 embedding of each chunk."""
         lengths_B = np.array([chunk.length for chunk in chunks])
-        sounds_BN = np.zeros((len(chunks), lengths_B.max()), np.float32)
-        for row, chunk in enumerate(chunks):
-            sounds_BN[row, : chunk.length] = chunk.sound()
+        sounds_BN = torch.from_numpy(chunks[0].sound()[None]) if self.alone else self._sounds(chunks)
         padded = bool((lengths_B < lengths_B.max()).any())
         mask_BN = torch.from_numpy(np.arange(lengths_B.max()) < lengths_B[:, None]).to(self.device) if padded else None
         if self.norm is not None:
             self.norm.lengths_B = torch.from_numpy(lengths_B).to(self.device) if padded else None
         try:
-            output = self.model(
-                torch.from_numpy(sounds_BN).to(self.device, self.dtype), attention_mask=mask_BN, output_hidden_states=self.layer != -1
-            )
+            output = self.model(sounds_BN.to(self.dtype), attention_mask=mask_BN, output_hidden_states=self.layer != -1)
         finally:
             if self.norm is not None:
                 self.norm.lengths_B = None  # They apply to this call only.
@@ -153,6 +156,19 @@ class Wav2Vec2Encoder:
         steps_B = self.model._get_feat_extract_output_lengths(torch.from_numpy(lengths_B)).to(self.device)
         inside_BT1 = (torch.arange(hidden_BTD.shape[1], device=self.device) < steps_B[:, None])[:, :, None]
         return list(((hidden_BTD * inside_BT1).sum(dim=1) / steps_B[:, None]).cpu().numpy())
+
+    def _sounds(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Return the chunks' sounds, (B, N) float32 with zeros behind them: int16 is copied to the device and normalised there."""
+        samples_BN = np.zeros((len(chunks), max(chunk.length for chunk in chunks)), np.int16)
+        for row, chunk in enumerate(chunks):
+            samples_BN[row, chunk.start : chunk.start + len(chunk.samples_N)] = chunk.samples_N
+        of_chunks_4B1 = torch.tensor(
+            [[chunk.start, chunk.start + len(chunk.samples_N), chunk.mean, chunk.deviation] for chunk in chunks], device=self.device
+        ).T.unsqueeze(2)
+        start_B1, end_B1, mean_B1, deviation_B1 = of_chunks_4B1
+        place_N = torch.arange(samples_BN.shape[1], device=self.device)
+        sounds_BN = (staged(samples_BN, self.device).to(self.device, non_blocking=True) / INT16_SCALE - mean_B1) / deviation_B1
+        return sounds_BN * ((place_N >= start_B1) & (place_N < end_B1))
 
 
 class OwnStatisticsGroupNorm(nn.GroupNorm):
@@ -188,6 +204,47 @@ def _own_statistics(model: Any) -> OwnStatisticsGroupNorm | None:
     new.kernel, new.stride = layer.conv.kernel_size[0], layer.conv.stride[0]
     layer.layer_norm = new
     return new
+
+
+class ConvolutionByProducts(nn.Module):
+    """A grouped 1-D convolution as one matrix product a group, for GPUs: (B, C, T) -> (B, O, T + 2 * padding - K + 1).
+
+    wav2vec 2.0's convolution of the positions has 16 groups and K = 128 taps; cuDNN computes it without tensor cores, in more time
+    than the rest of the network takes. STEPS outputs in a row depend on STEPS + K - 1 inputs; the matrix from the ones to the others
+    holds the kernel STEPS times, each time one step on. Its zeros cost STEPS / K more arithmetic, and the inputs are copied
+    (STEPS + K - 1) / STEPS times.
+    """
+
+    STEPS = 16
+
+    def __init__(self, convolution: nn.Conv1d) -> None:
+        """Take the weights of a convolution with stride and dilation 1."""
+        super().__init__()
+        self.groups, (self.kernel,), (self.padding,) = convolution.groups, convolution.kernel_size, convolution.padding
+        weight_GOIK = convolution.weight.detach().unflatten(0, (self.groups, -1))
+        groups, outputs, inputs, kernel = weight_GOIK.shape
+        matrix_GIWSO = weight_GOIK.new_zeros(groups, inputs, self.STEPS + kernel - 1, self.STEPS, outputs)
+        for step in range(self.STEPS):
+            matrix_GIWSO[:, :, step : step + kernel, step] = weight_GOIK.permute(0, 2, 3, 1)
+        self.matrix = matrix_GIWSO.flatten(3).flatten(1, 2)
+        self.bias = convolution.bias
+
+    def forward(self, x_BCT: Tensor) -> Tensor:
+        B, _, T = x_BCT.shape
+        steps = T + 2 * self.padding - self.kernel + 1
+        pieces = -(-steps // self.STEPS)
+        padded_BCT = functional.pad(x_BCT, (self.padding, pieces * self.STEPS + self.kernel - 1 - T - self.padding))
+        inputs_BGIPW = padded_BCT.unfold(2, self.STEPS + self.kernel - 1, self.STEPS).unflatten(1, (self.groups, -1))
+        outputs = inputs_BGIPW.permute(1, 0, 3, 2, 4).reshape(self.groups, B * pieces, -1) @ self.matrix
+        outputs_BCT = outputs.view(self.groups, B, pieces * self.STEPS, -1).permute(1, 0, 3, 2).flatten(1, 2)
+        return outputs_BCT[:, :, :steps] + self.bias[:, None]
+
+
+def _positions_by_products(model: Any) -> None:
+    """Replace the convolution of the positions. (Of HuBERT it may be a sequence with a norm: that stays.)"""
+    positions = model.encoder.pos_conv_embed
+    if isinstance(positions.conv, nn.Conv1d):
+        positions.conv = ConvolutionByProducts(positions.conv)
 
 
 def _asks_to_normalise(folder: Path) -> bool:

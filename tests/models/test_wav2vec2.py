@@ -12,7 +12,7 @@ from transformers import AutoFeatureExtractor, AutoModel, HubertConfig, HubertMo
 from mediafm_ray.models import encoder, tiny, weights
 from mediafm_ray.models.loading import MicroBatches
 from mediafm_ray.models.options import AudioEncoderConfig
-from mediafm_ray.models.wav2vec2 import MIN_SAMPLES, Wav2Vec2Encoder
+from mediafm_ray.models.wav2vec2 import MIN_SAMPLES, ConvolutionByProducts, Wav2Vec2Encoder, _positions_by_products
 from mediafm_ray.spec import SAMPLE_RATE
 
 
@@ -78,11 +78,21 @@ def test_sounds_that_share_a_batch_have_the_numbers_they_have_alone(kind: str, r
     shots = [sound(seed, samples).tobytes() for seed, samples in enumerate((16_000, 16_000, 3_200, 70_000, 0, 5, 33_333, 16_001))]
     alone = built.encode(shots)
     built.alone = False
+    _positions_by_products(built.model)
     for size in (8, 3):
         built.micro_batches = MicroBatches(built.device, size)
         together = built.encode(shots)
         assert together.present_S.tolist() == alone.present_S.tolist()
         np.testing.assert_allclose(together.embeddings_SD, alone.embeddings_SD, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(("kernel", "groups", "steps"), [(128, 4, 249), (128, 2, 9), (128, 1, 1), (7, 4, 40), (16, 2, 33), (1, 2, 16)])
+def test_a_convolution_by_products_is_the_convolution(kernel: int, groups: int, steps: int) -> None:
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv1d(8, 16, kernel, padding=kernel // 2, groups=groups)
+    values = torch.randn(3, 8, steps)
+    with torch.inference_mode():
+        torch.testing.assert_close(ConvolutionByProducts(convolution)(values), convolution(values), rtol=1e-5, atol=1e-5)
 
 
 def test_the_lengths_of_a_batch_are_forgotten_after_it(folder: Path) -> None:
