@@ -36,7 +36,7 @@ CLIP = "carphone_pristine.mp4"  # 4 s
 KINDS = ("child", "actor", "node", "driver")
 VICTIMS = {"child": "mediafm_ray.media.child", "actor": "ray::MapWorker"}  # what their command lines hold
 GAP_S = (0.3, 3.0)  # between kills
-MAX_RUNS = 8  # of one output, until it is complete
+MAX_RUNS = 8  # of one output after the last kill, until it is complete
 GONE_WITHIN_S = (
     180.0  # for what a killed driver leaves: on a busy machine Ray's agents took more than a minute to see that their raylet is gone
 )
@@ -83,9 +83,10 @@ class Disturbed:
 
     def run(self, kills: int, dice: random.Random, outcome: Outcome) -> None:
         """The job, so many kills, and reruns until it ends well."""
-        wanted = kills
-        for _ in range(MAX_RUNS):
+        wanted, attempts = kills, 0
+        while attempts < MAX_RUNS:
             outcome.runs += 1
+            attempts += not wanted
             with tempfile.TemporaryFile("w+") as log:
                 process = subprocess.Popen(self.command, cwd=ROOT, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
                 while wanted:
@@ -108,7 +109,7 @@ class Disturbed:
                 return
             if code == 0:  # all is done before the kills are: begin anew
                 shutil.rmtree(self.output)
-        raise SystemExit(f"the output is not complete after {MAX_RUNS} runs")
+        raise SystemExit(f"the output is not complete after {MAX_RUNS} runs without a kill")
 
     def _wait(self, process: subprocess.Popen[bytes], kind: str, seconds: float) -> bool:
         """Wait while the job runs, first until it has processes of a kind; whether it still does."""
