@@ -178,7 +178,7 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
             for step in recipe_steps(plan, config)
         ]
         pools = make_pools(steps, config.resources)
-        results = graph.run_pools(graph.plan_dataset(plan), pools, config.resources.max_deaths_per_title)
+        results = graph.run_pools(graph.plan_dataset(plan, pools[0].resources.max_actors), pools, config.resources.max_deaths_per_title)
         connected_s = time.process_time()
         follow(timed(graph.blocks(results), begun), result, begun, console)
         say({"driver_s": time.process_time() - connected_s, "wall_s": time.monotonic() - begun, "plan_s": planned_s})
@@ -186,11 +186,11 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
 
 
 def timed(blocks: Iterator[pa.Table], begun: float) -> Iterator[pa.Table]:
-    """Yield the blocks, one for each title; report the time of the first one, and at the end those of all."""
-    moments = []
+    """Yield the blocks; report the time of the first title, and at the end those of all."""
+    moments: list[float] = []
     for block in blocks:
-        moments.append(round(time.monotonic() - begun, 2))
-        if len(moments) == 1:
+        moments += [round(time.monotonic() - begun, 2)] * block.num_rows
+        if len(moments) == block.num_rows:
             say({"first_s": moments[0]})
         yield block
     say({"moments_s": moments})

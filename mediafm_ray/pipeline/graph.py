@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -24,25 +25,32 @@ ENCODER_NICENESS = 10  # For encoders that share their cores with the detector.
 TASKS_IN_FLIGHT_PER_ACTOR = 2  # One is computed while the row of the next is on its way.
 MIN_CALLS_PER_ACTOR = 8  # For stored titles, so that all actors end at about the same time.
 MAX_TITLES_PER_CALL = 128  # For stored titles: an actor that ends loses no more than these.
-TITLES_PER_PART = 100  # Titles of a large plan that travel together to where they are divided.
+GROUPS_PER_PART = 100  # Groups of a large plan that travel together to where they are divided.
+MAX_GROUP_TITLES = 32  # The bounds of a group. What a kill costs grows with it; what a title costs the driver shrinks.
+MAX_GROUP_SECONDS = 120.0  # Seconds of video.
+MAX_GROUP_BYTES = 32 << 20  # Bytes of video, where the catalog says no duration.
+MIN_GROUPS_PER_ACTOR = 8  # Of the detector, so that all actors end at about the same time.
+GROUP_SCHEMA = pa.schema([("titles", pa.large_binary())])  # An Arrow stream of the rows of the group's titles.
 SHARE_OF_NODE_RESOURCE = 0.001  # An actor takes so little of node_resource that no number of actors uses it up.
 
 
-def plan_dataset(plan: Plan) -> Dataset:
-    """Return the pending titles as a dataset, one block for each title, in the order of the plan.
+def plan_dataset(plan: Plan, actors: int = 1) -> Dataset:
+    """Return the pending titles as a dataset of groups, one block for each group, in the order of the plan.
 
-    The titles of a large plan become blocks shortly before they begin: all at once would take 3 ms and some 20 kB of the driver's memory
-    for each title before the first one begins. A read task for each title would cost more than the rest of its way through the graph, and
-    a repartition is a barrier that switches off Ray's no-progress guard.
+    Ray takes some 30 ms of the driver's time for a block on its way through the graph, so short titles travel in groups. The groups of a
+    large plan become blocks shortly before they begin: all at once would take 3 ms and some 20 kB of the driver's memory for each before
+    the first one begins. A read task for each would cost more than the rest of its way through the graph, and a repartition is a
+    barrier that switches off Ray's no-progress guard.
+
+    ``actors``: the number of detectors.
     """
-    titles_per_block = TITLES_PER_PART if plan.pending.num_rows > TITLES_PER_PART else 1
-    starts = range(0, plan.pending.num_rows, titles_per_block)
-    parts = (plan.pending.slice(start, titles_per_block).to_pylist() for start in starts)
-    # The blocks are made anew, because slices would carry the whole plan.
-    titles = ray.data.from_blocks([pa.Table.from_pylist(rows, plan.pending.schema) for rows in parts])
-    titles.context.target_max_block_size = 1  # With a bound of one byte, no two titles share a block.
-    ray_compat.limit_waiting_titles(titles)
-    if titles_per_block == 1:  # A task that has nothing to divide would still take a process, which starts beside the detector's.
+    groups = list(title_groups(plan.pending, actors))
+    groups_per_block = GROUPS_PER_PART if len(groups) > GROUPS_PER_PART else 1
+    parts = (groups[start : start + groups_per_block] for start in range(0, len(groups), groups_per_block))
+    titles = ray.data.from_blocks([pack([plan.pending.slice(start, end - start) for start, end in part]) for part in parts])
+    titles.context.target_max_block_size = 1  # With a bound of one byte, no two groups share a block.
+    ray_compat.limit_waiting_titles(titles, titles_per_group=plan.pending.num_rows / max(1, len(groups)))
+    if groups_per_block == 1:  # A task that has nothing to divide would still take a process, which starts beside the detector's.
         return titles
     # The task asks for no CPU, because the actors of all pools may leave none until the last title has passed them.
     return titles.map_batches(
@@ -50,8 +58,42 @@ def plan_dataset(plan: Plan) -> Dataset:
     )
 
 
-def _as_they_are(title: pa.Table) -> pa.Table:
-    return title
+def title_groups(pending: pa.Table, actors: int) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of the groups: titles that follow one another and are short together. A title of unknown length is alone."""
+    most = max(1, min(MAX_GROUP_TITLES, pending.num_rows // (MIN_GROUPS_PER_ACTOR * actors)))
+    sizes, durations = pending["size"].to_pylist(), pending["duration_s"].to_pylist()
+    start, share = 0, 0.0
+    for index, (size, duration_s) in enumerate(zip(sizes, durations, strict=True)):
+        own = duration_s / MAX_GROUP_SECONDS if duration_s else size / MAX_GROUP_BYTES if size else 1.0
+        if index > start and (share + own > 1.0 or index - start >= most):
+            yield start, index
+            start, share = index, 0.0
+        share += own
+    if pending.num_rows:
+        yield start, pending.num_rows
+
+
+def pack(groups: Iterable[pa.Table]) -> pa.Table:
+    """Return groups of titles as a table with one row for each group."""
+    cells = []
+    for titles in groups:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, titles.schema) as writer:
+            writer.write_table(titles.combine_chunks())
+        stream = sink.getvalue()
+        offsets = pa.py_buffer(np.array([0, stream.size], np.int64))
+        cells.append(pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, stream]))
+    return pa.table([pa.chunked_array(cells, pa.large_binary())], GROUP_SCHEMA)
+
+
+def unpack(table: pa.Table) -> list[pa.Table]:
+    """Return the groups of a packed table, without a copy. Ray may pass an empty block without columns."""
+    groups = table["titles"] if table.num_columns else []
+    return [pa.ipc.open_stream(group.as_buffer()).read_all() for group in groups]
+
+
+def _as_they_are(group: pa.Table) -> pa.Table:
+    return group
 
 
 def run_pools(titles: Dataset, pools: Sequence[Pool], max_deaths_per_title: int) -> Dataset:
@@ -88,19 +130,25 @@ class PoolActor:
         self.stages = self.pool.build()
 
     def __call__(self, table: pa.Table) -> Any:
-        """Return the titles with the columns of every stage."""
+        """Return the groups of titles with the columns of every stage."""
+        groups = unpack(table)
+        if not groups:
+            return table
+        titles = pa.concat_tables(groups)
         for stage in self.stages:
-            table = pa.concat_tables([*map(stage, self.guard.parts(stage, table))])
-        return table
+            titles = pa.concat_tables([*map(stage, self.guard.parts(stage, titles))])
+        starts = itertools.accumulate((group.num_rows for group in groups), initial=0)
+        return pack(titles.slice(start, group.num_rows) for start, group in zip(starts, groups, strict=False))
 
 
 class StoredActor(PoolActor):
     """Actor of a pool whose only stage yields a table for every finished title."""
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Yield a row for every title."""
+        """Yield a group for every title."""
         for part in self.guard.parts(self.stages[0], table):
-            yield from self.stages[0](part)
+            for title in self.stages[0](part):
+                yield pack([title])
 
 
 def _actor(pool: Pool, guard: DeathGuard, kind: type[PoolActor] = PoolActor) -> type[PoolActor]:
@@ -129,14 +177,15 @@ def _pool_options(pool: StageConfig) -> dict[str, Any]:
 
 
 def blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> Iterator[pa.Table]:
-    """Run the graph; yield the blocks of its last stage as they come. Raises ConfigError where an actor cannot work as configured.
+    """Run the graph; yield the tables of its last stage as they come. Raises ConfigError where an actor cannot work as configured.
 
     ``say``: called from another thread with reports about stages that wait for resources of the cluster.
     """
     if say and (warning := ray_compat.switched_off()):
         say(warning)
     try:
-        yield from ray_compat.result_blocks(titles, say)
+        for block in ray_compat.result_blocks(titles, say):
+            yield from unpack(block)
     except Exception as error:
         fault = configuration_fault(error)
         if fault is None:

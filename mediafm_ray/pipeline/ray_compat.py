@@ -20,6 +20,7 @@ from mediafm_ray.pipeline.cluster import StarvationClock
 TESTED = "2.60"  # pyproject.toml requires the same version.
 IS_TESTED = ray.__version__.startswith(f"{TESTED}.")
 MAX_QUEUED_TITLES = 100  # A stage with this many finished titles in its queue takes no more.
+MIN_QUEUED_GROUPS = 4  # Whatever their titles, so many groups may wait.
 MIN_LOOP_INTERVAL_S = 0.05  # Ray Data's own loop waits up to 0.1 s for events.
 
 BackpressurePolicy: Any = object
@@ -43,10 +44,12 @@ def switched_off() -> str:
     )
 
 
-def limit_waiting_titles(titles: Dataset) -> None:
-    """Let a stage take no further title while many of its finished titles wait for the next stage."""
+def limit_waiting_titles(titles: Dataset, titles_per_group: float) -> None:
+    """Let a stage take no further group while many of its finished titles wait for the next stage."""
     if IS_TESTED:
-        titles.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, MaxQueuedTitlesPolicy])
+        max_groups = max(MIN_QUEUED_GROUPS, round(MAX_QUEUED_TITLES / titles_per_group))
+        policy = type("LimitsWaitingTitles", (MaxQueuedGroupsPolicy,), {"max_groups": max_groups})  # Ray Data creates the object.
+        titles.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, policy])
 
 
 def result_blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> Iterator[pa.Table]:
@@ -68,16 +71,18 @@ def result_blocks(titles: Dataset, say: Callable[[str], None] | None = None) -> 
             yield ray.get(entry.ref)
 
 
-class MaxQueuedTitlesPolicy(BackpressurePolicy):
-    """Backpressure policy: a stage takes no further title while many of its finished titles wait for the next stage.
+class MaxQueuedGroupsPolicy(BackpressurePolicy):
+    """Backpressure policy: a stage takes no further group while many of its finished ones wait for the next stage.
 
     Ray Data bounds the bytes that wait, not the titles: a run would hold what it knows of thousands of small ones in the driver, and lose
     the work on all of them when it is killed.
     """
 
+    max_groups: int
+
     def can_add_input(self, op: Any) -> bool:
         """See BackpressurePolicy."""
-        return self._topology[op].output_queue.num_blocks < MAX_QUEUED_TITLES
+        return self._topology[op].output_queue.num_blocks < self.max_groups
 
 
 class DriverLoadCallback(ExecutionCallback):

@@ -1,6 +1,6 @@
 """A title as a row of Arrow columns, and the base class of stages. No ray here: a stage is a plain callable.
 
-One title is one row, in one block, from the catalog to the commit. A stage declares the columns that it takes, adds and
+One title is one row from the catalog to the commit. A stage declares the columns that it takes, adds and
 drops; they are checked at run time. The column ``outcome`` is OK; FAILED, with the reason in the column ``error``; or
 SKIPPED, where the run takes no more titles. Stages pass rows through that are not OK.
 
@@ -73,6 +73,8 @@ PLAN_SCHEMA = pa.schema(
         ("error", ERROR),
         ("seconds", SECONDS),
         ("measures", MEASURES),  # What stages counted: frames, bytes, tokens, ...
+        ("size", pa.int64()),  # Bytes of the video; 0 where they are unknown.
+        ("duration_s", pa.float64()),  # Seconds of video, if the catalog has them.
     ]
 )
 
@@ -273,7 +275,9 @@ def skipped(title: pa.Table) -> pa.Table:
 
 def plan_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Return rows of the plan as a table of PLAN_SCHEMA, with the columns that stages fill."""
-    return pa.Table.from_pylist([{**row, "outcome": OK, "error": None, "seconds": [], "measures": []} for row in rows], schema=PLAN_SCHEMA)
+    return pa.Table.from_pylist(
+        [{"size": 0, **row, "outcome": OK, "error": None, "seconds": [], "measures": []} for row in rows], schema=PLAN_SCHEMA
+    )
 
 
 def to_json(value: Any) -> str:

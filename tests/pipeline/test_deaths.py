@@ -52,26 +52,33 @@ class Kept(ExecutionCallback):
         self.numbers.append(sum(map(len, held)))
 
 
-def plan_of(titles):
-    rows = [
-        {"title_id": title, "source": "s", "video": "v", "timed_text": [], "synopsis": "", "tags": [], "superseded": []} for title in titles
-    ]
+def plan_of(titles, size=0, duration_s=None):
+    row = {"source": "s", "video": "v", "timed_text": [], "synopsis": "", "tags": [], "superseded": []}
+    rows = [{"title_id": title, **row, "size": size, "duration_s": duration_s} for title in titles]
     return Plan(Model("0" * 12, {}, {"fused": 1}, {}), "", plan_table(rows), len(rows), 0, 0, 0, 0, ())
 
 
-@pytest.mark.parametrize("titles_per_call", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_deadly_titles_fail_and_the_others_are_done(titles_per_call, monkeypatch):
-    monkeypatch.setattr(graph, "TITLES_PER_PART", 2)  # the plan is large: a first operator divides it
+@pytest.mark.parametrize(
+    ("titles_per_call", "titles", "size"),
+    [
+        pytest.param(1, TITLES, 0, marks=pytest.mark.slow),
+        pytest.param(3, TITLES, 0, marks=pytest.mark.slow),
+        pytest.param(2, [*TITLES, *(f"short-{number}" for number in range(27))], 1, id="groups of four"),
+    ],
+)
+def test_deadly_titles_fail_and_the_others_are_done(titles_per_call, titles, size, monkeypatch):
+    monkeypatch.setattr(graph, "GROUPS_PER_PART", 2)  # the plan is large: a first operator divides it
     overrides = [f"resources.encode_video.titles_per_call={titles_per_call}", "resources.max_deaths_per_title=2"]
     config = read_config(EmbedCatalogConfig, [], overrides)
     with connected(config.resources):
         pool = Pool((Step(Deadly, config.resources.encode_video),))
-        titles = graph.run_pools(graph.plan_dataset(plan_of(TITLES)), [pool], config.resources.max_deaths_per_title)
-        titles.context.custom_execution_callback_classes.append(Kept)
-        blocks = list(graph.blocks(titles))
+        dataset = graph.run_pools(graph.plan_dataset(plan_of(titles, size)), [pool], config.resources.max_deaths_per_title)
+        dataset.context.custom_execution_callback_classes.append(Kept)
+        blocks = list(graph.blocks(dataset))
     assert sum(Kept.numbers) == 2 * len(blocks)  # of two operators, each held for one step: memory does not grow with titles
     found = {row["title_id"]: row for block in blocks for row in block.to_pylist()}
-    assert sorted(found) == sorted(TITLES)
+    assert sorted(found) == sorted(titles)
+    assert len(blocks) == (len(titles) / 4 if size else len(titles))
     for title, row in found.items():
         deaths = {measure["name"]: measure["value"] for measure in row["measures"]}.get("process_deaths", 0)
         if title in DEADLY:

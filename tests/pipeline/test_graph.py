@@ -1,4 +1,4 @@
-"""How titles travel through the graph: in the order of the plan, each in a block of its own, few of them at a time."""
+"""How titles travel through the graph: in the order of the plan, long ones each in a block of its own, few of them at a time."""
 
 import json
 import re
@@ -57,9 +57,34 @@ class Slow(Quick):
         return {"slow_at": time.time()}
 
 
+@pytest.mark.parametrize(
+    ("size", "duration_s", "titles", "actors", "expected"),
+    [
+        (0, None, 3, 1, [1, 1, 1]),  # of unknown length
+        (1 << 30, 7200.0, 3, 1, [1, 1, 1]),
+        (1, 10.0, 192, 1, [12] * 16),  # two minutes
+        (8 << 20, None, 64, 1, [4] * 16),  # 32 MB
+        (1, None, 256, 1, [32] * 8),
+        (1, None, 256, 4, [8] * 32),  # eight for each of four detectors
+        (1, None, 20, 1, [2] * 10),
+        (1, None, 0, 1, []),
+    ],
+)
+def test_short_titles_travel_in_groups(size, duration_s, titles, actors, expected):
+    bounds = list(graph.title_groups(plan_of(map(str, range(titles)), size, duration_s).pending, actors))
+    assert [end - start for start, end in bounds] == expected
+    assert [position for start, end in bounds for position in range(start, end)] == list(range(titles))
+
+
+def test_a_long_title_among_short_ones_is_alone():
+    pending = pa.concat_tables([plan_of(names, 1, duration_s).pending for names, duration_s in (("ab", 50.0), ("c", 500.0), ("de", 50.0))])
+    pending = pa.concat_tables([pending, plan_of(map(str, range(100)), 0).pending])
+    assert list(graph.title_groups(pending, 1))[:4] == [(0, 2), (2, 3), (3, 5), (5, 6)]
+
+
 def test_a_quick_stage_does_not_run_far_ahead_of_a_slow_one(monkeypatch):
     monkeypatch.setattr(ray_compat, "MAX_QUEUED_TITLES", WAITING)
-    monkeypatch.setattr(graph, "TITLES_PER_PART", 4)
+    monkeypatch.setattr(graph, "GROUPS_PER_PART", 4)
     config = read_config(EmbedCatalogConfig, [], ["resources.encode_audio.titles_per_call=3"])
     with connected(config.resources):
         pools = [Pool((Step(Quick, config.resources.encode_video),)), Pool((Step(Slow, config.resources.encode_audio),))]
