@@ -61,7 +61,7 @@ def plan_dataset(plan: Plan, actors: int = 1) -> Dataset:
 def title_groups(pending: pa.Table, actors: int) -> Iterator[tuple[int, int]]:
     """Yield the bounds of the groups: titles that follow one another and are short together. A title of unknown length is alone."""
     most = max(1, min(MAX_GROUP_TITLES, pending.num_rows // (MIN_GROUPS_PER_ACTOR * actors)))
-    sizes, durations = pending["size"].to_pylist(), pending["duration_s"].to_pylist()
+    sizes, durations = pending["expected_bytes"].to_pylist(), pending["expected_s"].to_pylist()
     start, share = 0, 0.0
     for index, (size, duration_s) in enumerate(zip(sizes, durations, strict=True)):
         own = duration_s / MAX_GROUP_SECONDS if duration_s else size / MAX_GROUP_BYTES if size else 1.0

@@ -179,8 +179,8 @@ class Survey:
             "synopsis": title.synopsis,
             "tags": list(title.tags),
             "superseded": [info.name for info in self.others(entry)],
-            "size": entry.size,
-            "duration_s": entry.duration_s,
+            "expected_bytes": entry.size,
+            "expected_s": entry.duration_s,
         }
 
 

@@ -54,7 +54,7 @@ class Kept(ExecutionCallback):
 
 def plan_of(titles, size=0, duration_s=None):
     row = {"source": "s", "video": "v", "timed_text": [], "synopsis": "", "tags": [], "superseded": []}
-    rows = [{"title_id": title, **row, "size": size, "duration_s": duration_s} for title in titles]
+    rows = [{"title_id": title, **row, "expected_bytes": size, "expected_s": duration_s} for title in titles]
     return Plan(Model("0" * 12, {}, {"fused": 1}, {}), "", plan_table(rows), len(rows), 0, 0, 0, 0, ())
 
 
