@@ -51,7 +51,7 @@ RETURNED = 0.5  # a picture came back when it differs from the one before by les
 
 @dataclass(frozen=True)
 class Transition:
-    """Between two shots: the last frame that is only the outgoing one, the first that is only the incoming one."""
+    """A transition between two shots: the last frame that shows only the outgoing one and the first that shows only the incoming one."""
 
     last_before: int
     first_after: int
@@ -65,7 +65,7 @@ class Transition:
 
 
 class _Wipes:
-    """Frames in, wipes out: (last frame before, first frame after, fit of the steady edge in [0, 1])."""
+    """Finder of wipes in a stream of frames: (last frame before, first frame after, fit of the steady edge in [0, 1])."""
 
     def __init__(self) -> None:
         self._steps: list[np.ndarray] = []  # of each kept frame: (27 * 48,) mean absolute change to the next frame, levels of 255
@@ -76,7 +76,7 @@ class _Wipes:
 
     @property
     def known_until(self) -> int:
-        """A wipe that is still to come begins at this frame or later."""
+        """The first frame at which a wipe that is still to come may begin."""
         return self._window - LONGEST_WIPE
 
     def push(self, frames_THWC: np.ndarray) -> list[tuple[int, int, float]]:
@@ -154,7 +154,7 @@ _PLACES_S3 = np.stack(
 
 
 def _are_empty(frames_THWC: np.ndarray) -> list[bool]:
-    """Return for each frame whether it is of one colour, computed in integers, so that it cannot depend on how many frames come at once."""
+    """Return for each frame whether it is of one colour. Integers make the result independent of how many frames come at once."""
     positions = DETECTOR_HEIGHT * DETECTOR_WIDTH
     sums_TS = frames_THWC.astype(np.int64).reshape(len(frames_THWC), positions, 3) @ np.ones(
         3, np.int64
@@ -164,7 +164,7 @@ def _are_empty(frames_THWC: np.ndarray) -> list[bool]:
 
 
 class _Transitions:
-    """Probabilities and frames in, settled transitions out; a frame is judged by its neighbourhood only, which bounds the memory."""
+    """Finder of transitions in a stream of probabilities and frames. A frame is judged by its neighbourhood only, which bounds the memory."""
 
     def __init__(self, config: DetectorConfig) -> None:
         self._config = config
@@ -199,7 +199,7 @@ class _Transitions:
         return settled
 
     def finish(self) -> list[Transition]:
-        """A run that reaches the title's last frame (a fade-out) separates nothing and is no transition."""
+        """Return the last transitions. A run that reaches the title's last frame (a fade-out) separates nothing and is no transition."""
         if self._wipes:
             self._mark(self._wipes.finish())
         settled: list[Transition] = []
@@ -216,7 +216,7 @@ class _Transitions:
 
     @property
     def settled_until(self) -> int:
-        """No transition that is still to come has its middle before this frame."""
+        """The first frame at which a transition that is still to come may have its middle."""
         if self._pending:
             return self._pending.last_before + 1
         return self._run_first if self._run_first >= 0 and not self._run_is_told else self._cursor
@@ -266,7 +266,7 @@ class _Transitions:
         return self._one_hot[at] - max(sides, default=0.0) >= self._config.spike
 
     def _transition_of(self, first: int, last: int) -> Transition | None:
-        """The transition that the frames first ... last make, if any."""
+        """Return the transition that the frames first ... last make, or None."""
         if first == 0 and last > 0:  # a fade-in at the title's beginning separates nothing
             return None
         one_hot = self._one_hot[first - self._oldest : last + 1 - self._oldest]
@@ -299,7 +299,7 @@ class _Transitions:
         )
 
     def _difference(self, frame: int, other: int) -> float:
-        """Mean absolute difference of two frames, levels of 255."""
+        """Return the mean absolute difference of two frames in levels of 255."""
         a_HWC, b_HWC = self._frames[frame - self._oldest], self._frames[other - self._oldest]
         return float(np.abs(a_HWC.astype(np.int16) - b_HWC).mean())
 
@@ -330,7 +330,7 @@ WHOLE_PARTS = 4  # parts of a long shot that are weighed together; beyond, parts
 
 
 class _Shots:
-    """Transitions in, settled shots out, in order and without gaps; keeps one boundary back, which a stronger neighbour may replace."""
+    """Divider of a title into shots, in order and without gaps. It keeps one boundary back, which a stronger neighbour may replace."""
 
     def __init__(self, config: DetectorConfig) -> None:
         self._shortest = config.shortest_shot
@@ -341,7 +341,7 @@ class _Shots:
         self._dropped: list[int] = []  # frames at which boundaries were dropped, not yet counted to a shot
 
     def push(self, transitions: list[Transition], flashes: list[int], settled_until: int) -> list[ShotSpan]:
-        """Take transitions and the frames of flashes; no later ones will lie before the frame settled_until."""
+        """Take transitions and the frames of flashes; return the shots that are settled. No later ones lie before the frame settled_until."""
         self._dropped.extend(flashes)
         shots = []
         for found in transitions:
@@ -384,7 +384,7 @@ class _Shots:
         return shots
 
     def _give_away(self, known_until: int) -> list[ShotSpan]:
-        """The first parts of a shot that is too long to be weighed as a whole."""
+        """Return the first parts of a shot that is too long to be weighed as a whole."""
         shots = []
         while self._longest and known_until - self._shot.start_frame > WHOLE_PARTS * self._longest:
             shots.append(self._take(self._shot.start_frame + self._longest))
@@ -402,7 +402,7 @@ class _Shots:
 
 
 class ShotsFromProbabilities:
-    """The rules above, joined: probabilities and their frames in, settled shots out."""
+    """All the rules together: takes probabilities with their frames and returns settled shots."""
 
     def __init__(self, config: DetectorConfig) -> None:
         self._transitions = _Transitions(config)
@@ -427,7 +427,7 @@ class ShotsFromProbabilities:
 def shots_from_probabilities(
     one_hot_T: np.ndarray, many_hot_T: np.ndarray, frames_THWC: np.ndarray, config: DetectorConfig
 ) -> list[ShotSpan]:
-    """Shots that tile [0, T) from the two heads' (T,) probabilities and the (T, 27, 48, 3) uint8 frames; none for T = 0."""
+    """Return the shots that tile [0, T), from the two heads' (T,) probabilities and the (T, 27, 48, 3) uint8 frames; none for T = 0."""
     joined = ShotsFromProbabilities(config)
     shots = []
     for start in range(0, len(frames_THWC), 1000):  # in pieces, to bound what is kept
