@@ -164,7 +164,7 @@ def _are_empty(frames_THWC: np.ndarray) -> list[bool]:
 
 
 class _Transitions:
-    """Finder of transitions in a stream of probabilities and frames. A frame is judged by its neighbourhood only, which bounds the memory."""
+    """Finder of transitions in a stream of probabilities and frames. A frame is judged by its neighbourhood only: memory is bounded."""
 
     def __init__(self, config: DetectorConfig) -> None:
         self._config = config
@@ -341,7 +341,7 @@ class _Shots:
         self._dropped: list[int] = []  # frames at which boundaries were dropped, not yet counted to a shot
 
     def push(self, transitions: list[Transition], flashes: list[int], settled_until: int) -> list[ShotSpan]:
-        """Take transitions and the frames of flashes; return the shots that are settled. No later ones lie before the frame settled_until."""
+        """Take transitions and the frames of flashes; return the settled shots. No later ones lie before the frame settled_until."""
         self._dropped.extend(flashes)
         shots = []
         for found in transitions:
