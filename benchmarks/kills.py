@@ -163,16 +163,18 @@ class Disturbed:
 
 
 def marked(mark: str) -> dict[int, str]:
-    """The living processes that inherited a mark, and their command lines."""
-    found = {}
+    """The living processes that inherited a mark, and their children (the decoding process gets no such variable), with command lines."""
+    commands, parents, found = {}, {}, set()
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):  # not a process, not ours, or it ended meanwhile
             pid = int(folder.name)
-            if pid != os.getpid() and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                if command:  # a process that ended and was not waited for has none
-                    found[pid] = command
-    return found
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            if pid != os.getpid() and command:  # a process that ended and was not waited for has none
+                commands[pid] = command
+                parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.add(pid)
+    return {pid: command for pid, command in commands.items() if pid in found or parents.get(pid) in found}
 
 
 def objects(output: Path) -> dict[str, bytes]:
