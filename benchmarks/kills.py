@@ -102,7 +102,7 @@ class Disturbed:
                 code = process.wait()
                 if code == -signal.SIGKILL and not self.cluster:
                     outcome.orphans += self._left()
-                elif code not in (0, 1, -signal.SIGKILL):
+                elif code not in (0, 1, 3, -signal.SIGKILL):  # 3: the job says to run the same command again
                     log.seek(0)
                     raise SystemExit(f"the job ended with {code}:\n{log.read()[-3000:]}")
             if code == 0 and not wanted:
