@@ -178,7 +178,7 @@ def run_job(catalog: str, output: str, overrides: list[str]) -> None:
             for step in recipe_steps(plan, config)
         ]
         pools = make_pools(steps, config.resources)
-        results = graph.run_pools(graph.plan_dataset(plan, pools[0].resources.max_actors), pools, config.resources.max_deaths_per_title)
+        results = graph.embed_titles(plan, pools, config.resources.max_deaths_per_title)
         connected_s = time.process_time()
         follow(timed(graph.blocks(results), begun), result, begun, console)
         say({"driver_s": time.process_time() - connected_s, "wall_s": time.monotonic() - begun, "plan_s": planned_s})

@@ -218,16 +218,17 @@ class ConvolutionByProducts(nn.Module):
     STEPS = 16
 
     def __init__(self, convolution: nn.Conv1d) -> None:
-        """Take the weights of a convolution with stride and dilation 1."""
+        """Take the weights of a convolution with a bias, zeros as padding, and stride and dilation 1."""
         super().__init__()
-        self.groups, (self.kernel,), (self.padding,) = convolution.groups, convolution.kernel_size, convolution.padding
+        self.groups, self.kernel, self.padding = convolution.groups, convolution.kernel_size[0], int(convolution.padding[0])
         weight_GOIK = convolution.weight.detach().unflatten(0, (self.groups, -1))
         groups, outputs, inputs, kernel = weight_GOIK.shape
         matrix_GIWSO = weight_GOIK.new_zeros(groups, inputs, self.STEPS + kernel - 1, self.STEPS, outputs)
         for step in range(self.STEPS):
             matrix_GIWSO[:, :, step : step + kernel, step] = weight_GOIK.permute(0, 2, 3, 1)
         self.matrix = matrix_GIWSO.flatten(3).flatten(1, 2)
-        self.bias = convolution.bias
+        assert convolution.bias is not None
+        self.bias: Tensor = convolution.bias
 
     def forward(self, x_BCT: Tensor) -> Tensor:
         B, _, T = x_BCT.shape

@@ -98,6 +98,21 @@ def check_room(resources: ResourcesConfig, pools: Sequence[Pool]) -> None:
         )
 
 
+def actors_at_once(pools: Sequence[Pool], most: int) -> int:
+    """Return the number of actors with which the first pool begins: on a single node as many as fit beside the others, up to ``most``.
+
+    Ray Data adds actors to a pool only while an equal share of the free CPUs is enough for one more, which leaves CPUs idle.
+    """
+    first, *others = (pool.resources for pool in pools)
+    wanted = min(first.max_actors, most) if runs_alone() else 0
+    available = ray.cluster_resources()
+    for name, each in (("CPU", first.num_cpus), ("GPU", first.num_gpus)):
+        if each:
+            taken = sum(pool.min_actors * (pool.num_cpus if name == "CPU" else pool.num_gpus) for pool in others)
+            wanted = min(wanted, int((available.get(name, 0) - taken) / each + 1e-6))
+    return max(first.min_actors, wanted)
+
+
 def configuration_fault(error: BaseException) -> ConfigError | None:
     """Return the ConfigError of an actor that Ray carried to the driver, or None where the error has another cause.
 

@@ -27,7 +27,7 @@ def embed(plan: Plan, config: EmbedCatalogConfig, console: Console, result: RunR
         allowance = SharedAllowance(config.text) if config.text.encoder == "openai" else None
         pools = make_pools(recipe_steps(plan, config, budget, allowance), config.resources)
         check_room(config.resources, pools)
-        titles = graph.run_pools(graph.plan_dataset(plan, pools[0].resources.max_actors), pools, config.resources.max_deaths_per_title)
+        titles = graph.embed_titles(plan, pools, config.resources.max_deaths_per_title)
         ended = graph.blocks(titles, console.say)
         ended = budget.follow(ended, result, limits.interrupted) if budget else ended
         follow(ended, result, begun, console, Metrics(partial(metric_series, dataset=plan.model.dataset_version)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
 from mediafm_ray.config.sections import StageConfig
 from mediafm_ray.pipeline import ray_compat
-from mediafm_ray.pipeline.cluster import configuration_fault, runs_alone
+from mediafm_ray.pipeline.cluster import actors_at_once, configuration_fault, runs_alone
 from mediafm_ray.pipeline.deaths import DeathGuard
 from mediafm_ray.pipeline.stage_list import Pool
 from mediafm_ray.runs.plan import Plan
@@ -34,17 +35,26 @@ GROUP_SCHEMA = pa.schema([("titles", pa.large_binary())])  # An Arrow stream of 
 SHARE_OF_NODE_RESOURCE = 0.001  # An actor takes so little of node_resource that no number of actors uses it up.
 
 
-def plan_dataset(plan: Plan, actors: int = 1) -> Dataset:
-    """Return the pending titles as a dataset of groups, one block for each group, in the order of the plan.
+def embed_titles(plan: Plan, pools: Sequence[Pool], max_deaths_per_title: int) -> Dataset:
+    """Return the dataset of the pending titles of a plan after all pools of actors, one pool after the other."""
+    groups = list(title_groups(plan.pending, pools[0].resources.max_actors))
+    titles, guard = plan_dataset(plan, groups), DeathGuard(max_deaths_per_title)
+    for pool in pools:
+        resources = pool.resources
+        if pool is pools[0]:
+            resources = replace(resources, min_actors=actors_at_once(pools, len(groups)))
+        titles = titles.map_batches(_actor(pool, guard), batch_size=resources.titles_per_call, **_pool_options(resources))
+    return titles
+
+
+def plan_dataset(plan: Plan, groups: Sequence[tuple[int, int]]) -> Dataset:
+    """Return the pending titles as a dataset of groups (their bounds in the plan), one block for each group, in the order of the plan.
 
     Ray takes some 30 ms of the driver's time for a block on its way through the graph, so short titles travel in groups. The groups of a
     large plan become blocks shortly before they begin: all at once would take 3 ms and some 20 kB of the driver's memory for each before
     the first one begins. A read task for each would cost more than the rest of its way through the graph, and a repartition is a
     barrier that switches off Ray's no-progress guard.
-
-    ``actors``: the number of detectors.
     """
-    groups = list(title_groups(plan.pending, actors))
     groups_per_block = GROUPS_PER_PART if len(groups) > GROUPS_PER_PART else 1
     parts = (groups[start : start + groups_per_block] for start in range(0, len(groups), groups_per_block))
     titles = ray.data.from_blocks([pack([plan.pending.slice(start, end - start) for start, end in part]) for part in parts])
@@ -94,14 +104,6 @@ def unpack(table: pa.Table) -> list[pa.Table]:
 
 def _as_they_are(group: pa.Table) -> pa.Table:
     return group
-
-
-def run_pools(titles: Dataset, pools: Sequence[Pool], max_deaths_per_title: int) -> Dataset:
-    """Take titles through pools of actors, one pool after the other."""
-    guard = DeathGuard(max_deaths_per_title)
-    for pool in pools:
-        titles = titles.map_batches(_actor(pool, guard), batch_size=pool.resources.titles_per_call, **_pool_options(pool.resources))
-    return titles
 
 
 def contextualise_stored(plan: Plan, pool: Pool, max_deaths_per_title: int) -> Dataset:

@@ -72,7 +72,7 @@ def test_deadly_titles_fail_and_the_others_are_done(titles_per_call, titles, siz
     config = read_config(EmbedCatalogConfig, [], overrides)
     with connected(config.resources):
         pool = Pool((Step(Deadly, config.resources.encode_video),))
-        dataset = graph.run_pools(graph.plan_dataset(plan_of(titles, size)), [pool], config.resources.max_deaths_per_title)
+        dataset = graph.embed_titles(plan_of(titles, size), [pool], config.resources.max_deaths_per_title)
         dataset.context.custom_execution_callback_classes.append(Kept)
         blocks = list(graph.blocks(dataset))
     assert sum(Kept.numbers) == 2 * len(blocks)  # of two operators, each held for one step: memory does not grow with titles

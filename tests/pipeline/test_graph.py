@@ -88,7 +88,7 @@ def test_a_quick_stage_does_not_run_far_ahead_of_a_slow_one(monkeypatch):
     config = read_config(EmbedCatalogConfig, [], ["resources.encode_audio.titles_per_call=3"])
     with connected(config.resources):
         pools = [Pool((Step(Quick, config.resources.encode_video),)), Pool((Step(Slow, config.resources.encode_audio),))]
-        blocks = list(graph.blocks(graph.run_pools(graph.plan_dataset(plan_of(TITLES)), pools, 3)))
+        blocks = list(graph.blocks(graph.embed_titles(plan_of(TITLES), pools, 3)))
     assert [block.num_rows for block in blocks] == [1] * len(TITLES)
     rows = [block.to_pylist()[0] for block in blocks]
     begun = [TITLES.index(row["title_id"]) for row in sorted(rows, key=lambda row: row["quick_at"])]
@@ -115,7 +115,7 @@ def test_a_stage_for_which_another_job_leaves_no_room_is_named_until_it_has_some
                     ray.kill(holder)
 
             pools = [Pool((Step(Quick, config.resources.encode_video),)), Pool((Step(Slow, config.resources.encode_audio),))]
-            blocks = list(graph.blocks(graph.run_pools(graph.plan_dataset(plan_of(["one"])), pools, 3), say))
+            blocks = list(graph.blocks(graph.embed_titles(plan_of(["one"]), pools, 3), say))
     finally:
         machines.shutdown()
     assert [block["title_id"].to_pylist() for block in blocks] == [["one"]]

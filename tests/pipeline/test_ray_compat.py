@@ -48,7 +48,7 @@ def pools():
 
 
 def run(pools, say=None, watch=None):
-    titles = graph.run_pools(graph.plan_dataset(plan_of(TITLES)), pools, 3)
+    titles = graph.embed_titles(plan_of(TITLES), pools, 3)
     titles.context.custom_execution_callback_classes = [watch] if watch else []
     return [block["title_id"].to_pylist() for block in graph.blocks(titles, say)]
 
