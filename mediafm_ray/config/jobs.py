@@ -11,6 +11,7 @@ from mediafm_ray.config.sections import (
     CheckpointConfig,
     ClipsConfig,
     ClipTableConfig,
+    CompactConfig,
     DatasetConfig,
     DerivedRunConfig,
     FilterConfig,
@@ -149,6 +150,16 @@ class VerifyDatasetConfig:
 
     output: OutputConfig = field(default_factory=OutputConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True)
+class CompactDatasetConfig:
+    """All keys of ``jobs.compact_dataset``."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    compact: CompactConfig = field(default_factory=CompactConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 

@@ -92,6 +92,11 @@ def lease_folder(dataset_version: str) -> str:
     return f"{LEASES}/{dataset_version}"
 
 
+def compaction_lease_folder(dataset_version: str) -> str:
+    """Return the folder of the lease of a dataset version's compaction, which runs beside the jobs that write titles."""
+    return f"{LEASES}/{dataset_version}-compaction"
+
+
 def encode_title(title_id: str) -> str:
     """Encode a title id for an object's name. A long id is cut and ends in '~' and its digest."""
     encoded = percent_encode(title_id)
