@@ -91,18 +91,18 @@ def compact_shard(dataset: EmbeddingDataset, name: str, shard: str, lease: Lease
         due = {title: info for title, info in alone.items() if not _holds(present.get(title), info)}
         marked = {title for title, entry in present.items() if title not in due and (title, entry.source) in compacted.marks}
         dropped = {title for title in marked if title not in alone}
-        result.waiting = len({title for title, _ in objects}) - len(alone)
+        with_object = {title for title, _ in objects}
+        result.waiting = len(with_object) - len(alone)
         if len(due) + len(dropped) < min_titles:
             result.waiting += len(due)
         elif due or dropped:
-            present = _write(dataset, name, shard, old, due, dropped, lease, result)
+            present = _write(dataset, name, shard, old, due, dropped, with_object, lease, result)
     finally:
         if old:
             old.close()
     result.titles = len(present)
     settled = _settle_marks(dataset, name, compacted.marks, present, alone, lease, result)
-    now = output.list_objects(name, f"shard={shard}/")
-    with_object = {title for title, _ in now}
+    with_object = {title for title, _ in output.list_objects(name, f"shard={shard}/")}
     for title in {*due, *settled} & present.keys() - with_object:
         output.mark_deleted(f"{name}/shard={shard}/{title}@{present[title].source}.parquet")
     oldest = lease.store_time() - keep_s
@@ -133,6 +133,7 @@ def _write(
     old: MergedFile | None,
     due: Mapping[str, ObjectInfo],
     dropped: set[str],
+    with_object: set[str],
     lease: Lease,
     result: Compaction,
 ) -> Mapping[str, MergedTitle]:
@@ -158,7 +159,13 @@ def _write(
                 if title in present:
                     assert old is not None
                     entry = present[title]
-                    writer.add(title, entry.source, entry.modified, entry.size, entry.since, _old_rows(old, entry, schema))
+                    try:
+                        kept = _old_rows(old, entry, schema)
+                    except merged.MergedFileError:
+                        if title in with_object:  # It hides these rows, and is merged later.
+                            continue
+                        raise
+                    writer.add(title, entry.source, entry.modified, entry.size, entry.since, kept)
             writer.finish()
         if not lease.is_valid():
             raise LeaseLost(f"{output.store.uri}/{merged.file_name(name, shard)} was not replaced: the lease is lost")
