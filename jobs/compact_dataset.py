@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 import time
-from functools import partial
 
 from mediafm_ray.config.jobs import CompactDatasetConfig
 from mediafm_ray.config.loader import ConfigError
@@ -55,8 +54,11 @@ def main(config: CompactDatasetConfig) -> int:
 def compact(dataset: EmbeddingDataset, name: str, lease: Lease, config: CompactDatasetConfig, console: Console) -> Compaction:
     """Compact one dataset; log and return the result."""
     begun, result = time.monotonic(), Compaction()
-    options = {"min_titles": config.compact.min_titles, "keep_s": config.compact.keep_hours * HOUR}
-    work = partial(compact_shard, dataset, name, lease=lease, **options)
+    min_titles, keep_s = config.compact.min_titles, config.compact.keep_hours * HOUR
+
+    def work(shard: str) -> Compaction:
+        return compact_shard(dataset, name, shard, lease, min_titles, keep_s)
+
     for done in ordered_map(work, shards_of(dataset, name), config.compact.threads):
         result.add(done)
     seconds = time.monotonic() - begun

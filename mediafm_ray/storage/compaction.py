@@ -86,7 +86,7 @@ def compact_shard(dataset: EmbeddingDataset, name: str, shard: str, lease: Lease
     compacted = output.list_compacted(name, f"shard={shard}/")
     old = merged.open_merged(output.store, merged.file_name(name, shard))
     try:
-        present = old.titles if old else {}
+        present: Mapping[str, MergedTitle] = old.titles if old else {}
         alone = _alone(objects)
         due = {title: info for title, info in alone.items() if not _holds(present.get(title), info)}
         marked = {title for title, entry in present.items() if title not in due and (title, entry.source) in compacted.marks}
