@@ -7,7 +7,7 @@ The ledger is, at every moment, the objects of titles, and the merged rows of ti
     2. Write a new merged file, beside nothing: the rows of titles that have exactly one object come from it; marked rows are left
        out; all others are copied from the present file. It takes the present file's place in one step, if that is still there.
     3. Read its end back. Remove the marks that it has made needless.
-    4. List the objects again. A title that was merged, and that a job has removed since, is marked.
+    4. List the objects again. Rows whose object a job has removed since are marked.
     5. Remove objects whose rows a merged file has had for ``keep_s`` seconds.
 
 A title with several objects is being replaced: it waits until the job that does so has removed the older ones. A job writes a title as
@@ -102,9 +102,9 @@ def compact_shard(dataset: EmbeddingDataset, name: str, shard: str, lease: Lease
             old.close()
     result.titles = len(present)
     settled = _settle_marks(dataset, name, compacted.marks, present, alone, lease, result)
-    with_object = {title for title, _ in output.list_objects(name, f"shard={shard}/")}
-    for title in {*due, *settled} & present.keys() - with_object:
-        output.mark_deleted(f"{name}/shard={shard}/{title}@{present[title].source}.parquet")
+    merged_now = {(title, present[title].source) for title in {*due, *settled} & present.keys()}
+    for title, source in merged_now - output.list_objects(name, f"shard={shard}/").keys():
+        output.mark_deleted(f"{name}/shard={shard}/{title}@{source}.parquet")
     oldest = lease.store_time() - keep_s
     spare = [info for title, info in alone.items() if _holds(present.get(title), info) and present[title].since <= oldest]
     held = {(title, source) for title, source in output.list_compacted(name, f"shard={shard}/").marks} if spare else set()
