@@ -1,12 +1,14 @@
 """Compaction of many short titles: objects and speed before and after, and kills beside a writer and a reader.
 
     python -m benchmarks.compaction [--titles 20000] [--shots 3] [--dim 384]
+    python -m benchmarks.compaction --commits 1000
     python -m benchmarks.compaction --kills 50 [--seed 0]
 
 The first form commits made titles to a temporary folder, compacts them, and runs the same DuckDB queries over the titles' objects and over
-the merged files. The second form kills a process that compacts without end, at seeded moments, while one thread commits, replaces and
-deletes titles and another reads all the while: by the listing and by a scan. A title that nobody changes meanwhile must be seen once, from
-its present source. The lease of a killed compaction is deleted, as its message tells an operator to do.
+the merged files. The second form commits titles one by one, as objects and as appends to a Lance table. The third form kills a process that
+compacts without end, at seeded moments, while one thread commits, replaces and deletes titles and another reads all the while: by the
+listing and by a scan. A title that nobody changes meanwhile must be seen once, from its present source. The lease of a killed compaction
+is deleted, as its message tells an operator to do.
 """
 
 from __future__ import annotations
@@ -153,6 +155,25 @@ def count(root: str) -> tuple[int, int]:
     """Return the number of Parquet files below a folder and their bytes."""
     sizes = [path.stat().st_size for path in Path(root).rglob("*.parquet")]
     return len(sizes), sum(sizes)
+
+
+def measure_commits(titles: int, shots: int, dim: int) -> None:
+    """Commit titles one by one, as objects and as appends to a Lance table; print the milliseconds of each."""
+    import lance
+    import pyarrow.parquet as pq
+
+    with tempfile.TemporaryDirectory() as uri:
+        model = make_model(VERSION, dim // 2, dim // 4, dim - dim // 2 - dim // 4)
+        output = Output(uri, VERSION)
+        contents = [made_object(model, f"clip-{number:08d}", "0123456789abcdef", shots) for number in range(titles)]
+        tables = [pq.read_table(pa.BufferReader(content)).replace_schema_metadata(None) for content in contents]
+        objects = [timed(functools.partial(output.write, SHOTS, f"clip-{n:08d}", "0123456789abcdef", c)) for n, c in enumerate(contents)]
+        lance.write_dataset(tables[0], f"{uri}/table")
+        appends = [timed(functools.partial(lance.write_dataset, table, f"{uri}/table", mode="append")) for table in tables]
+        tenth = max(1, titles // 10)
+        for name, seconds in (("objects", objects), ("Lance appends", appends)):
+            first, last = (1000 * sorted(part)[len(part) // 2] for part in (seconds[:tenth], seconds[-tenth:]))
+            print(f"{name:<14} median of the first {tenth} {first:.1f} ms, of the last {tenth} {last:.1f} ms")
 
 
 # ------------------------------------------------------------------------------------------------------------------ kills
@@ -335,9 +356,13 @@ def main() -> None:
     parser.add_argument("--titles", type=int, default=20_000)
     parser.add_argument("--shots", type=int, default=3)
     parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--commits", type=int, default=0)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.commits:
+        measure_commits(arguments.commits, arguments.shots, arguments.dim)
+        return
     if not arguments.kills:
         measure(arguments.titles, arguments.shots, arguments.dim)
         return

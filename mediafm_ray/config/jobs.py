@@ -145,21 +145,21 @@ class BackfillCatalogConfig(EmbedCatalogConfig):
 
 
 @dataclass(frozen=True)
-class VerifyDatasetConfig:
-    """All keys of ``jobs.verify_dataset``."""
-
-    output: OutputConfig = field(default_factory=OutputConfig)
-    verify: VerifyConfig = field(default_factory=VerifyConfig)
-    storage: StorageConfig = field(default_factory=StorageConfig)
-
-
-@dataclass(frozen=True)
 class CompactDatasetConfig:
     """All keys of ``jobs.compact_dataset``."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
     compact: CompactConfig = field(default_factory=CompactConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True)
+class VerifyDatasetConfig:
+    """All keys of ``jobs.verify_dataset``."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 

@@ -10,6 +10,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
+from benchmarks.compaction import kill_compactions
 from jobs import compact_dataset, describe_titles, segment_scenes, verify_dataset
 from mediafm_ray.config.jobs import CompactDatasetConfig, DescribeTitlesConfig, SegmentScenesConfig, VerifyDatasetConfig
 from mediafm_ray.config.loader import ConfigError, read_config
@@ -396,6 +397,16 @@ def test_a_compaction_that_was_stopped_for_long_replaces_nothing(uri, output, mo
     with lease_of(uri) as lease, pytest.raises(ReplacedMeanwhile, match="was replaced by another process"):
         compact_shard(EmbeddingDataset(uri), SHOTS, SHARD, lease)
     assert contents(output) == before
+
+
+@pytest.mark.slow
+def test_kills_beside_a_writer_and_a_reader(tmp_path):
+    """50 compactions killed at seeded moments, while titles are committed, replaced and deleted, and read all the while."""
+    result = kill_compactions(50, 7, str(tmp_path / "out"))
+    assert result.kills == 50
+    assert result.changes.total() > 50
+    assert result.polls > 50
+    assert (result.lost, result.doubled, result.different, result.left, result.errors) == ([], [], [], [], [])
 
 
 # ---------------------------------------------------------------------------------------------------------------- damage
