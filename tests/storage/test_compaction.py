@@ -1,13 +1,16 @@
 """Compaction: every title is there once, with the same bytes, whatever happens before, between and after its steps."""
 
 import dataclasses
+import re
 import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
+import polars
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pytest
 
 from benchmarks.compaction import kill_compactions
@@ -241,6 +244,23 @@ def test_a_title_replaced_afterwards_is_seen_once(uri, output):
     with pytest.raises(FileNotFoundError):
         Output(uri, MODEL.dataset_version).read(object_name(SHOTS, "one", SOURCE))
     assert name in contents(output)
+
+
+def test_the_documented_queries_see_every_title_once(uri, output):
+    assert compact(uri) == 0
+    page = (Path(__file__).parents[2] / "docs" / "schema.md").read_text()
+    queries = re.findall(r"^```sql\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    merged_only, with_objects = (query.replace("VERSION", output.store.root) for query in queries)
+    shots = {title_id: len(frames) for title_id, frames in TITLES.items()}
+    pattern = f"{output.store.root}/compacted/shots/*/*.parquet"
+    replace_title(output, "one")
+    assert dict(duckdb.sql(merged_only).fetchall()) == shots
+    table = polars.scan_parquet(pattern).select("title_id").collect()
+    assert dict(table.group_by("title_id").len().iter_rows()) == shots
+    folder = pads.dataset(f"{output.store.root}/compacted/shots", partitioning="hive").to_table(columns=["title_id", "shard"])
+    assert folder.num_rows == sum(shots.values())
+    found = duckdb.sql(f"SELECT title_id, count(*) FROM ({with_objects}) GROUP BY title_id").fetchall()
+    assert dict(found) == {**shots, "one": 1}
 
 
 def test_a_title_that_is_being_replaced_waits(uri, output):
