@@ -16,7 +16,8 @@ ever, and its object hides the merged rows until the next compaction.
 A lease keeps compactions apart. One that was stopped for so long that it lost the lease finds another file than it expects, where the
 store can tell (see ``Store.replace``). Where it cannot, ``keep_s`` must be longer than any request can be under way: an outdated merged
 file may then appear, but every title that it lacks still has its object, and the next compaction merges it again. ``keep_s`` also
-serves readers that listed the objects before they were removed.
+serves readers that listed the objects before they were removed. Times decide nothing else: a merged file has an object's rows if their
+modification times are equal, and a clock that jumps only changes how long objects stay.
 """
 
 from __future__ import annotations

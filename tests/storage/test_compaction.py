@@ -15,11 +15,18 @@ import pytest
 
 from benchmarks.compaction import kill_compactions
 from jobs import compact_dataset, describe_titles, segment_scenes, verify_dataset
-from mediafm_ray.config.jobs import CompactDatasetConfig, DescribeTitlesConfig, SegmentScenesConfig, VerifyDatasetConfig
+from mediafm_ray.config.jobs import (
+    BackfillCatalogConfig,
+    CompactDatasetConfig,
+    DescribeTitlesConfig,
+    SegmentScenesConfig,
+    VerifyDatasetConfig,
+)
 from mediafm_ray.config.loader import ConfigError, read_config
+from mediafm_ray.derive.indexing import facts_of, title_rows
 from mediafm_ray.derive.pages import catalog_content, committed_titles
 from mediafm_ray.derive.reader import read_vectors
-from mediafm_ray.runs.backfill import Missing, delete_missing
+from mediafm_ray.runs.backfill import Missing, delete_missing, plan_backfill
 from mediafm_ray.storage import merged
 from mediafm_ray.storage.compaction import compact_shard, shards_of
 from mediafm_ray.storage.dataset import (
@@ -168,8 +175,11 @@ def test_jobs_over_merged_titles_find_and_compute_the_same(uri, output, capsys):
     page = catalog_content(dataset, uri, Store(f"{uri}/pages"))
     titles = committed_titles(dataset)
     scenes = {name: content for name, content in contents(output).items() if name.startswith("scenes-")}
+    facts = facts_of(dataset, contextual(CHECKPOINT), ["audio"])
+    indexed = {name: title_rows(dataset, facts, name) for name in vectors}
     assert compact(uri) == 0
     dataset = EmbeddingDataset(uri)
+    assert all(title_rows(dataset, facts, name).equals(rows) for name, rows in indexed.items())
     for name, before in vectors.items():
         assert (read_vectors(dataset, name, contextual(CHECKPOINT)).vectors_SD == before.vectors_SD).all()
     assert dataclasses.asdict(catalog_content(dataset, uri, Store(f"{uri}/pages"))) == dataclasses.asdict(page)
@@ -181,6 +191,34 @@ def test_jobs_over_merged_titles_find_and_compute_the_same(uri, output, capsys):
     assert segment_scenes.main(read_config(SegmentScenesConfig, [], [f"output.uri={uri}"])) == 0
     assert {name: content for name, content in contents(output).items() if name.startswith("scenes-")} == scenes
     assert verify(uri) == 0
+
+
+def test_the_planner_takes_merged_titles_for_done(tmp_path):
+    videos, uri = tmp_path / "videos", str(tmp_path / "out")
+    videos.mkdir()
+    for title_id in ("one", "two"):
+        (videos / f"{title_id}.mp4").write_bytes(b"video")
+    options = ["backfill.delete_missing=true", "backfill.max_delete_fraction=1"]
+    config = read_config(BackfillCatalogConfig, [], [f"catalog.uri={videos}", f"output.uri={uri}", *options])
+    output = write_dataset(uri, {"one": [10], "two": [20]})
+    for row in plan_backfill(config, MODEL).plan.pending.to_pylist():
+        table = EmbeddingDataset(uri).title(row["title_id"])
+        output.write(SHOTS, row["title_id"], row["source"], encode_parquet(table, {**read_facts(table.schema), "source": row["source"]}))
+        for name in row["superseded"]:
+            output.remove(name)
+    assert compact(uri) == 0
+    planned = plan_backfill(config, MODEL)
+    assert (planned.plan.done, planned.plan.pending.num_rows, planned.plan.leftovers, planned.missing.titles) == (2, 0, (), [])
+    (videos / "two.mp4").unlink()
+    planned = plan_backfill(config, MODEL)
+    assert planned.missing.titles == ["two"]
+    delete_missing(planned.missing, output)
+    for _ in range(2):
+        planned = plan_backfill(config, MODEL)
+        assert (planned.plan.done, planned.missing.titles) == (1, [])
+        assert compact(uri) == 0
+    (videos / "two.mp4").write_bytes(b"video")
+    assert [row["title_id"] for row in plan_backfill(config, MODEL).plan.pending.to_pylist()] == ["two"]
 
 
 def test_few_titles_wait_and_objects_stay_for_a_time(uri, output, capsys):
