@@ -68,6 +68,9 @@ DATASET_PATTERN = re.compile(r"shots|failures|contextual-.+|(?:scenes|titles)-(?
 OBJECT_PATTERN = re.compile(r"shard=[0-9a-f]{2}/(?P<title>[^/@]+)@(?P<source>[^/@.]+)\.(?:parquet|json)")
 
 
+Objects = dict[tuple[str, str], list[ObjectInfo]]  # by encoded title and source
+
+
 class DatasetError(PublicError):
     """A dataset that is missing or not the one that was asked for; the message says what exists instead."""
 
@@ -200,7 +203,7 @@ class Output:
         self.dataset_version = dataset_version
         self.merged = MergedFiles(self.store)
 
-    def list(self, dataset: str, shard: str = "") -> dict[tuple[str, str], list[ObjectInfo]]:
+    def list(self, dataset: str, shard: str = "") -> Objects:
         """List the committed objects of a dataset, or of one shard of it, by encoded title and source.
 
         Titles in merged files are among them, as the objects that their rows come from. Objects are listed before the merged files: a
@@ -232,9 +235,9 @@ class Output:
                 found.update((key, [info]) for key, info in entries)
         return found
 
-    def list_objects(self, dataset: str, shard: str = "") -> dict[tuple[str, str], list[ObjectInfo]]:
+    def list_objects(self, dataset: str, shard: str = "") -> Objects:
         """List the objects that titles have of their own, in one (paged) listing; see ``list``."""
-        found: dict[tuple[str, str], list[ObjectInfo]] = {}
+        found: Objects = {}
         for info in self.store.list(f"{dataset}/{shard}"):
             match = OBJECT_PATTERN.fullmatch(info.name.removeprefix(f"{dataset}/"))
             if match:
