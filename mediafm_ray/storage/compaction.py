@@ -193,7 +193,7 @@ def _read_object(dataset: EmbeddingDataset, name: str, info: ObjectInfo, schema:
 def _checked(dataset: EmbeddingDataset, name: str, info: ObjectInfo) -> pa.Table:
     content = dataset.output.store.read(info.name)
     try:
-        table = pq.read_table(pa.BufferReader(content), use_threads=False, page_checksum_verification=True)
+        table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read(use_threads=False)
         facts = read_facts(table.schema)
         named = object_name(name, facts["title_id"], facts["source"])
         titles = table["title_id"].unique().to_pylist()
