@@ -90,8 +90,7 @@ def compact_shard(dataset: EmbeddingDataset, name: str, shard: str, lease: Lease
         present: Mapping[str, MergedTitle] = old.titles if old else {}
         alone = _alone(objects)
         due = {title: info for title, info in alone.items() if not _holds(present.get(title), info)}
-        marked = {title for title, entry in present.items() if title not in due and (title, entry.source) in compacted.marks}
-        dropped = {title for title in marked if title not in alone}
+        dropped = {title for title, entry in present.items() if title not in alone and (title, entry.source) in compacted.marks}
         with_object = {title for title, _ in objects}
         result.waiting = len(with_object) - len(alone)
         if len(due) + len(dropped) < min_titles:
@@ -103,7 +102,8 @@ def compact_shard(dataset: EmbeddingDataset, name: str, shard: str, lease: Lease
             old.close()
     result.titles = len(present)
     settled = _settle_marks(dataset, name, compacted.marks, present, alone, lease, result)
-    merged_now = {(title, present[title].source) for title in {*due, *settled} & present.keys()}
+    merged_now = {object_key(info.name) for title, info in due.items() if _holds(present.get(title), info)}
+    merged_now |= {(title, present[title].source) for title in settled}
     for title, source in merged_now - output.list_objects(name, f"shard={shard}/").keys():
         output.mark_deleted(f"{name}/shard={shard}/{title}@{source}.parquet")
     oldest = lease.store_time() - keep_s

@@ -272,7 +272,9 @@ class OneShard:
 def test_a_title_replaced_afterwards_is_seen_once(uri, output):
     assert compact(uri) == 0
     name = replace_title(output, "one")
-    for step in (lambda: None, lambda: compact(uri)):
+    marks = list(Path(output.store.root).glob("compacted/shots/*/_deleted/*"))
+    for step in (lambda: None, lambda: compact(uri, "compact.min_titles=2"), lambda: compact(uri)):
+        assert list(Path(output.store.root).glob("compacted/shots/*/_deleted/*")) == marks
         step()
         assert titles_seen(output) == set(map(encode_title, TITLES))
         assert [info.name for (title, _), infos in output.list(SHOTS).items() for info in infos if title == "one"] == [name]
