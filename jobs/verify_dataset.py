@@ -3,9 +3,10 @@
     mediafm verify output.uri=embeddings/
     mediafm verify output.uri=embeddings/ verify.repair=true
 
-Prints broken objects with the reasons; with verify.repair=true it deletes them, so that the next run computes those titles again. Run it
-while no job writes there; a repair takes the lease of mediafm backfill. Exit code 0: success; 1: something is, or was, broken; 2: the
-output cannot be read; 3: reading failed before the end, and some of the broken objects may be deleted.
+Prints broken objects with the reasons; with verify.repair=true it deletes them, so that the next run computes those titles again.
+Broken rows in a merged file are marked as deleted, which has the same effect. Run it while no job writes there; a repair takes the leases
+of mediafm backfill and mediafm compact. Exit code 0: success; 1: something is, or was, broken; 2: the output cannot be read; 3: reading
+failed before the end, and some of the broken objects may be deleted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mediafm_ray.config.jobs import VerifyDatasetConfig
 from mediafm_ray.derive.runner import ordered_map
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.runs.report import Console
-from mediafm_ray.storage.dataset import DatasetError, Output, dataset_versions, lease_folder
+from mediafm_ray.storage.dataset import DatasetError, Output, compaction_lease_folder, dataset_versions, lease_folder
 from mediafm_ray.storage.lease import Lease, held
 from mediafm_ray.storage.store import StorageError, Store
 from mediafm_ray.storage.verify import Finding, check_model, check_title, list_titles
@@ -50,7 +51,9 @@ def verify(version: str, config: VerifyDatasetConfig, console: Console) -> int:
         lease = None
         if config.verify.repair:
             store = Store(config.output.uri, config.storage)
-            lease = stack.enter_context(held(store, lease_folder(version), holder_of_lease("mediafm verify"), LEASE_S))
+            holder = holder_of_lease("mediafm verify")
+            stack.enter_context(held(store, compaction_lease_folder(version), holder, LEASE_S))
+            lease = stack.enter_context(held(store, lease_folder(version), holder, LEASE_S))
             stack.enter_context(working())
         model, findings = check_model(output)
         count: Counter[str] = Counter()
@@ -83,7 +86,10 @@ def settle(findings: Sequence[Finding], output: Output, lease: Lease | None, cou
         count["broken"] += 1
         console.say(public_line(f"BROKEN {output.dataset_version}/{finding.name}: {finding.reason}"))
         if finding.removable and lease is not None and lease.is_valid():
-            output.store.delete(finding.name)
+            if finding.is_merged:
+                output.mark_deleted(finding.name)
+            else:
+                output.store.delete(finding.name)
             count["deleted"] += 1
 
 

@@ -15,6 +15,7 @@ COMMANDS = {  # name -> module of the job, help
     "embed": ("jobs.embed_catalog", "embed the new and changed titles of a catalog"),
     "backfill": ("jobs.backfill_catalog", "keep an output up to date with its catalog, within limits, as a nightly job"),
     "verify": ("jobs.verify_dataset", "check every object of an output, and remove broken ones"),
+    "compact": ("jobs.compact_dataset", "merge the objects of an output, one a title, into few large files"),
     "train": ("jobs.train_contextualiser", "train a contextualiser on an embedded catalog"),
     "contextualise": ("jobs.contextualise_catalog", "add contextual embeddings to an embedded catalog"),
     "scenes": ("jobs.segment_scenes", "group the shots of titles into scenes"),

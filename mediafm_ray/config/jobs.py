@@ -11,6 +11,7 @@ from mediafm_ray.config.sections import (
     CheckpointConfig,
     ClipsConfig,
     ClipTableConfig,
+    CompactConfig,
     DatasetConfig,
     DerivedRunConfig,
     FilterConfig,
@@ -141,6 +142,16 @@ class BackfillCatalogConfig(EmbedCatalogConfig):
     def __post_init__(self) -> None:
         if self.run.max_titles or not self.run.retry_failed:
             raise ValueError("run.max_titles and run.retry_failed are for mediafm embed; set backfill.max_titles and backfill.max_attempts")
+
+
+@dataclass(frozen=True)
+class CompactDatasetConfig:
+    """All keys of ``jobs.compact_dataset``."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    compact: CompactConfig = field(default_factory=CompactConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,19 @@ class VerifyConfig(ConfigSection):
 
 
 @dataclass(frozen=True)
+class CompactConfig(ConfigSection):
+    """When titles are merged, and how long their own objects stay."""
+
+    min_titles: int = resource(16, "titles of a shard that are new, replaced or deleted, for which its merged file is written again", min=1)
+    keep_hours: float = resource(
+        12.0,
+        "hours for which an object stays after its title was merged, for readers that have listed it; at least 1 on object storage",
+        min=0,
+    )
+    threads: int = resource(2, "shards that are compacted at once", min=1)
+
+
+@dataclass(frozen=True)
 class TitlePageConfig(ConfigSection):
     """The location of the page of the title."""
 

@@ -102,7 +102,7 @@ class ClipEmbedder:
     def _contextual(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return starts, ends and contextual embeddings of an object's shots: read if they are committed, else computed."""
         stored = matching_object(name, self.contextual_name)
-        if self.dataset.output.store.info(stored) is not None:
+        if self.dataset.output.has(stored):
             table = self.dataset.read(stored)
             return table["start_s"].to_numpy(), table["end_s"].to_numpy(), embedding_values(table["contextual_embedding"])
         shots = read_shots(self.dataset.output, name, self.dataset.model)

@@ -138,7 +138,7 @@ def title_rows(dataset: EmbeddingDataset, facts: IndexFacts, name: str) -> pa.Ta
         raise TitleError(
             f"{facts.vectors} has {len(vectors.vectors_SD)} shots of it, not {len(fused.vectors_SD)}: run mediafm contextualise again"
         )
-    content = pa.BufferReader(dataset.output.store.read(name))
+    content = pa.BufferReader(dataset.output.read(name))
     shots = pq.read_table(content, columns=list(SHOT_COLUMNS), use_threads=False, page_checksum_verification=True)
     count = len(shots)
     columns = {"title_id": pa.array([fused.title_id] * count), "source": pa.array([fused.source] * count)}

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mediafm_ray.derive.reader import suggest_titles
 from mediafm_ray.downstream.catalog_pages import CatalogContent, CatalogTitle
@@ -34,6 +33,7 @@ from mediafm_ray.storage.dataset import (
     parse_failure,
     title_facts,
 )
+from mediafm_ray.storage.merged import DamagedRows
 from mediafm_ray.storage.schemas import embedding_values, read_facts
 from mediafm_ray.storage.store import ObjectInfo, Store
 from mediafm_ray.text import public_line, public_uri
@@ -42,7 +42,7 @@ PAGES = "pages"
 INDEX = "index.html"
 READING_THREADS = 16  # A GET from object storage mostly waits.
 MAX_PICTURES = 300  # The list of a larger catalog has no pictures, which would make the page too large.
-UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)  # errors of an object that is damaged or not of this program
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, DamagedRows)  # errors of an object that is damaged or not of this program
 
 
 def pages_folder(dataset: EmbeddingDataset) -> str:
@@ -169,12 +169,9 @@ def _committed_title(
 
 def _light(dataset: EmbeddingDataset, info: ObjectInfo, pictured: bool) -> tuple[Mapping[str, Any], int, bytes]:
     """Read the facts, the number of shots and the picture of the middle shot, which is little more than the object's end."""
-    store = dataset.output.store
-    with store.filesystem.open(store.path(info.name), "rb") as stream:
-        file = pq.ParquetFile(stream, page_checksum_verification=True)
-        shots = file.metadata.num_rows
-        pictures = file.read(["thumbnail"])["thumbnail"] if pictured and shots else None
-        return read_facts(file.schema_arrow), shots, b"" if pictures is None else pictures[shots // 2].as_py()
+    table = dataset.output.table(info.name, ["thumbnail"] if pictured else [])
+    shots = table.num_rows
+    return read_facts(table.schema), shots, table["thumbnail"][shots // 2].as_py() if pictured and shots else b""
 
 
 def _run_summary(output_uri: str, dataset: EmbeddingDataset) -> Mapping[str, Any] | None:

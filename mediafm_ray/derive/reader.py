@@ -75,7 +75,7 @@ def read_vectors(dataset: EmbeddingDataset, shots: str, vectors: str) -> StoredV
         return StoredVectors(stored.facts["title_id"], stored.facts["source"], stored.start_S, stored.end_S, stored.fused_SD)
     name = matching_object(shots, vectors)
     try:
-        content = pa.BufferReader(dataset.output.store.read(name))
+        content = pa.BufferReader(dataset.output.read(name))
         table = pq.read_table(content, use_threads=False, page_checksum_verification=True)
         facts = read_facts(table.schema)
         title_id, cls_D = facts["title_id"], vector_fact(facts, "cls_embedding")

@@ -140,16 +140,16 @@ def derive_titles(plan: DerivedPlan, make: Callable[[PendingTitle], Derived], co
 
     Raises StorageError where the output cannot be written.
     """
-    store = plan.dataset.output.store
-    store.check_writable()
+    output = plan.dataset.output
+    output.store.check_writable()
     for name in plan.leftovers:
-        store.delete(name)
+        output.remove(name)
 
     def commit(pending: PendingTitle) -> Derived:
         made = make(pending)
-        store.write(matching_object(pending.shots, plan.target), encode_parquet(made.table, made.facts))
+        output.store.write(matching_object(pending.shots, plan.target), encode_parquet(made.table, made.facts))
         for name in pending.superseded:
-            store.delete(name)
+            output.remove(name)
         return made
 
     counts = TitleCounts(len(plan.pending))

@@ -42,7 +42,7 @@ def titles_dataset(vectors: str, config: ScenesConfig) -> str:
 def describe_title(dataset: EmbeddingDataset, vectors: str, pending: PendingTitle, config: ScenesConfig) -> Derived:
     """Compute the row of one title. Raises TitleError for vectors that are missing, damaged or without a mean direction."""
     title = read_vectors(dataset, pending.shots, vectors)
-    content = pa.BufferReader(dataset.output.store.read(pending.shots))
+    content = pa.BufferReader(dataset.output.read(pending.shots))
     shots = pq.read_table(content, columns=list(TEXT_COLUMNS), use_threads=False, page_checksum_verification=True)
     seconds_S = title.end_S - title.start_S
     if len(shots) != len(seconds_S):

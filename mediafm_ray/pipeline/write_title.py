@@ -143,7 +143,7 @@ def remove_superseded(output: Output, own: str, names: Sequence[str]) -> list[st
             if name == matching_object(own, FAILURES):
                 output.store.delete(name)
             elif (committed := output.store.info(own)) is not None:
-                output.store.delete_unless_newer(name, committed.modified)
+                output.remove(name, committed.modified)
         except Exception as error:  # Implementations of fsspec raise many types.
             warnings.append(f"{name} is superseded and could not be removed ({public_line(str(error))}); the next run will try again")
     return warnings

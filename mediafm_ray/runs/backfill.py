@@ -233,7 +233,7 @@ def delete_missing(missing: Missing, output: Output) -> int:
     groups = itertools.groupby(shots_first(missing.objects), key=lambda info: info.name.startswith(f"{SHOTS}/"))
 
     def delete(info: ObjectInfo) -> bool:
-        return output.store.delete_unless_newer(info.name, info.modified)
+        return output.remove(info.name, info.modified)
 
     with ThreadPoolExecutor(STORE_THREADS) as pool:
         return sum(removed for _, infos in groups for removed in list(pool.map(delete, infos)))

@@ -266,13 +266,13 @@ def prepare_output(plan: Plan, config: EmbedCatalogConfig) -> None:
     output.write_model(plan.model)
     for name in plan.outdone:
         try:
-            output.store.write(name, output.store.read(name))
+            output.store.write(name, output.read(name))
         except FileNotFoundError:
             raise StorageError(
                 f"{output.store.uri}/{name} was removed while this run was planned: another job is at work; run the same command again"
             ) from None
     for leftover in plan.leftovers:  # One that was written again since belongs to a running job, which has another source of the title.
-        output.store.delete_unless_newer(leftover.name, leftover.modified)
+        output.remove(leftover.name, leftover.modified)
     for title_id, problems in plan.bad_titles.items():
         error = {"stage": "catalog", "type": "CatalogError", "message": public_line(f"{config.catalog.uri}: {'; '.join(problems)}")}
         source = digest_of([config.catalog.uri, title_id])[:SOURCE_DIGITS]

@@ -101,4 +101,4 @@ def prepare_stored_output(plan: Plan, config: ContextualiseCatalogConfig) -> Non
     output = Output(config.output.uri, plan.model.dataset_version, config.storage)
     output.store.check_writable()
     for leftover in plan.leftovers:
-        output.store.delete_unless_newer(leftover.name, leftover.modified)
+        output.remove(leftover.name, leftover.modified)

@@ -43,6 +43,7 @@ class ObjectInfo:
     size: int  # bytes
     version: str  # ETag, or the modification time in nanoseconds; changes with the content
     modified: float  # seconds since the epoch
+    is_merged: bool = False  # There is no such object: the title lies in a merged file (see merged.py).
 
 
 @dataclass(frozen=True)

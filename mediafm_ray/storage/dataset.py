@@ -6,21 +6,27 @@
     <output>/<dataset version>/scenes-<fused|contextual>-<options>/shard=<00..ff>/<title>@<source>.parquet
     <output>/<dataset version>/titles-<fused|contextual>-<options>/shard=<00..ff>/<title>@<source>.parquet
     <output>/<dataset version>/failures/shard=<00..ff>/<title>@<source>.json
+    <output>/<dataset version>/compacted/<dataset>/shard=<00..ff>/titles.parquet     merged titles, see merged.py and compaction.py
     <output>/leases/<dataset version>/...                                       leases of running jobs, see lease.py
     <output>/runs/<UTC time>-<id>/...                                           the logs of every run, see runs/run_log.py
 
 The listing is the ledger: an object that exists is committed, and what is pending is the catalog minus the listing. There is no journal.
+A merged file counts as the objects of its titles. An object of a title, whatever its source, is newer than merged rows of the title and
+hides them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import re
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +34,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.spec import MODALITIES, digest_of, parse_json
-from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, scenes_schema, shots_schema, titles_schema
+from mediafm_ray.storage import merged
+from mediafm_ray.storage.merged import COMPACTED, ENCODED_TITLE, READ_ATTEMPTS, MergedFiles
+from mediafm_ray.storage.schemas import (
+    contextual_schema,
+    embedding_values,
+    encode_parquet,
+    read_facts,
+    scenes_schema,
+    shots_schema,
+    titles_schema,
+)
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig, Store, percent_encode
 from mediafm_ray.text import PublicError
 
@@ -44,11 +60,15 @@ TITLES = "titles"
 LEASES = "leases"
 MODEL = "model.json"
 DERIVED_DIGITS = 12  # hex digits in the name of a derived dataset
+LISTING_THREADS = 16  # merged files whose ends are read at once
 MAX_DIM = 1 << 31  # Arrow counts the elements of a fixed-size list with 32 bits.
 MAX_NAME_BYTES = 160  # The title's share of an object's name, of which file systems allow 255 bytes.
 VERSION_PATTERN = re.compile(r"[0-9a-f]{12}")
 DATASET_PATTERN = re.compile(r"shots|failures|contextual-.+|(?:scenes|titles)-(?:fused|contextual)-[0-9a-f]{12}")
 OBJECT_PATTERN = re.compile(r"shard=[0-9a-f]{2}/(?P<title>[^/@]+)@(?P<source>[^/@.]+)\.(?:parquet|json)")
+
+
+Objects = dict[tuple[str, str], list[ObjectInfo]]  # by encoded title and source
 
 
 class DatasetError(PublicError):
@@ -73,6 +93,11 @@ def derived(kind: str, vectors: str, recipe: Mapping[str, Any]) -> str:
 def lease_folder(dataset_version: str) -> str:
     """Return the folder of a dataset version's lease below the output: beside the version, which may not exist yet."""
     return f"{LEASES}/{dataset_version}"
+
+
+def compaction_lease_folder(dataset_version: str) -> str:
+    """Return the folder of the lease of a dataset version's compaction, which runs beside the jobs that write titles."""
+    return f"{LEASES}/{dataset_version}-compaction"
 
 
 def encode_title(title_id: str) -> str:
@@ -152,30 +177,165 @@ def is_span(value: Any) -> bool:
     return isinstance(value, list) and [type(end) for end in value] == [int, int] and 0 <= value[0] <= value[1] < MAX_DIM
 
 
+def dataset_schema(name: str, fused_dim: int) -> pa.Schema:
+    """Return the columns of a dataset of rows. ``fused_dim``: dimension of a fused embedding."""
+    kind = name.split("-")[0]
+    if kind == SCENES:
+        return scenes_schema()
+    if kind == TITLES:
+        return titles_schema(fused_dim)
+    return shots_schema(fused_dim) if kind == SHOTS else contextual_schema(fused_dim)
+
+
+@dataclass
+class Compacted:
+    """The merged files of a dataset, and its marks of deletion, from one (paged) listing."""
+
+    files: list[ObjectInfo] = field(default_factory=list)
+    marks: dict[tuple[str, str], list[ObjectInfo]] = field(default_factory=dict)  # by encoded title and source
+
+
 class Output:
     """One dataset version below an output URI, for the jobs that write it."""
 
     def __init__(self, uri: str, dataset_version: str, config: StorageConfig | None = None):
         self.store = Store(f"{uri.rstrip('/')}/{dataset_version}", config)
         self.dataset_version = dataset_version
+        self.merged = MergedFiles(self.store)
 
-    def list(self, dataset: str, shard: str = "") -> dict[tuple[str, str], list[ObjectInfo]]:
-        """List the committed objects of a dataset, or of one shard of it, by encoded title and source, in one (paged) listing."""
-        found: dict[tuple[str, str], list[ObjectInfo]] = {}
+    def list(self, dataset: str, shard: str = "") -> Objects:
+        """List the committed objects of a dataset, or of one shard of it, by encoded title and source.
+
+        Titles in merged files are among them, as the objects that their rows come from. Objects are listed before the merged files: a
+        title that is merged meanwhile is seen once. Raises MergedFileError where a merged file cannot be read.
+        """
+        found = self.list_objects(dataset, shard)
+        if dataset == FAILURES:
+            return found
+        with_object = {title for title, _ in found}
+        compacted = self.list_compacted(dataset, shard)
+
+        def listed(info: ObjectInfo) -> Sequence[tuple[tuple[str, str], ObjectInfo]]:
+            file = merged.open_merged(self.store, info.name)
+            if file is None:  # A repair has removed it.
+                return []
+            file.close()
+            folder = info.name.split("/")[2]
+            return [
+                (
+                    key,
+                    ObjectInfo(f"{dataset}/{folder}/{title.title}@{title.source}.parquet", title.size, "", title.modified, is_merged=True),
+                )
+                for title in file.titles.values()
+                if title.title not in with_object and (key := (title.title, title.source)) not in compacted.marks
+            ]
+
+        with ThreadPoolExecutor(LISTING_THREADS) as pool:
+            for entries in pool.map(listed, compacted.files):
+                found.update((key, [info]) for key, info in entries)
+        return found
+
+    def list_objects(self, dataset: str, shard: str = "") -> Objects:
+        """List the objects that titles have of their own, in one (paged) listing; see ``list``."""
+        found: Objects = {}
         for info in self.store.list(f"{dataset}/{shard}"):
             match = OBJECT_PATTERN.fullmatch(info.name.removeprefix(f"{dataset}/"))
             if match:
                 found.setdefault((match["title"], match["source"]), []).append(info)
         return found
 
+    def list_compacted(self, dataset: str, shard: str = "") -> Compacted:
+        """List the merged files of a dataset, or of one shard of it, and its marks of deletion."""
+        found = Compacted()
+        for info in self.store.list(f"{COMPACTED}/{dataset}/{shard}"):
+            if merged.FILE_PATTERN.fullmatch(info.name):
+                found.files.append(info)
+            elif match := merged.MARK_PATTERN.fullmatch(info.name):
+                found.marks.setdefault((match["title"], match["source"]), []).append(info)
+        return found
+
+    def marked_titles(self, compacted: Compacted) -> set[str]:
+        """Return the encoded titles whose rows in merged files count no longer because of a mark."""
+        shards = {info.name.split("/")[2] for infos in compacted.marks.values() for info in infos}
+        found = set()
+        for info in compacted.files:
+            if info.name.split("/")[2] in shards and (file := merged.open_merged(self.store, info.name)):
+                file.close()
+                found |= {title.title for title in file.titles.values() if (title.title, title.source) in compacted.marks}
+        return found
+
     def datasets(self) -> Sequence[str]:
         """List the names of the datasets: shots, contextual-<checkpoint>, scenes-..., titles-..., failures."""
-        return [name for name in self.store.folders() if DATASET_PATTERN.fullmatch(name)]
+        names = set(self.store.folders())
+        if COMPACTED in names:
+            names |= set(Store(f"{self.store.uri}/{COMPACTED}", self.store.config).folders())
+        return sorted(name for name in names if DATASET_PATTERN.fullmatch(name))
+
+    def read(self, name: str) -> bytes:
+        """Read a title's object, or write the same bytes anew from the rows of a merged file.
+
+        Raises FileNotFoundError, MergedFileError, DamagedRows.
+        """
+        try:
+            return self.store.read(name)
+        except FileNotFoundError:
+            table = self._merged_rows(name)
+            return encode_parquet(table, read_facts(table.schema))
+
+    def table(self, name: str, columns: Sequence[str]) -> pa.Table:
+        """Read some columns of a title, which may be none, and its facts as metadata, without the rest of the object.
+
+        Raises FileNotFoundError, MergedFileError, DamagedRows, and pyarrow's errors where the object is not a Parquet file.
+        """
+        try:
+            with self.store.filesystem.open(self.store.path(name), "rb") as stream:
+                return pq.ParquetFile(stream, page_checksum_verification=True).read(list(columns))
+        except FileNotFoundError:
+            return self._merged_rows(name, columns)
+
+    def _merged_rows(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        (title, source), (dataset, shard, _) = object_key(name), name.split("/")
+        rows = None
+        if dataset != FAILURES:
+            rows = self.merged.rows(dataset, shard.removeprefix("shard="), title, source, columns)
+        if rows is None:
+            raise FileNotFoundError(f"{self.store.uri}/{name}")
+        return rows
 
     def facts(self, name: str) -> dict[str, Any]:
-        """Read an object's facts, which needs only its end. Raises pyarrow's errors where it is not a Parquet file."""
-        with self.store.filesystem.open(self.store.path(name), "rb") as stream:
-            return read_facts(pq.read_schema(stream))
+        """Read a title's facts, which needs little more than the end of its object. Raises as ``table`` does."""
+        return read_facts(self.table(name, []).schema)
+
+    def has(self, name: str) -> bool:
+        """Return whether a title's object exists, or a merged file has its rows."""
+        if self.store.info(name) is not None:
+            return True
+        try:
+            return self._merged_rows(name, []) is not None
+        except FileNotFoundError:
+            return False
+
+    def remove(self, name: str, modified: float = math.inf) -> bool:
+        """Remove a title's object, unless it was written after ``modified``, and let rows of it in a merged file count no longer.
+
+        Returns whether there was anything to remove. The mark is written before the object is removed, so that the title cannot come back
+        from the merged file, and looked at again afterwards, because a compaction at work may have read the object before.
+        """
+        mark = self.mark_deleted(name)
+        removed = self.store.delete_unless_newer(name, modified)
+        if not mark or self.store.info(mark) is None:
+            mark = self.mark_deleted(name)
+        return removed or bool(mark)
+
+    def mark_deleted(self, name: str) -> str:
+        """Let the rows of a title's object in a merged file count no longer; return the mark's name, empty without a merged file."""
+        (title, source), (dataset, folder, _) = object_key(name), name.split("/")
+        shard = folder.removeprefix("shard=")
+        if dataset == FAILURES or self.store.info(merged.file_name(dataset, shard)) is None:
+            return ""
+        mark = merged.new_mark_name(dataset, shard, title, source)
+        self.store.write(mark, b"{}\n")
+        return mark
 
     def write_model(self, model: Model) -> None:
         """Write model.json; the same version always has the same bytes."""
@@ -244,22 +404,34 @@ class EmbeddingDataset:
     def dataset(self, name: str = SHOTS) -> pads.Dataset:
         """Return a pyarrow dataset of the newest object of every title, with the Hive partition ``shard``.
 
+        Where there are merged files it also has the column ``encoded_title``, null for titles with an object of their own, and leaves
+        out the merged rows of those titles, whenever it is scanned: a title that is merged meanwhile is seen once.
         Raises DatasetError where nothing of that name is committed.
         """
         import pyarrow.dataset as pads  # It imports pandas, which takes a third of the time of --help.
 
-        newest = newest_objects(self.output.list(name))
-        if not newest:
+        objects = self.output.list_objects(name)
+        compacted = self.output.list_compacted(name)  # after the objects, see Output.list
+        files = [*newest_objects(objects), *compacted.files]
+        if not files:
             raise DatasetError(f"{self.output.store.uri} has no committed object of {name}; there are: {', '.join(self.names()) or 'none'}")
         store = self.output.store
-        store.prime_listing_cache(newest)
-        return pads.dataset(
-            [store.path(info.name) for info in newest],
-            schema=self._schema(name),
+        store.prime_listing_cache(files)
+        schema = dataset_schema(name, self.model.dims["fused"]).append(pa.field("shard", pa.string()))
+        if compacted.files:
+            schema = schema.append(pa.field(ENCODED_TITLE, pa.string()))
+        found = pads.dataset(
+            [store.path(info.name) for info in files],
+            schema=schema,
             format=pads.ParquetFileFormat(default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)),
             filesystem=store.filesystem,
             partitioning=pads.partitioning(pa.schema([("shard", pa.string())]), flavor="hive"),
         )
+        hidden = {title for title, _ in objects} | self.output.marked_titles(compacted)
+        if not compacted.files or not hidden:
+            return found
+        merged_title = pads.field(ENCODED_TITLE)
+        return found.filter(merged_title.is_null() | ~merged_title.isin(pa.array(sorted(hidden), pa.string())))
 
     def names(self) -> list[str]:
         """List the names of the datasets of vectors and rows: shots, contextual-<checkpoint>, scenes-..., titles-..."""
@@ -267,11 +439,14 @@ class EmbeddingDataset:
 
     def title(self, title_id: str, name: str = SHOTS) -> pa.Table:
         """Read the shots of one title in order. Raises DatasetError where the title is not committed."""
+        for _ in range(READ_ATTEMPTS - 1):
+            with contextlib.suppress(FileNotFoundError):  # A job has replaced the title since it was listed.
+                return self.read(self.title_object(title_id, name))
         return self.read(self.title_object(title_id, name))
 
     def read(self, name: str) -> pa.Table:
         """Read the rows of an object. Raises FileNotFoundError, and pyarrow's errors or OSError where it is damaged."""
-        return pq.read_table(pa.BufferReader(self.output.store.read(name)), page_checksum_verification=True)
+        return pq.read_table(pa.BufferReader(self.output.read(name)), page_checksum_verification=True)
 
     def title_object(self, title_id: str, name: str = SHOTS) -> str:
         """Find the name of a title's newest object in a listing of its shard. Raises DatasetError where the title is not committed."""
@@ -281,17 +456,6 @@ class EmbeddingDataset:
         if not found:
             raise DatasetError(f"{self.output.store.uri} has no title {title_id!r} in {name}")
         return found[0].name
-
-    def _schema(self, name: str) -> pa.Schema:
-        fused_dim = self.model.dims["fused"]
-        kind = name.split("-")[0]
-        if kind == SCENES:
-            schema = scenes_schema()
-        elif kind == TITLES:
-            schema = titles_schema(fused_dim)
-        else:
-            schema = shots_schema(fused_dim) if kind == SHOTS else contextual_schema(fused_dim)
-        return schema.append(pa.field("shard", pa.string()))
 
     def embeddings(self, shots: pa.Table, part: str = "fused") -> np.ndarray:
         """Return the embeddings of rows of ``shots`` as float32 (S, D).

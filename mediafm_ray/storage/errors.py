@@ -37,6 +37,7 @@ EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "Inv
 DENIED = ("AccessDenied", "AllAccessDisabled", "AccountProblem", "NotSignedUp", "Forbidden", "403")
 WRONG_REGION = ("PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301")
 FULL = ("QuotaExceeded", "XMinioStorageFull", "InsufficientCapacity", "507")
+NOT_AS_EXPECTED = ("PreconditionFailed", "ConditionalRequestConflict", "412")
 UNSUPPORTED = ("NotImplemented", "MethodNotAllowed", "501", "405")
 NO_CREDENTIALS = (
     *(boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.ProfileNotFound, boto.SSOError, boto.TokenRetrievalError),
@@ -48,6 +49,10 @@ Result = TypeVar("Result")
 
 class StorageError(OutageError):
     """A location that cannot be read or written. The message is one line with the location, the reason and what to do."""
+
+
+class ReplacedMeanwhile(StorageError):
+    """An object that was not replaced, because it is not the expected one any more."""
 
 
 def retrying(operation: Callable[[], Result], attempts: int, patience_s: float = math.inf) -> Result:

@@ -96,6 +96,7 @@ class Lease:
         self.token = secrets.token_hex(8)
         self.content = (json.dumps({"holder": holder, "duration_s": duration_s}) + "\n").encode()
         self.valid_until = float("-inf")  # a time of steady_clock()
+        self.store_ahead_s = 0.0  # the store's time minus steady_clock()
         self.lost = False
 
     def acquire(self) -> None:
@@ -129,10 +130,15 @@ class Lease:
         """Return True if no other run can have the lease."""
         return not self.lost and steady_clock() < self.valid_until
 
+    def store_time(self) -> float:
+        """Return the store's present time, in seconds since its epoch, by this machine's steady clock since the lease was taken."""
+        return steady_clock() + self.store_ahead_s
+
     def _wait_for_rivals(self, put_at: float) -> list[Rival]:
         """Wait until no rival is alive; return the dead ones. Raises LeaseHeld."""
         while True:
             mine, rivals = self._list_contenders()
+            self.store_ahead_s = mine.modified - put_at
             waited_s = steady_clock() - put_at
             living = [rival for rival in rivals if rival.is_alive(mine.modified + waited_s, self.clock_error_s)]
             if not living:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mediafm_ray.storage.base import PROBE_BYTES, ObjectInfo, object_path
+from mediafm_ray.storage.errors import ReplacedMeanwhile
 
 PARTIAL_FOLDER = ".partial"  # below a root: files that are being written (local stores), and probes of check_writable
 PARTIAL_ATTEMPTS = 3
@@ -67,7 +68,7 @@ class LocalObjects:
     def read(self, name: str) -> bytes:
         return Path(object_path(self.root, name)).read_bytes()
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes | memoryview) -> None:
         path = object_path(self.root, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         for attempt in range(PARTIAL_ATTEMPTS):
@@ -87,6 +88,22 @@ class LocalObjects:
                         os.unlink(partial)
                     with contextlib.suppress(OSError):  # It is not empty: another writer uses it.
                         os.rmdir(os.path.dirname(partial))
+
+    def replace(self, name: str, content: memoryview, expected: ObjectInfo | None) -> None:
+        """Write a file in the place of the expected one, None: of none. A lock on the folder keeps other replacements out meanwhile."""
+        path = object_path(self.root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ReplacedMeanwhile(f"{path} is being replaced by another process, perhaps a stopped one") from None
+            if _stat(path, name) != expected:
+                raise ReplacedMeanwhile(f"{path} was replaced by another process: run the same command again")
+            self.write(name, content)
+        finally:
+            os.close(folder)
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -158,7 +175,7 @@ def _create_partial(folder: str) -> tuple[int, str]:
                 raise
 
 
-def _write_all(stream: Any, content: bytes) -> None:
+def _write_all(stream: Any, content: bytes | memoryview) -> None:
     """Write without a buffer, so that a full disk raises here and not a second time when the stream is closed."""
     left = memoryview(content)
     while left:

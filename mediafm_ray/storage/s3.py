@@ -24,7 +24,16 @@ from botocore.exceptions import BotoCoreError
 from botocore.utils import parse_timestamp
 
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig, Unknown
-from mediafm_ray.storage.errors import DENIED, StorageError, code_of, explain, retrying
+from mediafm_ray.storage.errors import (
+    DENIED,
+    NOT_AS_EXPECTED,
+    UNSUPPORTED,
+    ReplacedMeanwhile,
+    StorageError,
+    code_of,
+    explain,
+    retrying,
+)
 
 log = logging.getLogger(__name__)
 
@@ -184,29 +193,42 @@ class S3Objects:
 
         return self._retried(get, key)
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write an object atomically, in parts if it is large."""
+    def write(self, name: str, content: bytes | memoryview, condition: Mapping[str, str] | None = None) -> None:
+        """Write an object atomically, in parts if it is large. ``condition``: arguments of the request that makes it visible."""
         key = self.prefix + name
         if len(content) <= self.config.part_mb * MB:
-            self._request("put_object", Key=key, Body=content)
+            self._request("put_object", Key=key, Body=bytes(content), **(condition or {}))
         else:
-            self._write_in_parts(key, content, UPLOAD_ATTEMPTS)
+            self._write_in_parts(key, content, UPLOAD_ATTEMPTS, condition or {})
 
-    def _write_in_parts(self, key: str, content: bytes, attempts: int) -> None:
+    def replace(self, name: str, content: memoryview, expected: ObjectInfo | None) -> None:
+        """Write an object in the place of the expected one, None: of none. A server without conditional writes replaces any."""
+        condition = {"IfMatch": f'"{expected.version}"'} if expected else {"IfNoneMatch": "*"}
+        try:
+            self.write(name, content, condition)
+        except StorageError as error:
+            if code_of(error) in UNSUPPORTED:
+                self.write(name, content)
+            elif code_of(error) not in NOT_AS_EXPECTED:
+                raise
+            elif content != self.read(name):  # A first attempt, whose answer was lost, may have written it.
+                raise ReplacedMeanwhile(f"{self.uri}/{name} was replaced by another process: run the same command again") from error
+
+    def _write_in_parts(self, key: str, content: bytes | memoryview, attempts: int, condition: Mapping[str, str]) -> None:
         upload = self._begin_upload(key)
         try:
             size = self.config.part_mb * MB
             parts = []
             for number, start in enumerate(range(0, len(content), size), start=1):
                 part = content[start : start + size]
-                answer = self._request("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=part)
+                answer = self._request("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=bytes(part))
                 parts.append({"PartNumber": number, "ETag": answer["ETag"]})
-            self._complete_upload(key, upload, parts, content)
+            self._complete_upload(key, upload, parts, content, condition)
         except BaseException as error:
             self._abort_upload(key, upload)
             if code_of(error) != "NoSuchUpload" or attempts == 1:
                 raise
-            self._write_in_parts(key, content, attempts - 1)  # Another writer of the same title took this upload for a leftover.
+            self._write_in_parts(key, content, attempts - 1, condition)  # Another writer of the same title took this upload for a leftover.
 
     def _begin_upload(self, key: str) -> str:
         """Begin an upload; return its id. Abort the uploads of earlier attempts, whose answers with their ids were lost."""
@@ -227,13 +249,15 @@ class S3Objects:
                 log.warning("an unfinished upload of %s may be left in %s: %s", key, self.bucket, error)
         return upload
 
-    def _complete_upload(self, key: str, upload: str, parts: Sequence[Mapping[str, Any]], content: bytes) -> None:
+    def _complete_upload(
+        self, key: str, upload: str, parts: Sequence[Mapping[str, Any]], content: bytes | memoryview, condition: Mapping[str, str]
+    ) -> None:
         try:
-            self._request("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
+            self._request("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload={"Parts": parts}, **condition)
         except (StorageError, FileNotFoundError):
             # The first attempt may have succeeded although its answer was lost. Servers answer the second differently: read the object.
             try:
-                is_written = self.read(key.removeprefix(self.prefix)) == content
+                is_written = content == self.read(key.removeprefix(self.prefix))
             except (StorageError, FileNotFoundError):
                 is_written = False
             if not is_written:

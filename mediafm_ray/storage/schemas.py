@@ -22,6 +22,7 @@ METADATA_KEY = b"mediafm_ray"
 COMPRESSION = "zstd"
 COMPRESSION_LEVEL = 3
 ROW_GROUP_ROWS = 1024  # shots
+INCOMPARABLE = ("thumbnail", "facts")  # columns without a dictionary and statistics; only merged files have facts
 
 
 def shots_schema(fused_dim: int) -> pa.Schema:
@@ -118,23 +119,25 @@ def embedding_values(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 def encode_parquet(table: pa.Table, facts: Mapping[str, Any]) -> bytes:
     """Encode the Parquet file of one title: the same bytes for the same rows and facts."""
-    paths = {field.name: f"{field.name}.list.element" if _is_list(field.type) else field.name for field in table.schema}
-    floats = [paths[field.name] for field in table.schema if _is_float(field.type)]
-    others = [path for path in paths.values() if path not in floats and path != "thumbnail"]
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()})
     sink = io.BytesIO()
-    pq.write_table(
-        table,
-        sink,
-        compression=COMPRESSION,
-        compression_level=COMPRESSION_LEVEL,
-        use_dictionary=others,
-        use_byte_stream_split=floats,
-        row_group_size=ROW_GROUP_ROWS,
-        write_page_checksum=True,  # zstd stores incompressible data as it is, where a flipped bit would go unnoticed.
-        write_statistics=others,
-    )
+    pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, **parquet_options(table.schema))
     return sink.getvalue()
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """Return pyarrow's options for a Parquet file of these columns."""
+    paths = {field.name: f"{field.name}.list.element" if _is_list(field.type) else field.name for field in schema}
+    floats = [paths[field.name] for field in schema if _is_float(field.type)]
+    others = [path for name, path in paths.items() if path not in floats and name not in INCOMPARABLE]
+    return {
+        "compression": COMPRESSION,
+        "compression_level": COMPRESSION_LEVEL,
+        "use_dictionary": others,
+        "use_byte_stream_split": floats,
+        "write_page_checksum": True,  # zstd stores incompressible data as it is, where a flipped bit would go unnoticed.
+        "write_statistics": others,
+    }
 
 
 def read_facts(schema: pa.Schema) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import mmap
 import os
 import secrets
 import urllib.parse
@@ -22,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mediafm_ray.errors import says_absent
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig, object_path
-from mediafm_ray.storage.errors import StorageError, explain, retrying
+from mediafm_ray.storage.errors import ReplacedMeanwhile, StorageError, explain, retrying
 from mediafm_ray.storage.local import PARTIAL_FOLDER, LocalObjects
 from mediafm_ray.storage.s3 import S3Objects, s3_config_options
 from mediafm_ray.text import local_path
@@ -139,6 +140,19 @@ class Store:
     def write(self, name: str, content: bytes) -> None:
         """Write an object atomically: a reader sees the old object, none, or the whole new one, also with several writers."""
         self._explained(lambda: self.objects.write(name, content), name)
+
+    def replace(self, name: str, path: str, expected: ObjectInfo | None) -> None:
+        """Write the content of a local file as an object, in the place of the expected object, None: of none.
+
+        Raises ReplacedMeanwhile where another is there, if the kind of store can tell: the local one can, and servers with conditional
+        writes (If-Match); others replace whatever is there.
+        """
+        with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            content = memoryview(mapped)
+            try:
+                self._explained(lambda: self.objects.replace(name, content, expected), name)
+            finally:
+                content.release()
 
     def delete(self, name: str) -> None:
         """Remove an object; a missing one is no error."""
@@ -267,6 +281,11 @@ class FsspecObjects:
 
     def write(self, name: str, content: bytes) -> None:
         self._retried(lambda: self.filesystem.pipe_file(object_path(self.root, name), content))
+
+    def replace(self, name: str, content: memoryview, expected: ObjectInfo | None) -> None:
+        if self.info(name) != expected:
+            raise ReplacedMeanwhile(f"{object_path(self.root, name)} was replaced by another process: run the same command again")
+        self.write(name, bytes(content))
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):

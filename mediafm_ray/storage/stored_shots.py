@@ -38,7 +38,7 @@ class StoredShots:
 def read_shots(output: Output, name: str, model: Model) -> StoredShots:
     """Read a committed object of ``shots``. Raises TitleError where it is gone, damaged or does not match its name."""
     try:
-        content = output.store.read(name)
+        content = output.read(name)
     except FileNotFoundError as error:
         raise TitleError(f"{name} is gone: another job has replaced it; run this one again") from error
     try:

@@ -29,9 +29,11 @@ from mediafm_ray.storage.dataset import (
     contextual,
     derived,
     is_span,
+    object_key,
     object_name,
     parse_failure,
 )
+from mediafm_ray.storage.merged import COMPACTED, FILE_PATTERN, MARK_PATTERN, DamagedRows, LaterFormat, MergedFileError
 from mediafm_ray.storage.schemas import (
     contextual_schema,
     embedding_values,
@@ -44,6 +46,7 @@ from mediafm_ray.storage.schemas import (
 from mediafm_ray.storage.store import ObjectInfo
 
 NORM_TOLERANCE = 1e-3
+NOT_OURS = "not an object of this program: readers of the folder may fail on it"
 TIMES = ("shot_index", "start_s", "end_s")  # columns that contextual rows have in common with shots
 
 
@@ -59,6 +62,7 @@ class Finding:
     reason: str
     removable: bool = True  # The next run computes the object again. False: not written by this program, or not known to be broken.
     refused: bool = False  # The store could not be read.
+    is_merged: bool = False  # There is no such object: the rows are in a merged file.
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,10 @@ def check_model(output: Output) -> tuple[Model | None, list[Finding]]:
 
 
 def list_titles(output: Output) -> tuple[list[Sequence[tuple[str, ObjectInfo]]], list[Finding]]:
-    """List the objects and datasets of each title and source, and findings for all other objects."""
+    """List the objects and datasets of each title and source, and findings for all other objects.
+
+    Titles in merged files are among them, in the order of the files. A merged file that cannot be read is a finding.
+    """
     titles: dict[tuple[str, str], list[tuple[str, ObjectInfo]]] = {}
     strangers = []
     for dataset in output.datasets():
@@ -98,8 +105,33 @@ def list_titles(output: Output) -> tuple[list[Sequence[tuple[str, ObjectInfo]]],
             if match and info.name.endswith(".json" if dataset == FAILURES else ".parquet"):
                 titles.setdefault((match["title"], match["source"]), []).append((dataset, info))
             else:
-                strangers.append(Finding(info.name, "not an object of this program: readers of the folder may fail on it", removable=False))
-    return [titles[key] for key in sorted(titles)], strangers
+                strangers.append(Finding(info.name, NOT_OURS, removable=False))
+        if dataset != FAILURES:
+            found, broken = _list_merged(output, dataset)
+            strangers += broken
+            for info in found:
+                titles.setdefault(object_key(info.name), []).append((dataset, info))
+    ordered = sorted(titles, key=lambda key: titles[key][0][1].name.split("/", 1)[1])
+    return [titles[key] for key in ordered], strangers
+
+
+def _list_merged(output: Output, dataset: str) -> tuple[list[ObjectInfo], list[Finding]]:
+    """List the titles of a dataset that are only in merged files, and findings for merged files that cannot be read."""
+    titles, findings = [], []
+    for info in output.store.list(f"{COMPACTED}/{dataset}/"):
+        if not (file := FILE_PATTERN.fullmatch(info.name)):
+            if not MARK_PATTERN.fullmatch(info.name):
+                findings.append(Finding(info.name, NOT_OURS, removable=False))
+            continue
+        try:
+            for infos in output.list(dataset, f"shard={file['shard']}/").values():
+                titles += [info for info in infos if info.is_merged]
+        except LaterFormat as error:
+            findings.append(Finding(info.name, str(error), removable=False))
+        except MergedFileError as error:
+            reason = str(error).partition(": its titles are")[0]
+            findings.append(Finding(info.name, f"{reason}: without it, the next run computes its titles again that have no object"))
+    return titles, findings
 
 
 def check_title(output: Output, model: Model | None, objects: Sequence[tuple[str, ObjectInfo]]) -> Checked:
@@ -108,8 +140,11 @@ def check_title(output: Output, model: Model | None, objects: Sequence[tuple[str
     shots: pa.Table | None = None
     for dataset, info in sorted(objects, key=lambda pair: pair[0] != SHOTS):  # The others are compared with the shots.
         try:
-            content = output.store.read(info.name)
+            content = output.read(info.name) if info.is_merged else output.store.read(info.name)
         except FileNotFoundError:  # A newer source has superseded it.
+            continue
+        except DamagedRows as error:
+            findings.append(Finding(info.name, str(error).partition(": run mediafm verify")[0], is_merged=True))
             continue
         except Exception as error:  # fsspec's implementations raise many types, which do not show that the object is broken.
             findings.append(Finding(info.name, f"it could not be read ({type(error).__name__}: {error})", removable=False, refused=True))
@@ -126,7 +161,7 @@ def check_title(output: Output, model: Model | None, objects: Sequence[tuple[str
             else:
                 check_derived(content, info.name, output.dataset_version, dataset, shots)
         except BrokenObject as error:
-            findings.append(Finding(info.name, str(error)))
+            findings.append(Finding(info.name, str(error), is_merged=info.is_merged))
     return Checked(len(objects), sum(info.size for _, info in objects), findings)
 
 

@@ -35,8 +35,9 @@ from mediafm_ray.pipeline.rows import FAILED, OK, SKIPPED, TitleRow, failed, ski
 from mediafm_ray.pipeline.stages import Fuse
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs import backfill, plan
-from mediafm_ray.storage import catalog
+from mediafm_ray.storage import catalog, compaction
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
+from mediafm_ray.storage.compaction import compact_shard, shards_of
 from mediafm_ray.storage.dataset import (
     FAILURES,
     SHOTS,
@@ -58,6 +59,7 @@ FAULTS = {
 }
 LATE = 1e12  # seconds since the epoch: whatever failed is due
 EMBED, BACKFILL, DELETING = "embed", "backfill", "backfill that deletes"
+COMPACT = "compaction"
 MAX_CALLS = 14  # of the store by one job, about
 
 SETTINGS = settings(
@@ -77,6 +79,16 @@ versions = st.sampled_from([0, 1, 0, 1, 2])  # of a video
 changes = st.dictionaries(titles, versions, min_size=1, max_size=2)  # of videos
 kinds = st.sampled_from([EMBED, BACKFILL, DELETING])
 faults = st.just({}) | st.dictionaries(titles, st.sampled_from(["own", "own", "outage", SKIPPED]), min_size=1, max_size=2)
+
+
+class OnlyOne:
+    """The lease of a compaction where there is no other."""
+
+    def is_valid(self) -> bool:
+        return True
+
+    def store_time(self) -> float:
+        return LATE
 
 
 class Killed(BaseException):
@@ -181,6 +193,9 @@ class Ledger(RuleBasedStateMachine):
 
     def body(self, job: Job) -> None:
         """A job as jobs.embed_catalog and jobs.backfill_catalog order it."""
+        if job.kind == COMPACT:
+            self.compact(job)
+            return
         config, changes = self.configs[job.kind], self.changes
         if job.kind == EMBED:
             made, missing = plan.make_plan(config), None
@@ -207,6 +222,14 @@ class Ledger(RuleBasedStateMachine):
             outcome = row["outcome"][0].as_py()
             assert outcome == (OK if fault is None else SKIPPED if fault == SKIPPED else FAILED), row["error"]
 
+    def compact(self, job: Job) -> None:
+        """A compaction as jobs.compact_dataset orders it. Its lease, which is tested elsewhere, is the rule that there is only one."""
+        job.planned = True
+        dataset = EmbeddingDataset(f"{self.root}/out")
+        for name in dataset.names():
+            for shard in shards_of(dataset, name):
+                compact_shard(dataset, name, shard, OnlyOne())
+
     def call(self, method: str, real, store: Store, arguments: tuple) -> object:
         """A call of the store by a job."""
         job = self.running
@@ -220,29 +243,32 @@ class Ledger(RuleBasedStateMachine):
             result = real(store, *arguments)
             if method == "list":
                 result = iter(list(result))
+            name = f"{store.root}/{arguments[0]}" if arguments else ""
+            if method == "write":
+                self.clock += self.ticks or bool(self.jobs)
+                os.utime(name, (self.clock, self.clock))
+            if method not in ("list", "read") and Path(name).is_relative_to(self.out) and "shard=" in name:
+                try:
+                    self.check_call(method, str(Path(name).relative_to(self.out)), job)
+                except AssertionError as error:  # what the writer catches is not seen by anybody else
+                    job.error = error
         finally:
             job.is_calling = False
-        name = f"{store.root}/{arguments[0]}" if arguments else ""
-        if method == "write":
-            self.clock += self.ticks or bool(self.jobs)
-            os.utime(name, (self.clock, self.clock))
-        if method != "list" and Path(name).is_relative_to(self.out) and "shard=" in name:
-            try:
-                self.check_call(method, str(Path(name).relative_to(self.out)), job)
-            except AssertionError as error:  # what the writer catches is not seen by anybody else
-                job.error = error
         if command != "go on":
             raise Killed
         return result
 
     def check_call(self, method: str, name: str, job: Job) -> None:
         """No title is lost, and no attempt is counted that was none."""
+        listed = Counter(title for title, _ in plan.Output(f"{self.root}/out", MODEL.dataset_version).list(SHOTS))
+        for title in self.committed - set(listed):
+            assert title in job.gone, f"{title} is lost: the {job.kind} job has done {method} {name}"
+            self.committed.discard(title)
+        if name.startswith("compacted/"):
+            return
         dataset, (title, source) = name.split("/")[0], object_key(name)
         if dataset == SHOTS and method == "write":
             self.committed.add(title)
-        if dataset == SHOTS and method.startswith("delete") and title in self.committed and not list(self.out.glob(f"shots/*/{title}@*")):
-            assert title in job.gone, f"{title} is lost: the {job.kind} job has deleted {name}"
-            self.committed.discard(title)
         if dataset == FAILURES and method == "write":
             assert parse_failure((self.out / name).read_bytes())["attempts"] <= self.own_faults[title, source], name
 
@@ -380,6 +406,28 @@ class Ledger(RuleBasedStateMachine):
         self.end_all()
         self.run_whole({}, ours, {}, True)
 
+    @precondition(lambda self: COMPACT not in {job.kind for job in self.jobs})
+    @rule(calls=st.integers(1, 60), then=st.sampled_from(["go on later", "kill before", "kill after", "end", "end"]))
+    def compact_titles(self, calls: int, then: str) -> None:
+        """A compaction, whole, killed, or to be gone on with while jobs run."""
+        if not (self.out / "model.json").exists():
+            return
+        before = {} if self.jobs else self.titles_listed()
+        job = Job(self, COMPACT, {})
+        with self.among_others():
+            job.go_on(10_000 if then == "end" else calls)
+            if then.startswith("kill") and not job.ended:
+                job.kill(then == "kill after")
+        if not job.ended:
+            self.jobs.append(job)
+        if not self.jobs or self.jobs == [job]:
+            assert not before or self.titles_listed() == before, "a compaction has changed what there is"
+
+    def titles_listed(self) -> dict[str, set[tuple[str, str]]]:
+        """The titles and sources of every dataset."""
+        output = plan.Output(f"{self.root}/out", MODEL.dataset_version)
+        return {name: set(output.list(name)) for name in output.datasets()}
+
     @precondition(lambda self: self.jobs)
     @rule()
     def end_all(self) -> None:
@@ -453,7 +501,7 @@ class Ledger(RuleBasedStateMachine):
         else:
             for path, content in before.items():
                 name = str(Path(path).relative_to(self.root / "out")).partition("/")[2]
-                if "shard=" in name and object_key(name)[0] not in set(map(encode_title, entries)):
+                if "shard=" in name and not name.startswith("compacted/") and object_key(name)[0] not in set(map(encode_title, entries)):
                     assert self.tree()[path] == content, f"{name} is touched, and its title is gone"
         newest = {object_key(info.name)[0] for info in newest_objects(listed.get(SHOTS, {}))}
         assert self.committed <= newest
@@ -488,11 +536,12 @@ def patched(patch: pytest.MonkeyPatch) -> None:
         return lambda store, *arguments: Ledger.current.call(method, real, store, arguments)
 
     patch.setattr(catalog, "_read_folder", read)
-    for method in ("list", "read", "write", "delete", "delete_unless_newer"):
+    for method in ("list", "read", "write", "replace", "delete", "delete_unless_newer"):
         patch.setattr(Store, method, stopping(method))
     patch.setattr(plan, "describe_model", lambda config: MODEL)
     patch.setattr(os, "fsync", lambda descriptor: None)  # no disk loses power here
     patch.setattr(backfill, "STORE_THREADS", 1)  # the same order every time
+    patch.setattr(compaction, "THREADS", 1)
 
 
 def test_ledger(monkeypatch):
