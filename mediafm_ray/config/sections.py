@@ -311,6 +311,7 @@ class FilterConfig(ConfigSection):
     start_s: float | None = resource(None, "only shots that end after this second of their title; null = any", below=math.inf)
     end_s: float | None = resource(None, "only shots that begin before this second of their title; null = any", below=math.inf)
     languages: list[str] = resource([], "only shots with text in one of these languages; en includes en-US; empty = all shots")
+    min_length_s: float = resource(0.0, "only shots of at least this many seconds", min=0, below=math.inf)
 
     def __post_init__(self) -> None:
         super().__post_init__()
