@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from mediafm_ray.spec import MODALITIES, ConfigSection, resource
 
@@ -317,3 +318,19 @@ class FilterConfig(ConfigSection):
         super().__post_init__()
         if self.start_s is not None and self.end_s is not None and self.start_s >= self.end_s:
             raise ValueError(f"end_s ({self.end_s:g}) must be greater than start_s ({self.start_s:g})")
+
+
+@dataclass(frozen=True)
+class ExploreConfig(ConfigSection):
+    """The local web application. No key of this section changes what is stored."""
+
+    host: str = resource(
+        "127.0.0.1", "address to listen at; another one than 127.0.0.1, ::1 or localhost can be reached by others and demands a token"
+    )
+    port: int = resource(8642, "port to listen at; 0 = a free one", min=0, max=65535)
+    token: str = resource("", "token that visitors need; empty = none on this machine alone, a random one otherwise")
+    hosts: list[str] = resource([], "further host names by which browsers may address the application, such as that of a proxy")
+    second_index: str = resource(
+        "", "a second index of the same dataset version with the other vectors, fused or contextual, for likeness by these; empty = none"
+    )
+    storage_options: dict[str, Any] = resource({}, "options of the file system of remote videos (fsspec), as media.storage_options")
