@@ -86,28 +86,28 @@ def title_values(content: TitleContent) -> dict[str, Any]:
         "scenes": scenes,
         "spaces": {name: _space(vectors_SD) for name, vectors_SD in content.vectors.items()},
     }
-    return dict(
-        data=data,
-        title=visible(str(content.facts.get("title_id", ""))),
-        index=content.index,
-        figures=_title_figures(lengths_s, media, len(scenes)),
-        warnings=[visible(warning) for warning in media.get("warnings", [])][:MAX_WARNINGS],
-        hidden_warnings=max(len(media.get("warnings", [])) - MAX_WARNINGS, 0),
-        notes=[
+    return {
+        "data": data,
+        "title": visible(str(content.facts.get("title_id", ""))),
+        "index": content.index,
+        "figures": _title_figures(lengths_s, media, len(scenes)),
+        "warnings": [visible(warning) for warning in media.get("warnings", [])][:MAX_WARNINGS],
+        "hidden_warnings": max(len(media.get("warnings", [])) - MAX_WARNINGS, 0),
+        "notes": [
             visible(note)
             for note in [
                 *content.notes,
                 *([] if columns["levels"] or not sum(shots["has_audio"].to_pylist()) else ["No levels of sound are stored."]),
             ]
         ],
-        spaces=list(content.vectors),
-        has_scenes=bool(scenes),
-        has_gradual=BOUNDARY_GRADUAL in columns["kind"],
-        histogram=length_histogram(lengths_s),
-        coverage=_coverage(shots, lengths_s, columns["shares"]),
-        facts=title_facts_shown(content.facts),
-        count=count,
-    )
+        "spaces": list(content.vectors),
+        "has_scenes": bool(scenes),
+        "has_gradual": BOUNDARY_GRADUAL in columns["kind"],
+        "histogram": length_histogram(lengths_s),
+        "coverage": _coverage(shots, lengths_s, columns["shares"]),
+        "facts": title_facts_shown(content.facts),
+        "count": count,
+    }
 
 
 def length_histogram(lengths_s: np.ndarray) -> list[dict[str, float]]:

@@ -1,6 +1,7 @@
 """Access to the web application: the names by which it may be addressed, the token, and headers that bind a page to this server.
 
-A page of another origin whose name was made to point here (DNS rebinding) sends its own name as Host, and is refused. Standard library only.
+A page of another origin whose name was made to point here (DNS rebinding) sends its own name as Host, and is refused. Standard
+library only.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ class Catalog:
         version = config.dataset.version or (self.index.facts.dataset_version if self.index else "")
         self.dataset = open_dataset(config.output.uri, version, config.storage)
         if self.index and self.index.facts.dataset_version != self.dataset.version:
-            self.problem = f"{self.index.uri} is of dataset version {self.index.facts.dataset_version}, the dataset shown here is {self.dataset.version}"
+            there = self.index.facts.dataset_version
+            self.problem = f"{self.index.uri} is of dataset version {there}, the dataset shown here is {self.dataset.version}"
             self.index = None
         self.spaces = self._open_spaces()
         self.counts = {name: index.shots(column) for name, (index, column) in self.spaces.items()}

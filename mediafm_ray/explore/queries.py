@@ -48,6 +48,8 @@ class Search:
         for name, value in fields.items():
             if len(value) > MAX_TEXT and name != "like":
                 raise ConfigError(f"{name}: at most {MAX_TEXT} characters can be searched for")
+        if fields["q"]:  # Words replace the shot, clip or picture of the search before.
+            fields |= dict.fromkeys(("like", "shot", "start", "end", "picture"), "")
         return cls(**fields)
 
     @property
@@ -109,7 +111,7 @@ def link(path: str, **fields: Any) -> str:
 def find(catalog: Catalog, search: Search) -> Found:
     """Search. Raises ConfigError, DatasetError for what cannot be searched for."""
     count = int(search.count) if search.count.isascii() and search.count.isdigit() and int(search.count) in COUNTS else COUNTS[0]
-    by = search.by or _default(catalog, search)
+    by = _vectors(catalog, search)
     query = _query(catalog, search, by)
     return _found(catalog, search, by, query, count)
 
@@ -128,22 +130,24 @@ def find_by_each(catalog: Catalog, search: Search) -> dict[str, Found | str]:
     return columns
 
 
-def _default(catalog: Catalog, search: Search) -> str:
+def _vectors(catalog: Catalog, search: Search) -> str:
+    """Return the vectors to compare: those that were asked for, if the query can be compared with them."""
     if search.kind == "words":
-        return next(iter(catalog.words.encoders), "text")
-    return "video" if search.kind == "picture" else catalog.kind
+        return search.by if search.by in catalog.words.encoders else next(iter(catalog.words.encoders), "text")
+    return "video" if search.kind == "picture" else search.by or catalog.kind
 
 
 def _query(catalog: Catalog, search: Search, by: str) -> Query:
-    if search.kind in ("words", "picture"):
-        if search.kind == "words" and by not in catalog.words.encoders:
-            raise ConfigError(catalog.words.reasons.get(by) or f"words are not compared with {by} vectors: {_or(catalog.words.encoders)}")
-        if search.kind == "picture" and (catalog.no_pictures or by != "video"):
-            raise ConfigError(catalog.no_pictures or "a picture is compared with video vectors only")
-        vector_D = catalog.words_vector(by, search.q) if search.kind == "words" else catalog.picture_vector(search.picture)
-        return Query({}, catalog.spaces[by][1], vector_D)
+    if search.kind == "words":
+        if by not in catalog.words.encoders:
+            raise ConfigError(f"words cannot be searched for: {catalog.words.reasons[by]}")
+        return Query({}, catalog.spaces[by][1], catalog.words_vector(by, search.q))
+    if search.kind == "picture":
+        if catalog.no_pictures:
+            raise ConfigError(f"a picture cannot be searched with: {catalog.no_pictures}")
+        return Query({}, catalog.spaces[by][1], catalog.picture_vector(search.picture))
     if by not in SPACES:
-        raise ConfigError(f"there are no {by!r} vectors: choose {_or(catalog.spaces)}")
+        raise ConfigError(f"there are no {by!r} vectors; there are: {', '.join(catalog.spaces)}")
     if by not in catalog.spaces:
         raise ConfigError(catalog.missing(by))
     index, column = catalog.spaces[by]
@@ -177,7 +181,3 @@ def _seconds(name: str, text: str) -> float | None:
     if not math.isfinite(seconds) or seconds < 0:
         raise ConfigError(f"{name}: expected seconds, such as 61.5, not {text!r}")
     return seconds
-
-
-def _or(names: Any) -> str:
-    return " or ".join(names) or "none"

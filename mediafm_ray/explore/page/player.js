@@ -15,7 +15,7 @@ const Player = (() => {
   function show(shot) {
     if (shot === shown) return;
     shown = shot;
-    byId("now-shot").textContent = `Shot ${shot} of ${COUNT}, ${clock(SHOTS.start[shot])} to ${clock(SHOTS.end[shot])}${SCENES.length ? `, scene ${sceneOf(shot)}` : ""}`;
+    byId("now-shot").textContent = `Shot ${shot}, ${clock(SHOTS.start[shot])} to ${clock(SHOTS.end[shot])}${SCENES.length ? `, scene ${sceneOf(shot)}` : ""}`;
     byId("now-text").textContent = textOf(shot);
     const still = byId("still-picture");
     still.alt = `Middle frame of shot ${shot}`;
