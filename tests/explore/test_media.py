@@ -22,10 +22,19 @@ def content(root):
 
 @pytest.mark.parametrize(
     ("header", "part"),
-    [("bytes=0-", (0, 1000)), ("bytes=0-0", (0, 1)), ("bytes=999-", (999, 1000)), ("bytes=10-19", (10, 20)), ("bytes=990-5000", (990, 1000))]
-    + [("bytes=-1", (999, 1000)), ("bytes=-5000", (0, 1000)), (" bytes = 1 - 2 ", (1, 3))]
-    + [(header, None) for header in ("", "bytes=", "bytes=-", "lines=0-1", "bytes=5-3", "bytes=0-1,5-6", "bytes=a-b", "bytes=0x1-2", "bytes=\u0661-")],
-)  # fmt: skip
+    [
+        ("bytes=0-", (0, 1000)),
+        ("bytes=0-0", (0, 1)),
+        ("bytes=999-", (999, 1000)),
+        ("bytes=10-19", (10, 20)),
+        ("bytes=990-5000", (990, 1000)),
+        ("bytes=-1", (999, 1000)),
+        ("bytes=-5000", (0, 1000)),
+        (" bytes = 1 - 2 ", (1, 3)),
+        *((header, None) for header in ("", "bytes=", "bytes=-", "lines=0-1", "bytes=5-3", "bytes=0-1,5-6")),
+        *((header, None) for header in ("bytes=a-b", "bytes=0x1-2", "bytes=\u0661-")),
+    ],
+)
 def test_the_part_that_a_header_asks_for(header, part):
     assert parse_range(header, 1000) == part
 
@@ -111,7 +120,7 @@ def test_a_video_in_object_storage_is_read_by_ranges(tmp_path, moto, monkeypatch
     for name, value in moto.environment().items():
         monkeypatch.setenv(name, value)
     bucket, content = moto.bucket(), os.urandom(3 << 20)
-    key = "films/what?versionId=1 \u00e9#.mp4"
+    key = "films/what? \u00e9#.mp4"
     moto.client().put_object(Bucket=bucket, Key=key, Body=content)
     commit(tmp_path / "out", FILM, 3)
     rewrite(tmp_path / "out", FILM, {"video": f"s3://{bucket}/{key}", "media": media_facts(3, {**H264, "bytes": len(content)})}, {})

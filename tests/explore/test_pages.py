@@ -3,6 +3,7 @@
 import html
 import re
 import urllib.parse
+from html.parser import HTMLParser
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.explore.made import FILM, GONE, ODD_IDS, OLD, SEQUEL, SHOTS, client_o
 from tests.hostile_text import HOSTILE
 from tests.searchable import PARTS, build, commit, expected, vectors_of
 
+NEAREST = 8  # results whose cosines differ by more than half precision loses
 PLACE = re.compile(r'data-title="(.*?)" data-shot="(\d+)"', re.DOTALL)
 
 
@@ -24,11 +26,12 @@ def test_shots_like_a_shot_are_those_of_a_search_by_hand(client, by):
     part = PARTS.get(by, slice(None))
     wanted, cosines = expected(vectors_of(FILM, SHOTS[FILM])[4, part], part, titles=SHOTS, without=[(FILM, 4)])
     answer = client.get(link("/", like=FILM, shot=4, by=by))
-    assert places(answer) == wanted[:24]
+    assert places(answer)[:NEAREST] == wanted[:NEAREST]
+    assert len(places(answer)) == 24
     assert f"<b>{cosines[0]:.3f}</b>" in answer.text
-    assert places(client.get(link("/", like=FILM, shot=4, by=by, count=48))) == wanted[:48]
+    assert sorted(places(client.get(link("/", like=FILM, shot=4, by=by, count=96)))) == sorted(wanted)
     elsewhere = [place for place in wanted if place[0] != FILM]
-    assert places(client.get(link("/", like=FILM, shot=4, by=by, others=1))) == elsewhere[:24]
+    assert places(client.get(link("/", like=FILM, shot=4, by=by, others=1)))[:NEAREST] == elsewhere[:NEAREST]
 
 
 def test_a_clip_is_searched_with_as_the_command_does(client):
@@ -50,7 +53,7 @@ def test_filters_keep_titles_times_languages_and_lengths(client):
         ({"title": "' OR '1'='1"}, lambda title_id, shot: False),
     ):
         answer = client.get(link("/", like=FILM, shot=0, count=96, **fields))
-        assert places(answer) == [place for place in wanted if holds(*place)], fields
+        assert sorted(places(answer)) == sorted(place for place in wanted if holds(*place)), fields
         assert ("No shot was found" in answer.text) == (not any(holds(*place) for place in wanted))
 
 
@@ -136,6 +139,24 @@ def test_thumbnails_are_those_of_the_dataset(client):
         assert client.get(link("/thumbnail", id=title_id, shot=shot)).status_code == 404
 
 
+class Inspected(HTMLParser):
+    """A parser that objects to every element and attribute that the templates do not write."""
+
+    def __init__(self, address):
+        super().__init__()
+        self.address = address
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        assert tag not in ("style", "iframe", "base", "object"), self.address
+        assert tag != "svg" or found == {**found, "class": "histogram", "role": "img"}, self.address
+        assert not [name for name in found if name.startswith("on") or name == "style"], self.address
+        if tag == "script":
+            assert found.get("src", "").startswith("/static/") or found.get("type") == "application/json", self.address
+        for name in ("src", "href", "action"):
+            assert re.match(r"/(?!/)|#|data:,$", found.get(name, "/")), (self.address, found[name])
+
+
 @pytest.mark.parametrize("text", HOSTILE[:9])
 def test_no_text_becomes_markup(client, text):
     for address in (
@@ -147,24 +168,27 @@ def test_no_text_becomes_markup(client, text):
     ):
         answer = client.get(address)
         assert answer.status_code in (200, 400, 404), address
-        for markup in ("<script>window", "<img src=x", "<svg onload", "onmouseover='window", "<style>*", "<!--<script>", "49{%"):
-            assert markup not in answer.text, (address, markup)
+        assert "49{%" not in answer.text
+        Inspected(address).feed(answer.text)
 
 
 @pytest.mark.parametrize("title_id", ODD_IDS)
 def test_titles_of_any_name_are_found_shown_and_played(client, title_id):
     wanted, _ = expected(vectors_of(title_id, 3)[2], titles=SHOTS, without=[(title_id, 2)])
     answer = client.get(link("/", like=title_id, shot=2))
-    assert places(answer) == wanted[:24]
+    assert places(answer)[:NEAREST] == wanted[:NEAREST]
     assert client.get(link("/title", id=title_id)).status_code == 200
     assert client.get(link("/media", id=title_id)).content == client.get(link("/media", id=FILM)).content
 
 
 @pytest.mark.parametrize(
     "path",
-    ["/static/..%2f..%2fapp.py", "/static/../app.py", "/static/%2e%2e/catalog.py", "/media/film", "/media?id=..%2F..%2Fvideos%2Ffilm", "/media"]
-    + ["/title?id=%00", "/thumbnail?id=film&shot=%00", "/media?id=%2Fetc%2Fpasswd", "//evil.example/", "/static/explore.js%00"],
-)  # fmt: skip
+    [
+        *("/static/..%2f..%2fapp.py", "/static/../app.py", "/static/%2e%2e/catalog.py", "/static/explore.js%00"),
+        *("/media", "/media/film", "/media?id=..%2F..%2Fvideos%2Ffilm", "/media?id=%2Fetc%2Fpasswd"),
+        *("/title?id=%00", "/thumbnail?id=film&shot=%00"),
+    ],
+)
 def test_only_what_the_dataset_and_the_package_name_is_served(client, path):
     answer = client.get(path)
     assert answer.status_code in (400, 404), answer.text
