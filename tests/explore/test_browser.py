@@ -79,6 +79,14 @@ def page(server, browser):  # noqa: F811
     context.close()
 
 
+def until(page, expression, argument=None):
+    """Wait until an expression is true. Playwright's own way needs eval, which the page's policy forbids."""
+    deadline = time.monotonic() + 30
+    while not page.evaluate(expression, argument):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(20)
+
+
 def search_by_clip(page, title_id=FILM, start="6", end="8"):
     page.click("summary:has-text('Search by a clip')")
     form = page.locator("form:has(input[name=start])")
@@ -90,10 +98,10 @@ def search_by_clip(page, title_id=FILM, start="6", end="8"):
 
 def playing(page):
     """Wait until the video has played on."""
-    page.wait_for_function("document.getElementById('video').readyState >= 2")
+    until(page, "document.getElementById('video').readyState >= 2")
     before = page.evaluate("document.getElementById('video').currentTime")
     page.evaluate("(() => { const video = document.getElementById('video'); video.muted = true; return video.play(); })()")
-    page.wait_for_function("(before) => document.getElementById('video').currentTime > before + 0.2", arg=before)
+    until(page, "(before) => document.getElementById('video').currentTime > before + 0.2", before)
 
 
 def test_search_filter_play_compare_and_save(page, tmp_path):
@@ -116,7 +124,7 @@ def test_search_filter_play_compare_and_save(page, tmp_path):
     page.wait_for_selector("#video")
     start = json.loads(page.text_content("#data"))["shots"]["start"]
     shot = int(re.search(r"shot=(\d+)", page.url)[1])
-    page.wait_for_function("(at) => Math.abs(document.getElementById('video').currentTime - at) < 0.5", arg=start[shot])
+    until(page, "(at) => Math.abs(document.getElementById('video').currentTime - at) < 0.5", start[shot])
     playing(page)
     page.check("#pick")
     assert page.text_content("#selection-count") == "2 shots selected"
@@ -135,23 +143,23 @@ def test_search_filter_play_compare_and_save(page, tmp_path):
 
 def test_the_timeline_follows_the_playback_and_leads_it(page, server):
     page.goto(f"{server}title?id={FILM}&shot=2")
-    page.wait_for_function("document.getElementById('video').readyState >= 2")
+    until(page, "document.getElementById('video').readyState >= 2")
     box = page.locator("#strip").bounding_box()
-    page.mouse.click(box["x"] + box["width"] * 0.55, box["y"] + 60)  # of 24 s
-    page.wait_for_function("Math.abs(document.getElementById('video').currentTime - 13.2) < 0.3")
+    page.locator("#strip").click(position={"x": box["width"] * 0.55, "y": 60})  # of 24 s
+    until(page, "Math.abs(document.getElementById('video').currentTime - 13.2) < 0.3")
     assert page.get_attribute("#strip", "aria-valuenow") == "6"
     page.evaluate("document.getElementById('video').currentTime = 17.7")
-    page.wait_for_function("document.getElementById('strip').getAttribute('aria-valuenow') === '8'")
+    until(page, "document.getElementById('strip').getAttribute('aria-valuenow') === '8'")
     playing(page)
-    page.wait_for_function("document.getElementById('strip').getAttribute('aria-valuenow') === '9'")
+    until(page, "document.getElementById('strip').getAttribute('aria-valuenow') === '9'")
     assert page.text_content("#now-shot").startswith("Shot 9, 0:18.0 to 0:20.0")
     page.evaluate("document.getElementById('video').pause()")
     page.focus("#strip")
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function("Math.abs(document.getElementById('video').currentTime - 16) < 0.3")
+    until(page, "Math.abs(document.getElementById('video').currentTime - 16) < 0.3")
     page.check("#only-shot")
     page.evaluate("(() => { const video = document.getElementById('video'); video.currentTime = 17.5; return video.play(); })()")
-    page.wait_for_function("document.getElementById('video').currentTime < 17")  # it begins again
+    until(page, "document.getElementById('video').currentTime < 17")  # it begins again
     assert page.get_attribute("#strip", "aria-valuenow") == "8"
 
 
@@ -170,12 +178,10 @@ def test_everything_can_be_used_with_the_keyboard_alone(page, server):
     reached = []
     for _ in range(30):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.textContent.trim() || document.activeElement.name"))
+        reached.append(page.evaluate("document.activeElement.name || document.activeElement.textContent.trim()"))
         if reached[-1].startswith("Search by a clip"):
             break
-    assert {"Titles", "Skip to the results", "by", "Search", "Filters"} <= {
-        name.split("\n")[0] if "\n" in name else name for name in reached
-    }
+    assert {"Titles", "Skip to the results", "by", "Search", "Filters"} <= set(reached)
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
     page.keyboard.type(FILM)
@@ -206,6 +212,6 @@ def test_nothing_is_cut_off_at_the_side_and_hostile_titles_are_text(page, server
             == 0
         )
     page.locator(f".name a:has-text({json.dumps(HOSTILE[1])})").click()
-    page.wait_for_function("performance.getEntriesByName('ready').length > 0")
+    until(page, "performance.getEntriesByName('ready').length > 0")
     assert page.text_content("h1") == HOSTILE[1]
     assert page.text_content("#now-text") == HOSTILE[1]
