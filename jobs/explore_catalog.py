@@ -45,6 +45,7 @@ def main(config: ExploreCatalogConfig) -> int:
     app = make_app(catalog, host, tuple(config.explore.hosts), token)
     name = f"[{host}]" if ":" in host else host
     address = f"http://{name}:{listening.getsockname()[1]}/{f'?token={token}' if token else ''}"
+    listening.listen()  # Before the address is printed: whoever opens it at once waits instead of being refused.
     print(f"{len(catalog.objects)} titles, {catalog.shots} shots that can be searched: open {address} (Ctrl-C ends it)", flush=True)
     options = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=3)
     with listening, contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has ended the connections.
