@@ -35,7 +35,7 @@ from mediafm_ray.explore.access import Guard
 from mediafm_ray.explore.cache import BoundedCache
 from mediafm_ray.explore.catalog import SPACES, Catalog
 from mediafm_ray.explore.export import FORMATS, export, parse_places
-from mediafm_ray.explore.queries import COUNTS, Found, Search, find, find_by_each, link
+from mediafm_ray.explore.queries import COUNTS, Found, Search, find, find_by_each, link, shot_number
 from mediafm_ray.explore.video import OpenVideo, RangeError, content_type, open_video, parse_range, playable_type
 from mediafm_ray.storage.dataset import DatasetError
 from mediafm_ray.storage.store import fsspec_options
@@ -164,8 +164,7 @@ class Pages:
         return self._render("player.html", id=title_id, data=Markup(json_for_html(data)), player=player, scripts=scripts, **values)
 
     def _shot(self, title_id: str, shot: str) -> dict[str, Any]:
-        title = self.catalog.title(title_id)
-        number = int(shot) if shot.isascii() and shot.isdigit() and len(shot) < 10 else -1
+        title, number = self.catalog.title(title_id), shot_number(shot)
         title.check(number)
         return {**title.shots.slice(number, 1).to_pylist()[0], "title_id": title_id}
 
@@ -173,9 +172,7 @@ class Pages:
 
     def thumbnail(self, request: Request) -> Response:
         """Answer with the stored picture of a shot, or with a drawing where none is stored."""
-        shot = request.query_params.get("shot", "")
-        number = int(shot) if shot.isascii() and shot.isdigit() and len(shot) < 10 else -1
-        jpeg = self.catalog.thumbnail(request.query_params.get("id", ""), number)
+        jpeg = self.catalog.thumbnail(request.query_params.get("id", ""), shot_number(request.query_params.get("shot", "")))
         kept = {"cache-control": "private, max-age=3600"}
         return Response(jpeg, media_type="image/jpeg", headers=kept) if jpeg else Response(NO_PICTURE, media_type="image/svg+xml")
 

@@ -152,7 +152,7 @@ def _query(catalog: Catalog, search: Search, by: str) -> Query:
         raise ConfigError(catalog.missing(by))
     index, column = catalog.spaces[by]
     if search.kind == "shot":
-        return shot_query(index, search.like, _number(search.shot), column)
+        return shot_query(index, search.like, shot_number(search.shot), column)
     ends = _seconds("start", search.start), _seconds("end", search.end)
     if ends[0] is None or ends[1] is None:
         raise ConfigError("a clip needs its start and its end in seconds")
@@ -165,7 +165,8 @@ def _found(catalog: Catalog, search: Search, by: str, query: Query, count: int) 
     return Found(by, shots.to_pylist(), catalog.counts[by], catalog.shots)
 
 
-def _number(text: str) -> int:
+def shot_number(text: str) -> int:
+    """Parse the index of a shot. Raises ConfigError."""
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise ConfigError(f"shot: expected its index, counted from 0, not {text!r}")
     return int(text)

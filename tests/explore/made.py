@@ -20,7 +20,7 @@ from tests.searchable import MODEL, SHOT_S, build, commit
 
 RATE = 25
 FILM, SEQUEL, GONE, OLD = "film", "film two", "gone", "old mpeg"
-ODD_IDS = ["../film", "a%2e%2e/b", "it's: \u2603", "a title:3", *HOSTILE[:4], HOSTILE[9]]
+ODD_IDS = ["../film", "a%2e%2e/b", "it's: \u2603", "a title:3", *HOSTILE[:4], HOSTILE[9], "x" * 400]
 SHOTS = {FILM: 12, SEQUEL: 8, GONE: 5, OLD: 4, **dict.fromkeys(ODD_IDS, 3)}
 H264 = {
     "container": "mov,mp4,m4a,3gp,3g2,mj2",

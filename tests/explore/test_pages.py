@@ -136,7 +136,7 @@ def test_thumbnails_are_those_of_the_dataset(client):
         answer = client.get(link("/thumbnail", id=title_id, shot=count - 1))
         assert (answer.content, answer.headers["content-type"]) == (thumbnail(title_id, count - 1), "image/jpeg")
     for title_id, shot in ((FILM, 12), (FILM, -1), (FILM, "0/../.."), ("../../etc/passwd", 0), ("", 0)):
-        assert client.get(link("/thumbnail", id=title_id, shot=shot)).status_code == 404
+        assert client.get(link("/thumbnail", id=title_id, shot=shot)).status_code in (400, 404)
 
 
 class Inspected(HTMLParser):
@@ -163,8 +163,6 @@ def test_no_text_becomes_markup(client, text):
         *(link("/", **{name: text}) for name in ("q", "title", "language", "after", "shot", "by", "picture")),
         *(link("/", like=text, shot=1), link("/", like=text, start=text, end=text), link("/", like=FILM, shot=1, title=text)),
         *(link("/compare", like=text, shot=1), link("/titles", part=text, page=text), link("/title", id=text, shot=text)),
-        *(link("/title", id=title_id) for title_id in ODD_IDS),
-        *(link("/", like=title_id, shot=1, count=96) for title_id in ODD_IDS),
     ):
         answer = client.get(address)
         assert answer.status_code in (200, 400, 404), address
@@ -177,7 +175,10 @@ def test_titles_of_any_name_are_found_shown_and_played(client, title_id):
     wanted, _ = expected(vectors_of(title_id, 3)[2], titles=SHOTS, without=[(title_id, 2)])
     answer = client.get(link("/", like=title_id, shot=2))
     assert places(answer)[:NEAREST] == wanted[:NEAREST]
-    assert client.get(link("/title", id=title_id)).status_code == 200
+    page = client.get(link("/title", id=title_id))
+    assert page.status_code == 200
+    for shown in (answer, page):
+        Inspected(title_id).feed(shown.text)
     assert client.get(link("/media", id=title_id)).content == client.get(link("/media", id=FILM)).content
 
 
