@@ -72,7 +72,7 @@ class Guard:
         self.app, self.token = app, token
         self.names = {name.lower() for name in (host, *hosts)}
         self.any_number = not is_loopback(host)
-        self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()} if self.any_number else set(LOOPBACK_NAMES)
+        self.names |= {socket.gethostname().lower()} if self.any_number else set(LOOPBACK_NAMES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""

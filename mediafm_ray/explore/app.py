@@ -158,7 +158,7 @@ class Pages:
             values = title_values(title_content(self.catalog.dataset, title_id, index="/titles"))
         except ValueError as error:
             raise DatasetError(f"{title_id!r} cannot be shown: {error}") from error
-        data = {**values.pop("data"), "id": title_id, "spaces_searched": list(self.catalog.spaces)}
+        data = {**values.pop("data"), "id": title_id}
         player = {"absent": absent, "replaced": replaced, "mime": mime, "unplayable": unplayable}
         scripts = ["common.js", "title.js", "explore.js", "player.js"]
         return self._render("player.html", id=title_id, data=Markup(json_for_html(data)), player=player, scripts=scripts, **values)

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 SPACES = ("fused", "contextual", *MODALITIES)  # the kinds of vectors by which shots are compared
 ROW_COLUMNS = ("shot_index", "start_s", "end_s", "text", "language", "has_audio")
+MAX_ID_LENGTH = 1024  # characters of a title id, for which similar ones are looked for; a catalog has no longer ones
 CUT_ID = "~"  # In an object's name it marks a long title id, which is cut there.
 MAX_THUMBNAIL_BYTES = 128 << 20  # the stored thumbnails in memory
 MAX_TITLE_BYTES = 64 << 20  # the rows and facts of titles in memory
@@ -80,11 +81,13 @@ class Catalog:
     def __init__(self, config: ExploreCatalogConfig):
         self.config = config
         self.index, self.problem = _open_index(config)
-        version = config.dataset.version or (self.index.facts.dataset_version if self.index else "")
+        indexed = self.index.facts.dataset_version if self.index else ""
+        stored = dataset_versions(config.output.uri, config.storage) if indexed and config.output.uri else []
+        version = config.dataset.version or (indexed if indexed in stored else "")
         self.dataset = open_dataset(config.output.uri, version, config.storage)
-        if self.index and self.index.facts.dataset_version != self.dataset.version:
-            there = self.index.facts.dataset_version
-            self.problem = f"{self.index.uri} is of dataset version {there}, the dataset shown here is {self.dataset.version}"
+        self.is_other = indexed not in ("", self.dataset.version)
+        if self.is_other:
+            self.problem = f"{config.index.uri} is of dataset version {indexed}, the dataset shown here is {self.dataset.version}"
             self.index = None
         self.spaces = self._open_spaces()
         self.counts = {name: index.shots(column) for name, (index, column) in self.spaces.items()}
@@ -167,7 +170,7 @@ class Catalog:
         """The command that makes an index for this dataset."""
         words = [f"output.uri={self.config.output.uri}", f"index.uri={self.config.index.uri or '/data/index'}"]
         words += [f"dataset.version={self.dataset.version}"] if self.config.dataset.version else []
-        words += ["index.replace=true"] if "is of dataset version" in self.problem else []
+        words += ["index.replace=true"] if self.is_other else []
         return shlex.join(["mediafm", "index", *words])
 
     def missing(self, space: str) -> str:
@@ -239,6 +242,8 @@ class Catalog:
 
     def _known(self, title_id: str) -> str:
         if title_id not in self.objects:
+            if len(title_id) > MAX_ID_LENGTH:
+                raise DatasetError("the dataset has no title with so long an id")
             raise DatasetError(f"the dataset has no title {title_id!r}{suggest_titles(title_id, list(self.objects))}")
         return self.objects[title_id]
 
@@ -270,7 +275,4 @@ def _open_index(config: ExploreCatalogConfig) -> tuple[ShotIndex | None, str]:
         check_index(index, config.index)
     except (DatasetError, StorageError) as error:
         return None, str(error)
-    versions = dataset_versions(config.output.uri, config.storage) if config.output.uri else []
-    if not config.dataset.version and versions and index.facts.dataset_version not in versions:
-        return None, f"{index.uri} is of dataset version {index.facts.dataset_version}, the output has {', '.join(versions)}"
     return index, ""

@@ -46,7 +46,7 @@ class Search:
         fields = {entry.name: parameters.get(entry.name, "").strip() for entry in dataclasses.fields(cls)}
         fields["like"] = parameters.get("like", "")  # An id may begin with a space.
         for name, value in fields.items():
-            if len(value) > MAX_TEXT and name != "like":
+            if len(value) > MAX_TEXT:
                 raise ConfigError(f"{name}: at most {MAX_TEXT} characters can be searched for")
         if fields["q"]:  # Words replace the shot, clip or picture of the search before.
             fields |= dict.fromkeys(("like", "shot", "start", "end", "picture"), "")

@@ -126,6 +126,7 @@ def test_search_filter_play_compare_and_save(page, tmp_path):
     shot = int(re.search(r"shot=(\d+)", page.url)[1])
     until(page, "(at) => Math.abs(document.getElementById('video').currentTime - at) < 0.5", start[shot])
     playing(page)
+    page.evaluate("document.getElementById('video').pause()")  # The next shot would be another one to pick.
     page.check("#pick")
     assert page.text_content("#selection-count") == "2 shots selected"
     with page.expect_download() as download:

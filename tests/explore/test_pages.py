@@ -218,7 +218,7 @@ def test_an_index_of_another_version_is_named_with_the_command_that_replaces_it(
     commit_title(str(tmp_path / "other"), make_model("ba9876543210", 20, 12, 16), "film", vectors_of("film", 3))
     assert build(tmp_path / "other", tmp_path / "index") == 0
     answer = client_of(config_of(root, f"index.uri={tmp_path}/index")).get("/")
-    assert "is of dataset version ba9876543210, the output has 0123456789ab" in answer.text
+    assert "is of dataset version ba9876543210, the dataset shown here is 0123456789ab" in answer.text
     assert f"index.uri={tmp_path}/index index.replace=true" in answer.text
 
 

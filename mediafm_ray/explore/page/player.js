@@ -1,5 +1,5 @@
 /* The player of a title's page: playback moves the timeline, and choosing a shot moves the playback. After common.js and title.js. */
-const Player = (() => {
+(() => {
   const video = byId("video"), MARGIN = 0.02; // seconds after a shot's start, so that its first frame is shown
   let shown = -1;
 
@@ -71,5 +71,4 @@ const Player = (() => {
     if (video.error || !video.canPlayType(type)) cannot(`This browser cannot play the video (${type}).`);
   }
   select(Number.isInteger(wanted) ? wanted : 0);
-  return { show };
 })();
