@@ -9,7 +9,7 @@ from mediafm_ray.explore.queries import link
 from mediafm_ray.explore.video import RangeError, parse_range, playable_type
 from mediafm_ray.storage.store import StorageConfig
 from tests.explore.made import FILM, H264, MPEG2, client_of, config_of, media_facts, rewrite
-from tests.searchable import commit
+from tests.searchable import build, commit
 
 MEDIA = link("/media", id=FILM)
 
@@ -133,6 +133,18 @@ def test_a_video_in_object_storage_is_read_by_ranges(tmp_path, moto, monkeypatch
     moto.client().delete_object(Bucket=bucket, Key=key)
     assert client.get(MEDIA).status_code == 404
     assert StorageConfig().endpoint_url == ""
+
+
+def test_a_catalog_in_object_storage_is_browsed(moto, monkeypatch):
+    for name, value in {**moto.environment(), "AWS_ENDPOINT_URL": moto.url, "AWS_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    uri = f"s3://{moto.bucket()}"
+    commit(f"{uri}/out", FILM, 5)
+    rewrite(f"{uri}/out", FILM, {}, {"thumbnail": [b"%d" % shot for shot in range(5)]})
+    assert build(f"{uri}/out", f"{uri}/index") == 0
+    client = client_of(config_of(uri))
+    assert client.get(link("/", like=FILM, shot=2)).text.count('class="card result"') == 4
+    assert client.get(link("/thumbnail", id=FILM, shot=3)).content == b"3"
 
 
 @pytest.mark.parametrize(
