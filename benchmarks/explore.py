@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import http.client
+import os
 import random
 import re
 import shutil
@@ -68,7 +69,7 @@ def main() -> None:
             loaded = time.monotonic()
             fetch(http.client.HTTPConnection("127.0.0.1", port), "/")
             print(f"loaded in {loaded - begun:.1f} s, the first page {time.monotonic() - loaded:.2f} s later")
-            measure(port, arguments)
+            measure(port, server.pid, arguments)
             peak_kb = re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{server.pid}/status").read_text())[0]
             print(f"peak memory {int(peak_kb) * 1024 / 1e9:.2f} GB")
         finally:
@@ -115,7 +116,7 @@ def rows(worlds: dict[str, World], facts: IndexFacts, shots: int) -> Iterator[pa
         yield pa.table([columns[field.name] for field in schema], schema=schema)
 
 
-def measure(port: int, arguments: argparse.Namespace) -> None:
+def measure(port: int, pid: int, arguments: argparse.Namespace) -> None:
     """Print the latency for one user and for many."""
     titles = max(arguments.shots // SHOTS_A_TITLE, 1)
     drawn = random.Random(0)
@@ -139,7 +140,10 @@ def measure(port: int, arguments: argparse.Namespace) -> None:
     kinds: dict[str, Callable[[random.Random], str]] = {"by a shot": by_shot, "by words": by_words, "by a shot, filtered": filtered}
     for name, make in kinds.items():
         for lap in ("first", "again"):
-            print(f"one user, {name}, {lap}: {described([fetch(connection, make(drawn)) for _ in range(SEARCHES)])}", flush=True)
+            before = processor_s(pid)
+            found = [fetch(connection, make(drawn)) for _ in range(SEARCHES)]
+            used_ms = 1000 * (processor_s(pid) - before) / SEARCHES
+            print(f"one user, {name}, {lap}: {described(found)}; {used_ms:.0f} ms of processor time each", flush=True)
     seconds, errors = collections.defaultdict(list), []
     over = time.monotonic() + arguments.seconds
 
@@ -175,6 +179,12 @@ def fetch(connection: http.client.HTTPConnection, address: str) -> float:
     if answer.status != 200:
         raise RuntimeError(f"{address}: {answer.status}")
     return time.perf_counter() - begun
+
+
+def processor_s(pid: int) -> float:
+    """Return the processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def described(seconds: list[float]) -> str:
