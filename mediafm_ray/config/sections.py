@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from mediafm_ray.spec import MODALITIES, ConfigSection, resource
 
@@ -324,8 +325,25 @@ class FilterConfig(ConfigSection):
     start_s: float | None = resource(None, "only shots that end after this second of their title; null = any", below=math.inf)
     end_s: float | None = resource(None, "only shots that begin before this second of their title; null = any", below=math.inf)
     languages: list[str] = resource([], "only shots with text in one of these languages; en includes en-US; empty = all shots")
+    min_length_s: float = resource(0.0, "only shots of at least this many seconds", min=0, below=math.inf)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start_s is not None and self.end_s is not None and self.start_s >= self.end_s:
             raise ValueError(f"end_s ({self.end_s:g}) must be greater than start_s ({self.start_s:g})")
+
+
+@dataclass(frozen=True)
+class ExploreConfig(ConfigSection):
+    """The local web application. No key of this section changes what is stored."""
+
+    host: str = resource(
+        "127.0.0.1", "address to listen at; another one than 127.0.0.1, ::1 or localhost can be reached by others and demands a token"
+    )
+    port: int = resource(8642, "port to listen at; 0 = a free one", min=0, max=65535)
+    token: str = resource("", "token that visitors need; empty = none on this machine alone, a random one otherwise")
+    hosts: list[str] = resource([], "further host names by which browsers may address the application, such as that of a proxy")
+    second_index: str = resource(
+        "", "a second index of the same dataset version with the other vectors, fused or contextual, for likeness by these; empty = none"
+    )
+    storage_options: dict[str, Any] = resource({}, "options of the file system of remote videos (fsspec), as media.storage_options")

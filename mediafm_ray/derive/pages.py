@@ -17,6 +17,7 @@ from mediafm_ray.derive.reader import suggest_titles
 from mediafm_ray.downstream.catalog_pages import CatalogContent, CatalogTitle
 from mediafm_ray.downstream.pages import TitleContent, title_page
 from mediafm_ray.runs.report import SUMMARY
+from mediafm_ray.runs.run_log import RUNS
 from mediafm_ray.spec import MODALITIES, parse_json
 from mediafm_ray.storage.dataset import (
     FAILURES,
@@ -175,11 +176,33 @@ def _light(dataset: EmbeddingDataset, info: ObjectInfo, pictured: bool) -> tuple
 
 
 def _run_summary(output_uri: str, dataset: EmbeddingDataset) -> Mapping[str, Any] | None:
+    """Read the summary of the last run that computed something or, where none has, of the last run; None where there is none.
+
+    A nightly run mostly finds nothing to do; its summary says nothing about the catalog. ``idle_runs_since`` counts such runs.
+    """
+    store = Store(output_uri, dataset.output.store.config)
+    last = _read_summary(store, SUMMARY)
+    if last is None or _computed(last):
+        return last
+    kept = sorted((info.name for info in store.list(f"{RUNS}/") if info.name.endswith(f"/{SUMMARY}")), reverse=True)
+    for idle, name in enumerate(kept):
+        summary = _read_summary(store, name)
+        if summary is not None and _computed(summary):
+            return {**summary, "idle_runs_since": idle}
+    return last
+
+
+def _read_summary(store: Store, name: str) -> Mapping[str, Any] | None:
     try:
-        content = parse_json(Store(output_uri, dataset.output.store.config).read(SUMMARY))
+        content = parse_json(store.read(name))
     except (FileNotFoundError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _computed(summary: Mapping[str, Any]) -> bool:
+    titles = summary.get("titles")
+    return isinstance(titles, dict) and any(titles.get(ending) for ending in ("ok", "failed", "lost"))
 
 
 # -------------------------------------------------------------------------------------------------------- writing

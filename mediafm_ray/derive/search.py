@@ -68,12 +68,22 @@ def make_query(index: ShotIndex, config: SearchShotsConfig) -> Query:
         given = f"given are {' and '.join(asked)}" if asked else "none is given"
         raise ConfigError(f"one of shot=TITLE:INDEX, clip=TITLE:START-END and query=WORDS is required; {given}")
     if config.query:
-        return _words_query(index, config)
-    column = _column(index, config.by or ALL)
-    return _shot_query(index, config.shot, column) if config.shot else _clip_query(index, config.clip, column)
+        by = config.by or "text"
+        return words_query(index, config.query, by, words_encoder(index, by, config.text, config.video))
+    column = column_of(index, config.by or ALL)
+    if config.shot:
+        match = SHOT_PATTERN.fullmatch(config.shot)
+        if match is None:
+            raise ConfigError(f"shot={config.shot}: expected TITLE:INDEX, such as film:12; shots are counted from 0")
+        return shot_query(index, match["title"], int(match["index"]), column)
+    match = CLIP_PATTERN.fullmatch(config.clip)
+    if match is None:
+        raise ConfigError(f"clip={config.clip}: expected TITLE:START-END in seconds, such as film:61.5-70")
+    return clip_query(index, match["title"], match["start"], match["end"], column)
 
 
-def _column(index: ShotIndex, by: str) -> str:
+def column_of(index: ShotIndex, by: str) -> str:
+    """Return the column of the vectors that ``by`` names: all, or a modality. Raises ConfigError where the index lacks it."""
     column = EMBEDDING if by == ALL else part_column(by)
     if column not in index.facts.dims:
         there = ", ".join([ALL, *(modality_of(name) for name in index.facts.dims if name != EMBEDDING)])
@@ -81,33 +91,29 @@ def _column(index: ShotIndex, by: str) -> str:
     return column
 
 
-def _shot_query(index: ShotIndex, shot: str, column: str) -> Query:
-    match = SHOT_PATTERN.fullmatch(shot)
-    if match is None:
-        raise ConfigError(f"shot={shot}: expected TITLE:INDEX, such as film:12; shots are counted from 0")
-    shots = _title(index, match["title"], column)
-    number = int(match["index"])
+def shot_query(index: ShotIndex, title_id: str, number: int, column: str) -> Query:
+    """Return the query for shots like a shot. Raises DatasetError where there is no such shot, or it has no such vector."""
+    shots = _title(index, title_id, column)
     row = np.flatnonzero(shots["shot_index"].to_numpy() == number)
     if not len(row):
-        raise DatasetError(f"{match['title']!r} has no shot {number}: it has {len(shots)}, from 0 to {len(shots) - 1}")
+        raise DatasetError(f"{title_id!r} has no shot {number}: it has {len(shots)}, from 0 to {len(shots) - 1}")
     vector_D = _vectors(shots, column)[row[0]]
     if not vector_D.any():
-        raise DatasetError(f"shot {number} of {match['title']!r} has no {modality_of(column)} vector to compare with; try by=all")
-    return Query({"shot": shot, "by": _name(column)}, column, vector_D, match["title"], frozenset([number]))
+        raise DatasetError(f"shot {number} of {title_id!r} has no {modality_of(column)} vector to compare with; try by=all")
+    return Query({"shot": f"{title_id}:{number}", "by": _name(column)}, column, vector_D, title_id, frozenset([number]))
 
 
-def _clip_query(index: ShotIndex, clip: str, column: str) -> Query:
-    match = CLIP_PATTERN.fullmatch(clip)
-    if match is None:
-        raise ConfigError(f"clip={clip}: expected TITLE:START-END in seconds, such as film:61.5-70")
-    shots = _title(index, match["title"], column)
+def clip_query(index: ShotIndex, title_id: str, start: str, end: str, column: str) -> Query:
+    """Return the query for shots like a clip, whose ends are decimal numbers of seconds. Raises DatasetError for an invalid clip."""
+    clip = f"{title_id}:{start}-{end}"
+    shots = _title(index, title_id, column)
     try:
-        overlaps_S = clip_overlaps(shots["start_s"].to_numpy(), shots["end_s"].to_numpy(), float(match["start"]), float(match["end"]))
+        overlaps_S = clip_overlaps(shots["start_s"].to_numpy(), shots["end_s"].to_numpy(), float(start), float(end))
         vector_D = pool_overlaps(overlaps_S, _vectors(shots, column))
     except ValueError as error:
         raise DatasetError(f"clip={clip}: {error}") from error
     own = shots["shot_index"].to_numpy()[overlaps_S > 0]
-    return Query({"clip": clip, "by": _name(column)}, column, vector_D, match["title"], frozenset(own.tolist()))
+    return Query({"clip": clip, "by": _name(column)}, column, vector_D, title_id, frozenset(own.tolist()))
 
 
 def _title(index: ShotIndex, title_id: str, column: str) -> pa.Table:
@@ -134,30 +140,41 @@ def _name(column: str) -> str:
     return ALL if column == EMBEDDING else modality_of(column)
 
 
-def _words_query(index: ShotIndex, config: SearchShotsConfig) -> Query:
-    by = config.by or "text"
+def words_query(index: ShotIndex, words: str, by: str, encoder: Any) -> Query:
+    """Return the query for words. ``encoder``: the ``words_encoder`` of the index and of ``by``. Raises ConfigError without a word."""
+    encoded = encoder.encode([words])
+    if not encoded.present_S[0]:
+        raise ConfigError("query= has no words")
+    return Query({"query": words, "by": by}, column_of(index, by), encoded.embeddings_SD[0])
+
+
+def words_encoder(index: ShotIndex, by: str, text: TextEncoderConfig, video: VideoEncoderConfig) -> Any:
+    """Load the encoder of words into the space of an index's text or video vectors. Raises ConfigError, WeightsError."""
     if by not in ("text", "video"):
         raise ConfigError(
             f"by={by}: words are compared with the text of shots (by=text) or, with CLIP as video encoder, with their pictures (by=video)"
         )
-    column = _column(index, by)
+    column = column_of(index, by)
     if by == "text":
-        _check_encoder(index.facts, "text", config.text)
-        encoder: Any = build_text_encoder(config.text)
+        _check_encoder(index.facts, "text", text)
+        encoder: Any = build_text_encoder(text)
     else:
-        recorded = index.facts.recipe.get("video", {}).get("encoder")
-        if recorded != "clip":
-            raise ConfigError(f"by=video: the index's pictures were encoded by {recorded}, which has no text encoder: use by=text")
-        _check_encoder(index.facts, "video", config.video)
+        check_pictures(index, video)
         from mediafm_ray.models.clip_text import ClipTextEncoder
 
-        encoder = ClipTextEncoder(config.video)
+        encoder = ClipTextEncoder(video)
     if encoder.dim != index.facts.dims[column]:
         raise ConfigError(f"by={by}: the encoder gives {encoder.dim} dimensions, the index has {index.facts.dims[column]}")
-    encoded = encoder.encode([config.query])
-    if not encoded.present_S[0]:
-        raise ConfigError("query= has no words")
-    return Query({"query": config.query, "by": by}, column, encoded.embeddings_SD[0])
+    return encoder
+
+
+def check_pictures(index: ShotIndex, video: VideoEncoderConfig) -> None:
+    """Check that the pictures of an index were encoded by the configured CLIP or SigLIP. Raises ConfigError with what they are."""
+    column_of(index, "video")
+    recorded = index.facts.recipe.get("video", {}).get("encoder")
+    if recorded != "clip":
+        raise ConfigError(f"by=video: the index's pictures were encoded by {recorded}, which has no text encoder: use by=text")
+    _check_encoder(index.facts, "video", video)
 
 
 def _check_encoder(facts: IndexFacts, modality: str, config: TextEncoderConfig | VideoEncoderConfig) -> None:
@@ -182,11 +199,15 @@ def _check_encoder(facts: IndexFacts, modality: str, config: TextEncoderConfig |
 
 def find_shots(index: ShotIndex, query: Query, config: SearchShotsConfig) -> pa.Table:
     """Find the nearest shots except the query's own, with the columns of ShotIndex.nearest. Raises DatasetError for unknown titles."""
-    where = _filter(index, query, config.filter).sql()
-    found = index.nearest(query.column, query.vector_D, config.count + len(query.own_shots), where, exact=config.index.exact)
+    return nearest_shots(index, query, _filter(index, query, config.filter), config.count, config.index.exact)
+
+
+def nearest_shots(index: ShotIndex, query: Query, where: ShotFilter, count: int, exact: bool = False) -> pa.Table:
+    """Find the ``count`` nearest shots that a filter allows, except the query's own, with the columns of ShotIndex.nearest."""
+    found = index.nearest(query.column, query.vector_D, count + len(query.own_shots), where.sql(), exact=exact)
     places = zip(found["title_id"].to_pylist(), found["shot_index"].to_pylist(), strict=True)
     others = [not (title_id == query.own_title and shot in query.own_shots) for title_id, shot in places]
-    return found.filter(pa.array(others, pa.bool_())).slice(0, config.count)
+    return found.filter(pa.array(others, pa.bool_())).slice(0, count)
 
 
 def _filter(index: ShotIndex, query: Query, config: FilterConfig) -> ShotFilter:
@@ -197,7 +218,7 @@ def _filter(index: ShotIndex, query: Query, config: FilterConfig) -> ShotFilter:
     if config.other_titles and not query.own_title:
         raise ConfigError("filter.other_titles needs a shot or a clip: words belong to no title")
     without = [*config.without_titles, *([query.own_title] if config.other_titles else [])]
-    return ShotFilter(config.titles, without, config.start_s, config.end_s, config.languages)
+    return ShotFilter(config.titles, without, config.start_s, config.end_s, config.languages, config.min_length_s)
 
 
 # ------------------------------------------------------------------------------------------------------------- results

@@ -50,7 +50,7 @@ class CatalogContent:
     name: str  # location of the dataset
     dataset_version: str
     titles: Sequence[CatalogTitle]
-    run: Mapping[str, Any] | None = None  # run-summary.json; None if there is none
+    run: Mapping[str, Any] | None = None  # run-summary.json of the last run that computed something; None if there is none
     dims: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -128,6 +128,7 @@ def _run_shown(run: Mapping[str, Any] | None, dataset_version: str) -> list[tupl
         ("Never came back", thousands(titles.get("lost") or None)),
         ("Committed before", thousands(titles.get("skipped"))),
         ("Ended early", run.get("aborted")),
+        ("Runs since then", f"{run['idle_runs_since']}, which found nothing to do" if run.get("idle_runs_since") else None),
         ("Wall time", clock(run["wall_s"]) if run.get("wall_s") is not None else None),
         ("Video read", with_unit(rounded(run.get("video_hours") or None, 3), "h")),
         ("Throughput", with_unit(rounded(run.get("video_hours_per_hour") or None, 2), "hours of video an hour")),

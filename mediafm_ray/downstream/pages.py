@@ -66,6 +66,11 @@ class TitleContent:
 
 def title_page(content: TitleContent) -> str:
     """Return the HTML file of one title. Raises ValueError without shots, or if scenes or vectors do not fit the shots."""
+    return render("title", **title_values(content))
+
+
+def title_values(content: TitleContent) -> dict[str, Any]:
+    """Return the values of the template title.html, its ``data`` among them. Raises ValueError as ``title_page`` does."""
     shots, count = content.shots, content.shots.num_rows
     if count == 0:
         raise ValueError(f"title {content.facts.get('title_id')!r} has no shots")
@@ -81,29 +86,28 @@ def title_page(content: TitleContent) -> str:
         "scenes": scenes,
         "spaces": {name: _space(vectors_SD) for name, vectors_SD in content.vectors.items()},
     }
-    return render(
-        "title",
-        data,
-        title=visible(str(content.facts.get("title_id", ""))),
-        index=content.index,
-        figures=_title_figures(lengths_s, media, len(scenes)),
-        warnings=[visible(warning) for warning in media.get("warnings", [])][:MAX_WARNINGS],
-        hidden_warnings=max(len(media.get("warnings", [])) - MAX_WARNINGS, 0),
-        notes=[
+    return {
+        "data": data,
+        "title": visible(str(content.facts.get("title_id", ""))),
+        "index": content.index,
+        "figures": _title_figures(lengths_s, media, len(scenes)),
+        "warnings": [visible(warning) for warning in media.get("warnings", [])][:MAX_WARNINGS],
+        "hidden_warnings": max(len(media.get("warnings", [])) - MAX_WARNINGS, 0),
+        "notes": [
             visible(note)
             for note in [
                 *content.notes,
                 *([] if columns["levels"] or not sum(shots["has_audio"].to_pylist()) else ["No levels of sound are stored."]),
             ]
         ],
-        spaces=list(content.vectors),
-        has_scenes=bool(scenes),
-        has_gradual=BOUNDARY_GRADUAL in columns["kind"],
-        histogram=length_histogram(lengths_s),
-        coverage=_coverage(shots, lengths_s, columns["shares"]),
-        facts=title_facts_shown(content.facts),
-        count=count,
-    )
+        "spaces": list(content.vectors),
+        "has_scenes": bool(scenes),
+        "has_gradual": BOUNDARY_GRADUAL in columns["kind"],
+        "histogram": length_histogram(lengths_s),
+        "coverage": _coverage(shots, lengths_s, columns["shares"]),
+        "facts": title_facts_shown(content.facts),
+        "count": count,
+    }
 
 
 def length_histogram(lengths_s: np.ndarray) -> list[dict[str, float]]:
@@ -269,6 +273,7 @@ def clock(seconds: float) -> str:
 
 
 def render(name: str, data: Mapping[str, Any], **values: Any) -> str:
+    """Return a self-contained page: a template with its style, its script and the data that the script draws."""
     style, script = ((ASSETS / file).read_text(encoding="utf-8") for file in ("page.css", f"{name}.js"))
     script = f"{(ASSETS / 'common.js').read_text(encoding='utf-8')}{script}"
     policy = [
@@ -280,7 +285,7 @@ def render(name: str, data: Mapping[str, Any], **values: Any) -> str:
         "form-action 'none'",
     ]
     return _template(f"{name}.html").render(
-        policy="; ".join(policy), style=Markup(style), script=Markup(script), data=Markup(_json_for_html(data)), **values
+        policy="; ".join(policy), style=Markup(style), script=Markup(script), data=Markup(json_for_html(data)), **values
     )
 
 
@@ -292,7 +297,7 @@ def _template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _json_for_html(data: Mapping[str, Any]) -> str:
+def json_for_html(data: Mapping[str, Any]) -> str:
     """Return JSON for a script element: no character of it can end the element or begin markup."""
     text = json.dumps(data, separators=(",", ":"))  # ASCII output has no line separators.
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

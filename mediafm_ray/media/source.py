@@ -98,7 +98,7 @@ class RemoteStream:
     def __init__(self, name: str, open_there: Callable[[], Any], opened: Any):
         self.name, self._open, self._file = name, open_there, opened
         self._size, self._position = int(opened.size), 0
-        self._version = _version_of(opened)
+        self.version = _version_of(opened)
 
     def read(self, size: int = -1) -> bytes:
         """Return up to ``size`` bytes; fewer only at the end.
@@ -155,7 +155,7 @@ class RemoteStream:
     def _read(self, size: int) -> bytes:
         if self._file is None:
             self._file = self._open()
-            if self._file.size != self._size or _version_of(self._file) != self._version:
+            if self._file.size != self._size or _version_of(self._file) != self.version:
                 raise TitleError(f"{self.name} was replaced while it was read")
         self._file.seek(self._position)
         content = self._file.read(size)

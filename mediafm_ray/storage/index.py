@@ -137,6 +137,8 @@ class ShotFilter:
     start_s: float | None = None  # only shots that overlap [start_s, end_s) of their title
     end_s: float | None = None
     languages: Sequence[str] = ()  # languages of the text; en also finds en-US
+    min_length_s: float = 0.0
+    title_part: str = ""  # only shots of titles whose id contains this text, in any case
 
     def sql(self) -> str:
         """Return the filter as an SQL condition on the columns; empty where it allows everything."""
@@ -149,6 +151,10 @@ class ShotFilter:
             terms.append(f"end_s > {float(self.start_s)!r}")
         if self.end_s is not None:
             terms.append(f"start_s < {float(self.end_s)!r}")
+        if self.min_length_s:
+            terms.append(f"end_s - start_s >= {float(self.min_length_s)!r}")
+        if self.title_part:
+            terms.append(f"contains(lower(title_id), {quoted(self.title_part.lower())})")
         tags = [language.lower() for language in self.languages]
         spoken = [f"lower(language) = {quoted(tag)} OR starts_with(lower(language), {quoted(f'{tag}-')})" for tag in tags]
         return " AND ".join([*terms, *([f"({' OR '.join(spoken)})"] if spoken else [])])

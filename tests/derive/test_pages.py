@@ -9,6 +9,7 @@ from benchmarks.pages import SOURCE, commit_title
 from jobs import report_catalog
 from mediafm_ray.config.jobs import ReportCatalogConfig
 from mediafm_ray.derive.pages import catalog_content, committed_titles, title_content, title_page_name, write_title_page
+from mediafm_ray.downstream.catalog_pages import catalog_page
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, run_job
 from mediafm_ray.storage.dataset import FAILURES, SCENES, SHOTS, EmbeddingDataset, contextual, derived, object_name
 from mediafm_ray.storage.schemas import encode_parquet, read_facts
@@ -73,6 +74,26 @@ def test_a_catalog_has_a_line_for_every_title_whatever_became_of_it(dataset):
     assert broken.status == "failed"
     assert damaged in broken.failure["message"]
     assert committed_titles(dataset) == ["a", "b/é"]
+
+
+def test_the_last_run_shown_is_the_last_that_computed_something(dataset):
+    root, pages = dataset.output.store.uri.rsplit("/", 1)[0], Store(dataset.output.store.uri + "/pages")
+    store = Store(root)
+
+    def run(name, **titles):
+        content = json.dumps({"titles": titles, "wall_s": len(name)}).encode()
+        for place in (f"runs/{name}/", ""):
+            store.write(f"{place}run-summary.json", content)
+        return catalog_content(dataset, root, pages).run
+
+    assert run("20260101T000000Z-00000000", ok=0)["titles"] == {"ok": 0}  # no run has computed anything
+    assert "idle_runs_since" not in run("20260102T000000Z-00000000", ok=3, failed=1)
+    run("20260103T000000Z-00000000", ok=0, failed=0, planned=0)
+    store.write("runs/20260104T000000Z-00000000/run-summary.json", b"damaged")
+    shown = run("20260105T000000Z-00000000", ok=0, planned=0)
+    assert (shown["titles"], shown["idle_runs_since"]) == ({"ok": 3, "failed": 1}, 3)
+    assert "3, which found nothing to do" in catalog_page(catalog_content(dataset, root, pages))
+    assert run("20260106T000000Z-00000000", ok=0, failed=2)["titles"] == {"ok": 0, "failed": 2}
 
 
 def test_one_title_without_a_page_does_not_keep_the_others_from_theirs(dataset, capsys):

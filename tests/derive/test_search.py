@@ -69,6 +69,8 @@ def test_filters_keep_titles_times_and_languages(output, tmp_path, capsys):
         (["filter.languages=[en]"], lambda title_id, shot: shot % 4 in (0, 2)),
         (["filter.languages=[de]", "filter.titles=[film]"], lambda title_id, shot: shot % 4 == 3 and title_id == "film"),
         (["filter.languages=[fr]"], lambda title_id, shot: False),
+        (["filter.min_length_s=2"], lambda title_id, shot: True),
+        (["filter.min_length_s=2.01"], lambda title_id, shot: False),
     ):
         assert found(capsys, index, "shot=film:0", "count=50", *overrides)[0] == [place for place in places if holds(*place)], overrides
     assert search(index, "shot=film:0", "filter.languages=[fr]") == 0

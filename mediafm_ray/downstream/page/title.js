@@ -10,7 +10,7 @@ const CLOSEST = 240; // pixels a second at the most
 const NARROWEST = 4; // pixels of a picture in the strip
 const KEPT_HEIGHT = 76; // pixels of pictures kept for the strip
 const COMPARABLE = COUNT > 1 && Object.keys(SPACES).length > 0;
-const state = { selected: 0, scale: 1, whole: true, space: Object.keys(SPACES)[0] || "", cell: [0, 0] };
+const state = { selected: 0, scale: 1, whole: true, space: Object.keys(SPACES)[0] || "", cell: [0, 0], playhead: null }; // playhead: seconds, where there is a player
 
 const textOf = (index) => SHOTS.text[index];
 const counted = (shots) => `${shots.toLocaleString("en")} shot${shots === 1 ? "" : "s"}`;
@@ -94,6 +94,9 @@ function drawTracks() {
   pen.strokeStyle = colours.select;
   pen.lineWidth = 2.5;
   pen.strokeRect(from, film + 1, to - from, HEIGHT - film - 2);
+  if (state.playhead === null) return;
+  pen.fillStyle = colours.text;
+  pen.fillRect(Math.round(x(state.playhead)) - 1, AXIS, 2, HEIGHT - AXIS);
 }
 
 function drawAxis(pen, x, left, width) {
@@ -236,6 +239,7 @@ function select(index, options = {}) {
   }
   draw();
   drawMap();
+  document.dispatchEvent(new CustomEvent("shot", { detail: { shot, seconds: options.seconds ?? SHOTS.start[shot], playing: options.playing } }));
 }
 
 function fact(list, label, value) {
@@ -487,7 +491,7 @@ function begin() {
   strip.addEventListener("scroll", draw, { passive: true });
   strip.addEventListener("click", (event) => {
     const seconds = (event.clientX - strip.getBoundingClientRect().left + strip.scrollLeft) / state.scale;
-    select(shotAt(seconds), { reveal: false });
+    select(shotAt(seconds), { reveal: false, seconds });
   });
   strip.addEventListener("wheel", (event) => {
     if (!event.ctrlKey) return; // the plain wheel scrolls the page
