@@ -73,6 +73,8 @@ PLAN_SCHEMA = pa.schema(
         ("error", ERROR),
         ("seconds", SECONDS),
         ("measures", MEASURES),  # What stages counted: frames, bytes, tokens, ...
+        ("expected_bytes", pa.int64()),  # Bytes of the video; 0 where they are unknown.
+        ("expected_s", pa.float64()),  # Seconds of video, if the catalog has them.
     ]
 )
 
@@ -273,7 +275,9 @@ def skipped(title: pa.Table) -> pa.Table:
 
 def plan_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Return rows of the plan as a table of PLAN_SCHEMA, with the columns that stages fill."""
-    return pa.Table.from_pylist([{**row, "outcome": OK, "error": None, "seconds": [], "measures": []} for row in rows], schema=PLAN_SCHEMA)
+    return pa.Table.from_pylist(
+        [{"expected_bytes": 0, **row, "outcome": OK, "error": None, "seconds": [], "measures": []} for row in rows], schema=PLAN_SCHEMA
+    )
 
 
 def to_json(value: Any) -> str:
