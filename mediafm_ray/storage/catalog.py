@@ -343,8 +343,11 @@ def _find(keys: Partitions[Sequence[str]], config: StorageConfig, scratch: Path)
     answer at all.
     """
     found: Partitions[tuple[str, ObjectInfo | Unknown]] = Partitions(scratch, "listed")
-    of_shards = (((key, shard) for part in keys.read(shard) for key in part) for shard in range(SHARDS))
-    merged = heapq.merge(*of_shards)
+
+    def of_shard(shard: int) -> Iterator[tuple[str, int]]:
+        return ((key, shard) for part in keys.read(shard) for key in part)
+
+    merged = heapq.merge(*map(of_shard, range(SHARDS)))
     for bucket, of_bucket in itertools.groupby(merged, key=lambda pair: pair[0].partition("/")[0]):
         denied: StorageError | None = None
         is_answered = False
