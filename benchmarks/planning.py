@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import gc
 import http.server
 import io
 import itertools
@@ -145,6 +146,8 @@ def local(folder: Path, titles: int, version: str) -> Iterator[list[str]]:
 @contextmanager
 def bucket(folder: Path, titles: int, version: str) -> Iterator[list[str]]:
     """Return everything as keys of a listing."""
+    gc.freeze()  # The server makes millions of objects before the plan begins.
+    gc.disable()
     keys = ["catalog.parquet"]
     for number, row in enumerate(rows(titles)):
         uri, title_id = f"s3://bucket/{row['video']}", str(row["title_id"])

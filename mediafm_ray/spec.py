@@ -25,7 +25,6 @@ DETECTOR_HEIGHT = 27  # pixels, as in the training of TransNet V2
 DETECTOR_WIDTH = 48  # pixels
 MAX_SHOTS_PER_WINDOW = 512  # shots in the attention window of the contextualiser (MediaFM)
 MODALITIES = ("video", "audio", "text")  # in the order of a fused embedding
-CANONICAL_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 BOUNDARY_START = "start"  # the first shot of a title
 BOUNDARY_CUT = "cut"  # the picture changes from one frame to the next
@@ -102,7 +101,7 @@ def recipe_of(config: Any) -> dict[str, Any]:
 
 def digest_of(value: Any) -> str:
     """Return the SHA-256 (64 hex digits) of a JSON value in canonical form: sorted keys, no white space."""
-    return hashlib.sha256(CANONICAL_JSON.encode(value).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def parse_json(content: str | bytes) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import operator
 import os
@@ -28,7 +29,7 @@ from mediafm_ray.spec import digest_of, recipe_of
 from mediafm_ray.storage.catalog import SOURCE_DIGITS, Catalog, Entry, open_catalog
 from mediafm_ray.storage.catalog_rows import BadRow
 from mediafm_ray.storage.dataset import FAILURES, SHARDS, SHOTS, Model, Output, contextual, dataset_versions, object_name, record_failure
-from mediafm_ray.storage.listing import Listing, keep_listing, read_listing
+from mediafm_ray.storage.listing import Kept, Listing, keep_listing, read_listing
 from mediafm_ray.storage.partitions import Partitions, SortedTables
 from mediafm_ray.storage.store import ObjectInfo, StorageError
 from mediafm_ray.text import public_line
@@ -37,6 +38,7 @@ NUMERICS_VERSION = 2  # Part of the dataset version: raise it with a change of t
 VERSION_DIGITS = 12  # Hex digits of a dataset version.
 BUILTIN = {"builtin": BUILTIN_NEIGHBOURS, "revision": 1}  # Raise the revision with a change that changes its numbers.
 BUILTIN_DATASET = contextual(digest_of(BUILTIN)[:VERSION_DIGITS])  # For builtin:neighbours with its default options.
+OBJECTS_PER_COLLECTION = 500_000  # That may be garbage in cycles before Python looks for it.
 IN_CATALOG, WITH_SHOTS = "in_catalog", "with_committed_shots"  # The titles that a job starts from.
 CHECKPOINT_TYPES = ("mediafm_contextualiser", "mediafm_neighbour_attention")  # The model_type in the config.json of a contextualiser.
 PENDING_SCHEMA = pa.schema(  # What a plan needs of a pending title; the order of the titles is found when all are known.
@@ -213,8 +215,8 @@ class Surveys:
     model: Model
     checkpoint: str  # Name of the contextualiser's checkpoint; empty when none is configured.
     output: Output
-    listed: Mapping[str, Partitions[Listing]]  # Listings by dataset.
-    others: Mapping[str, Partitions[Listing]]  # Listings of the shots of other dataset versions, by version.
+    listed: Mapping[str, Partitions[Kept]]  # Listings by dataset.
+    others: Mapping[str, Partitions[Kept]]  # Listings of the shots of other dataset versions, by version.
     scratch: Path  # A temporary folder.
 
     def shard(self, number: int) -> Survey:
@@ -225,6 +227,22 @@ class Surveys:
     def pending(self, *order: tuple[str, str]) -> SortedTables:
         """Return an empty collection of pending titles that has them in an order of PENDING_SCHEMA's columns."""
         return SortedTables(self.scratch, "pending", PENDING_SCHEMA, order)
+
+
+@contextlib.contextmanager
+def few_collections() -> Iterator[None]:
+    """Let Python look for garbage seldom, and not among the objects of the libraries: that takes half of the time of a plan.
+
+    A plan makes millions of objects, hardly any of them in cycles.
+    """
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(OBJECTS_PER_COLLECTION, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
@@ -241,7 +259,7 @@ def survey(config: EmbedCatalogConfig, model: Model | None = None, with_others: 
     checkpoint = checkpoint_name(config, model)
     output = Output(config.output.uri, model.dataset_version, config.storage)
     output.store.check_readable()
-    with tempfile.TemporaryDirectory(prefix="mediafm-plan-") as folder:
+    with few_collections(), tempfile.TemporaryDirectory(prefix="mediafm-plan-") as folder:
         scratch = Path(folder)
         listed = {dataset: keep_listing(output, dataset, scratch) for dataset in output.datasets()}
         versions = dataset_versions(config.output.uri, config.storage) if with_others else []
