@@ -307,8 +307,7 @@ class Measured:
         here = [(True, entry, f"{version}/{there.wanted[0][entry.key][0].name}") for entry in done]
         both = [*here, *((False, entry, self._name(there, elsewhere, entry)) for entry in there.entries if entry.key in elsewhere)]
         rows = [(is_done, entry.title.title_id, entry.size, name) for is_done, entry, name in both if entry.size]
-        columns = zip(*rows, strict=True) if rows else [[] for _ in SAMPLE_SCHEMA]
-        self.sample.add(pa.table([pa.array(values, column.type) for values, column in zip(columns, SAMPLE_SCHEMA, strict=True)], SAMPLE_SCHEMA))
+        self.sample.add(pa.Table.from_pylist([dict(zip(SAMPLE_SCHEMA.names, row, strict=True)) for row in rows], SAMPLE_SCHEMA))
 
     def seconds_per_byte(self, config: BackfillCatalogConfig) -> float:
         """Return the seconds of video per byte; 0 where they are unknown."""

@@ -63,7 +63,7 @@ TABLE_ENDINGS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjs
 MAX_PROBLEMS_SHOWN = 50
 MAX_FAILED_LOOK_UPS = 16  # A server that fails so many and answers none is down, or its address is wrong.
 SOURCE_DIGITS = 16  # hex digits
-KEYS_PER_PART = 1000  # of a shard, which are in memory at once while those of all shards are merged
+Found = tuple[str, type[ObjectInfo | Unknown], tuple[Any, ...]]  # Bucket and key, and what is known of the object, as plain values.
 KEYS_AT_ONCE = 50_000  # of a bucket, which are looked up together
 PATHS_AT_ONCE = 64  # local files that a thread looks up in a row: a hand-over costs more than a look-up
 
@@ -160,7 +160,9 @@ def _skip_or_raise(uri: str, problems: list[BadRow], skipped: list[BadRow] | Non
 def source_digest(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None]) -> str:
     """Return the digest of a title's source objects, which changes when one of them is replaced."""
     found = [(json.dumps(uri), objects.get(uri)) for uri in _uris(title)]
-    parts = [f"[{uri},{info.size},{json.dumps(info.version)}]" if isinstance(info, ObjectInfo) else f"[{uri},null,null]" for uri, info in found]
+    parts = [
+        f"[{uri},{info.size},{json.dumps(info.version)}]" if isinstance(info, ObjectInfo) else f"[{uri},null,null]" for uri, info in found
+    ]
     # The text is that of digest_of, which would take half as long again as all else that is done with a title.
     return hashlib.sha256(f"[{','.join(parts)}]".encode()).hexdigest()[:SOURCE_DIGITS]
 
@@ -183,7 +185,8 @@ def _entry(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None], pos
 def _open_folder(store: Store, scratch: Path, skipped: list[BadRow] | None) -> Catalog:
     entries: Partitions[Entry] = Partitions(scratch, "entries")
     titles = 0
-    for titles, entry in enumerate(_read_folder(store, skipped), start=1):
+    for entry in _read_folder(store, skipped):
+        titles += 1
         entries.add(shard_of(entry.title.title_id), entry)
     return Catalog(titles, entries.read)
 
@@ -292,15 +295,14 @@ def _open_table(base: str, name: str, kind: str, config: StorageConfig, scratch:
     except OSError as error:
         raise StorageError(explain(error, f"{base}/{name}")) from error
     problems: list[tuple[int, BadRow]] = []
-    keys: Partitions[Sequence[str]] = Partitions(scratch, "keys")
+    keys: Partitions[str] = Partitions(scratch, "keys")
     titles = 0
     for shard in range(SHARDS):
         of_shard: set[str] = set()
         for row in _good_rows(rows.read(shard), problems):
             titles += 1
             of_shard.update(filter(None, map(_s3_key, row.uris)))
-        for part in _batched(sorted(of_shard), KEYS_PER_PART):
-            keys.add(shard, part, len(part))
+        keys.extend(shard, sorted(of_shard))
     bad = [*unread, *(problem for _, problem in sorted(problems, key=operator.itemgetter(0)))]
     if not titles and not bad:
         bad.append(BadRow("", "the table has no rows"))
@@ -311,7 +313,7 @@ def _open_table(base: str, name: str, kind: str, config: StorageConfig, scratch:
     def entries(shard: int) -> Iterator[Entry]:
         good = list(_good_rows(rows.read(shard), []))
         found = _look_up([uri for row in good for uri in row.uris if not _s3_key(uri)], config, servers)
-        in_buckets = dict(listed.read(shard))
+        in_buckets = {key: kind(*values) for key, kind, values in listed.read(shard)}
         for row in good:
             objects = {uri: in_buckets.get(key) if (key := _s3_key(uri)) else found.get(uri) for uri in row.uris}
             yield _entry(row.title(), objects, row.position, row.duration_s)
@@ -320,7 +322,7 @@ def _open_table(base: str, name: str, kind: str, config: StorageConfig, scratch:
 
 
 def _good_rows(rows: Iterable[Row], problems: list[tuple[int, BadRow]]) -> Iterator[Row]:
-    """Yield the rows of a shard that can be used, of several with one id the first; append the problems of the others, with their places."""
+    """Yield the good rows of a shard, the first of several with one id; append the problems of the others, with their places."""
     seen: dict[str, str] = {}
     for row in rows:
         is_again = row.title_id in seen
@@ -337,16 +339,16 @@ def _s3_key(uri: str) -> str:
     return uri.partition("://")[2] if scheme_of(uri) == "s3" else ""
 
 
-def _find(keys: Partitions[Sequence[str]], config: StorageConfig, scratch: Path) -> Partitions[tuple[str, ObjectInfo | Unknown]]:
+def _find(keys: Partitions[str], config: StorageConfig, scratch: Path) -> Partitions[Found]:
     """Look up the objects of all shards with a few listings of each bucket; return those that exist, by shard.
 
     The keys of a shard are sorted, so that they can be merged to the order of the listings. Raises StorageError where a bucket gives no
     answer at all.
     """
-    found: Partitions[tuple[str, ObjectInfo | Unknown]] = Partitions(scratch, "listed")
+    found: Partitions[Found] = Partitions(scratch, "listed")
 
     def of_shard(shard: int) -> Iterator[tuple[str, int]]:
-        return ((key, shard) for part in keys.read(shard) for key in part)
+        return ((key, shard) for key in keys.read(shard))
 
     merged = heapq.merge(*map(of_shard, range(SHARDS)))
     for bucket, of_bucket in itertools.groupby(merged, key=lambda pair: pair[0].partition("/")[0]):
@@ -364,7 +366,7 @@ def _find(keys: Partitions[Sequence[str]], config: StorageConfig, scratch: Path)
                 there = dict.fromkeys(names, Unknown(str(error), is_transient=False))
             for name, (key, shard) in zip(names, wanted, strict=True):
                 if name in there:
-                    found.add(shard, (key, there[name]))
+                    found.add(shard, (key, type(there[name]), tuple(vars(there[name]).values())))
         if denied and not is_answered:
             raise denied
     return found

@@ -170,7 +170,7 @@ def _missing_columns(names: Sequence[str]) -> list[BadRow]:
 
 def parquet_rows(path: str, problems: list[BadRow]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of a Parquet file, each with its number."""
-    number = 0
+    count = 0
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -178,8 +178,9 @@ def parquet_rows(path: str, problems: list[BadRow]) -> Iterator[tuple[str, dict[
                 problems.extend(missing)
                 return
             for batch in file.iter_batches(ROWS_PER_BATCH, columns=[name for name in COLUMNS if name in names]):
-                for number, row in enumerate(batch.to_pylist(), start=number + 1):
-                    yield f"row {number}", row
+                for row in batch.to_pylist():
+                    count += 1
+                    yield f"row {count}", row
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # OverflowError: a time that Python cannot hold.
         problems.append(BadRow("", f"not a readable Parquet file: {error}"))  # The rows after it were not read.
 

@@ -18,7 +18,7 @@ MIN_SHARDS = 250  # So many shards of SHARDS have an object where there are a th
 LISTING_THREADS = 8
 Listing = Mapping[tuple[str, str], list[ObjectInfo]]  # Keys are the encoded title and its source.
 
-Kept = list[tuple[tuple[str, str], list[tuple[Any, ...]]]]  # A Listing with plain values, which are written and read in half the time.
+Kept = tuple[tuple[str, str], list[tuple[Any, ...]]]  # A key and its objects as plain values, which are written and read in half the time.
 Result = TypeVar("Result")
 
 
@@ -52,12 +52,12 @@ def keep_listing(output: Output, dataset: str, scratch: Path) -> Partitions[Kept
     kept: Partitions[Kept] = Partitions(scratch, f"{output.dataset_version}-{dataset}")
 
     def keep(shard: str) -> None:
-        found: dict[int, Kept] = defaultdict(list)
+        found: dict[int, list[Kept]] = defaultdict(list)
         for key, infos in list_shard(output, dataset, shard).items():
             number = int(infos[0].name.split("/")[1].removeprefix("shard="), 16)
             found[number].append((key, [tuple(vars(info).values()) for info in infos]))
         for number, listing in found.items():
-            kept.add(number, listing, len(listing))
+            kept.extend(number, listing)
 
     for _ in each_shard(shards_of(output, dataset), keep):
         pass
@@ -66,4 +66,4 @@ def keep_listing(output: Output, dataset: str, scratch: Path) -> Partitions[Kept
 
 def read_listing(kept: Partitions[Kept], shard: int) -> Listing:
     """Return the listing of one shard."""
-    return {key: [ObjectInfo(*info) for info in infos] for listing in kept.read(shard) for key, infos in listing}
+    return {key: [ObjectInfo(*info) for info in infos] for key, infos in kept.read(shard)}

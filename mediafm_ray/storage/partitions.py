@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from mediafm_ray.storage.errors import StorageError, explain
 
 MAX_ROWS_IN_MEMORY = 200_000  # Rows of all partitions together that wait in memory; beyond that, all go to files.
+ITEMS_PER_PICKLE = 1000  # Items of a file that are read together.
 ROWS_PER_TABLE = 100_000  # Rows of a sorted table that are in memory at once.
 RANK = "rank"  # Column with the place of a row in the order.
 
@@ -36,20 +37,30 @@ class Partitions(Generic[Item]):
 
     def add(self, partition: int, item: Item, rows: int = 1) -> None:
         """Append an item that counts as so many rows. Raises StorageError where the temporary folder does not take it."""
+        self._extend(partition, [item], rows)
+
+    def extend(self, partition: int, items: Sequence[Item]) -> None:
+        """Append items that count as a row each. Raises StorageError where the temporary folder does not take them."""
+        self._extend(partition, items, len(items))
+
+    def _extend(self, partition: int, items: Sequence[Item], rows: int) -> None:
         with self._lock:
-            self._waiting[partition].append(item)
+            self._waiting[partition] += items
             self._rows += rows
             if self._rows > MAX_ROWS_IN_MEMORY:
                 self._write()
 
     def read(self, partition: int) -> Iterator[Item]:
-        """Yield the items of a partition."""
+        """Yield the items of a partition, of which some are in memory, and no file stays open."""
         path = self._path(partition)
-        if path.exists():
+        end = path.stat().st_size if path.exists() else 0
+        position = 0
+        while position < end:
             with path.open("rb") as stream:
-                size = path.stat().st_size
-                while stream.tell() < size:
-                    yield from pickle.load(stream)
+                stream.seek(position)
+                items = pickle.load(stream)
+                position = stream.tell()
+            yield from items
         yield from self._waiting.get(partition, ())
 
     def _write(self) -> None:
@@ -57,7 +68,8 @@ class Partitions(Generic[Item]):
             path = self._path(partition)
             try:
                 with path.open("ab") as stream:
-                    pickle.dump(items, stream, pickle.HIGHEST_PROTOCOL)
+                    for start in range(0, len(items), ITEMS_PER_PICKLE):
+                        pickle.dump(items[start : start + ITEMS_PER_PICKLE], stream, pickle.HIGHEST_PROTOCOL)
             except OSError as error:
                 raise full(path, error) from error
         self._waiting.clear()

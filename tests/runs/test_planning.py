@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pytest
 
+from benchmarks import planning
 from mediafm_ray.config.jobs import BackfillCatalogConfig, ContextualiseCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline.rows import PLAN_SCHEMA
@@ -31,6 +32,7 @@ CHECKPOINT, CONTEXT = "0123456789ab", "contextual-0123456789ab"
 OTHERS = ("aaaaaaaaaaaa", "fedcba987654")  # dataset versions
 NAMES = [*(f"t{number}" for number in range(14)), "ü/x y", "long " * 60, "gone", "also gone"]
 NOW = 1_000_000_000.0
+PASSED_OVER = ("stale", "not_due", "given_up", "unknown")
 SEEDS = range(24)
 
 
@@ -128,7 +130,9 @@ def entries_of(rows):
 def entry_of(row, position):
     uris = [row["video"], *row.get("timed_text", [])]
     states = [os.stat(uri) if os.path.exists(uri) else None for uri in uris]
-    identity = [[uri, *((state.st_size, str(state.st_mtime_ns)) if state else (None, None))] for uri, state in zip(uris, states, strict=True)]
+    identity = [
+        [uri, *((state.st_size, str(state.st_mtime_ns)) if state else (None, None))] for uri, state in zip(uris, states, strict=True)
+    ]
     digest = hashlib.sha256(json.dumps(identity, separators=(",", ":")).encode()).hexdigest()[:16]
     size, modified = (states[0].st_size, states[0].st_mtime) if states[0] else (0, 0.0)
     why = next(filter(None, map(unknown_of, uris)), None)
@@ -174,7 +178,9 @@ class Whole:
         return sorted(names, key=lambda name: not name.startswith("shots/"))
 
     def leftovers(self, entry):
-        return [] if entry["unknown"] else [*self.others(entry), *([self.failures[entry["key"]][0]] if entry["key"] in self.failures else [])]
+        return (
+            [] if entry["unknown"] else [*self.others(entry), *([self.failures[entry["key"]][0]] if entry["key"] in self.failures else [])]
+        )
 
     def outdone(self, entry):
         newest = {}
@@ -258,7 +264,7 @@ class Whole:
         return {
             **found,
             "reasons": {reason: counts[reason] for reason in planned if counts[reason]},
-            "passed_over": {reason: counts[reason] for reason in ("stale", "not_due", "given_up", "unknown") if reason not in planned and counts[reason]},
+            "passed_over": {reason: counts[reason] for reason in PASSED_OVER if reason not in planned and counts[reason]},
             "missing": [(title, [name for _, name, _ in self.objects[title]]) for title in gone],
             "of_titles": len(self.objects),
             "hours": self.hours(taken, done, config.run.dry_run or wanted.max_video_hours > 0),
@@ -301,7 +307,7 @@ def found_in(made):
         "pending": [{name: row[name] for name in columns} for row in made.pending.to_pylist()],
         "leftovers": [info.name for info in made.leftovers],
         "outdone": [sorted(names) for names in outdone.values()],
-        "bad_rows": [(row.where, row.problem.partition(": ")[0] if "JSON" in row.problem else row.problem, row.title_id) for row in made.bad_rows],
+        "bad_rows": [(row.where, "not valid JSON" if "JSON" in row.problem else row.problem, row.title_id) for row in made.bad_rows],
         "unknown": list(made.unknown),
     }
 
@@ -333,7 +339,8 @@ def test_a_backfill_is_every_title_against_every_object(made_up, spilled, tmp_pa
     rows = make_world(tmp_path, chance)
     options = {"recompute_stale": ["true", "false"], "order": ["catalog", "newest"], "max_titles": [0, 0, 1, 4], "max_attempts": [2, 3]}
     chosen = [f"backfill.{name}={chance.choice(values)}" for name, values in options.items()]
-    config = configured(BackfillCatalogConfig, tmp_path, "catalog.on_error=skip", f"run.dry_run={chance.choice(['true', 'false'])}", *chosen)
+    chosen += ["catalog.on_error=skip", f"run.dry_run={chance.choice(['true', 'false'])}"]
+    config = configured(BackfillCatalogConfig, tmp_path, *chosen)
     made = plan_backfill(config, now=NOW)
     expected = Whole(tmp_path, rows).backfill(config)
     seconds, estimated = expected.pop("hours")
@@ -387,9 +394,10 @@ def test_a_full_temporary_folder_ends_the_plan_with_what_to_do(tmp_path, monkeyp
     monkeypatch.setattr(partitions, "MAX_ROWS_IN_MEMORY", 2)
     (tmp_path / "rows-7").mkdir()
     rows = Partitions(tmp_path, "rows")
+    rows.add(7, "a")
+    rows.add(7, "b")
     with pytest.raises(StorageError, match="set TMPDIR to a folder with room"):
-        for number in range(3):
-            rows.add(7, number)
+        rows.add(7, "c")
 
 
 @pytest.mark.parametrize("chosen", [slice(None), slice(7), slice(None, None, 5), slice(0)])
@@ -405,3 +413,21 @@ def test_sorted_tables_are_the_rows_in_order(tmp_path, spilled, chosen):
     for path in tmp_path.iterdir():
         path.unlink()
     assert found.to_pylist() == sorted(rows, key=lambda row: (-row["a"], row["b"]))[chosen]
+
+
+def test_videos_in_a_bucket_are_looked_up_with_few_requests(tmp_path, spilled, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    monkeypatch.setattr(catalog, "KEYS_AT_ONCE", 150)
+    requests = []
+    real = planning.Listing.page
+    monkeypatch.setattr(planning.Listing, "page", lambda server, query: requests.append(query) or real(server, query))
+    titles = 400
+    with planning.bucket(tmp_path, titles, MODEL.dataset_version) as given:
+        monkeypatch.setattr(plan, "describe_model", lambda config: MODEL)
+        made = make_plan(read_config(EmbedCatalogConfig, [], given))
+    assert (made.titles, made.done, made.pending.num_rows) == (titles, titles // 2, titles // 2)
+    assert made.pending["title_id"].to_pylist() == [f"tt{number:07d}" for number in range(titles // 2, titles)]
+    assert set(made.pending["expected_bytes"].to_pylist()) == {1}
+    of_videos = [query for query in requests if query.get("prefix", "").startswith("videos/")]
+    assert len(of_videos) <= 12, "not one for each shard"
