@@ -299,9 +299,9 @@ def _open_table(base: str, name: str, kind: str, config: StorageConfig, scratch:
     titles = 0
     for shard in range(SHARDS):
         of_shard: set[str] = set()
-        for row in _good_rows(rows.read(shard), problems):
+        for good in _good_rows(rows.read(shard), problems):
             titles += 1
-            of_shard.update(filter(None, map(_s3_key, row.uris)))
+            of_shard.update(filter(None, map(_s3_key, good.uris)))
         keys.extend(shard, sorted(of_shard))
     bad = [*unread, *(problem for _, problem in sorted(problems, key=operator.itemgetter(0)))]
     if not titles and not bad:
