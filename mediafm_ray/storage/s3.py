@@ -174,17 +174,6 @@ class S3Objects:
             raise denials[0]
         return found
 
-    def read(self, name: str) -> bytes:
-        """Read a whole object; a truncated answer is retried. Raises FileNotFoundError."""
-        key = self.prefix + name
-
-        def get() -> bytes:
-            answer = _client(self.config).get_object(Bucket=self.bucket, Key=key)
-            with contextlib.closing(answer["Body"]) as body:
-                return body.read()  # raises where the length is wrong
-
-        return self._retried(get, key)
-
     def copy(self, name: str, path: str) -> None:
         """Copy an object to a local file; a truncated answer is retried. Raises FileNotFoundError."""
         key = self.prefix + name
@@ -196,6 +185,17 @@ class S3Objects:
                     stream.write(part)
 
         self._retried(get, key)
+
+    def read(self, name: str) -> bytes:
+        """Read a whole object; a truncated answer is retried. Raises FileNotFoundError."""
+        key = self.prefix + name
+
+        def get() -> bytes:
+            answer = _client(self.config).get_object(Bucket=self.bucket, Key=key)
+            with contextlib.closing(answer["Body"]) as body:
+                return body.read()  # raises where the length is wrong
+
+        return self._retried(get, key)
 
     def write(self, name: str, content: bytes) -> None:
         """Write an object atomically, in parts if it is large."""
