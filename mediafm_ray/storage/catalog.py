@@ -159,24 +159,28 @@ def _skip_or_raise(uri: str, problems: list[BadRow], skipped: list[BadRow] | Non
 
 def source_digest(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None]) -> str:
     """Return the digest of a title's source objects, which changes when one of them is replaced."""
-    found = [(json.dumps(uri), objects.get(uri)) for uri in _uris(title)]
+    uris = [title.video, *(text.uri for text in title.timed_text)]
+    return _digest(uris, [objects.get(uri) for uri in uris])
+
+
+def _digest(uris: Iterable[str], infos: Iterable[ObjectInfo | Unknown | None]) -> str:
+    """Return digest_of([[URI, size, version], ...]); its text is made here, because a large catalog needs it for every title."""
     parts = [
-        f"[{uri},{info.size},{json.dumps(info.version)}]" if isinstance(info, ObjectInfo) else f"[{uri},null,null]" for uri, info in found
+        f"[{json.dumps(uri)},{info.size},{json.dumps(info.version)}]" if isinstance(info, ObjectInfo) else f"[{json.dumps(uri)},null,null]"
+        for uri, info in zip(uris, infos, strict=True)
     ]
-    # This is the text that digest_of makes, made here because a large catalog needs it for every title.
     return hashlib.sha256(f"[{','.join(parts)}]".encode()).hexdigest()[:SOURCE_DIGITS]
 
 
-def _uris(title: Title) -> list[str]:
-    return [title.video, *(text.uri for text in title.timed_text)]
-
-
-def _entry(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None], position: int, duration_s: float | None = None) -> Entry:
-    video = objects.get(title.video)
+def _entry(
+    title: Title, uris: Sequence[str], infos: Sequence[ObjectInfo | Unknown | None], position: int, duration_s: float | None = None
+) -> Entry:
+    """Return the entry of a title. ``uris``: its video and its timed text; ``infos``: what is known of them."""
+    video = infos[0]
     size, modified = (video.size, video.modified) if isinstance(video, ObjectInfo) else (0, 0.0)
-    unknown = [found for found in map(objects.get, _uris(title)) if isinstance(found, Unknown)]
+    unknown = [info for info in infos if isinstance(info, Unknown)]
     reason, is_transient = (unknown[0].reason, any(one.is_transient for one in unknown)) if unknown else ("", False)
-    return Entry(title, source_digest(title, objects), position, size, modified, duration_s, reason, is_transient)
+    return Entry(title, _digest(uris, infos), position, size, modified, duration_s, reason, is_transient)
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
@@ -230,8 +234,8 @@ def _read_folder(store: Store, skipped: list[BadRow] | None) -> Iterator[Entry]:
             synopsis=metadata.get("synopsis", ""),
             tags=metadata.get("tags", ()),
         )
-        found = {title.video: objects[name]} | {join(uri, text): objects[text] for text, _, _ in texts}
-        yield _entry(title, found, position)
+        names = [name, *(text for text, _, _ in texts)]
+        yield _entry(title, [join(uri, name) for name in names], [objects[name] for name in names], position)
 
 
 def _sidecars_of(by_stem: Mapping[str, str], objects: Iterable[str]) -> dict[str, list[tuple[str, str, str]]]:
@@ -284,14 +288,14 @@ def _read_metadata(store: Store, stem: str, problems: list[BadRow]) -> dict[str,
 
 
 def _open_table(base: str, name: str, kind: str, config: StorageConfig, scratch: Path, skipped: list[BadRow] | None) -> Catalog:
-    rows: Partitions[Row] = Partitions(scratch, "rows")
+    rows: Partitions[tuple[Any, ...]] = Partitions(scratch, "rows")
     unread: list[BadRow] = []
     path = Store(base, config).local_file(name, str(scratch))
     read = {"parquet": parquet_rows, "csv": csv_rows, "jsonl": jsonl_rows}[kind]
     try:
         for position, (where, row) in enumerate(read(path, unread)):
             checked = checked_row(position, where, row, base)
-            rows.add(shard_of(checked.title_id or ""), checked)
+            rows.add(shard_of(checked.title_id or ""), tuple(checked))
     except OSError as error:
         raise StorageError(explain(error, f"{base}/{name}")) from error
     problems: list[tuple[int, BadRow]] = []
@@ -315,16 +319,16 @@ def _open_table(base: str, name: str, kind: str, config: StorageConfig, scratch:
         found = _look_up([uri for row in good for uri in row.uris if not _s3_key(uri)], config, servers)
         in_buckets = {key: kind(*values) for key, kind, values in listed.read(shard)}
         for row in good:
-            objects = {uri: in_buckets.get(key) if (key := _s3_key(uri)) else found.get(uri) for uri in row.uris}
-            yield _entry(row.title(), objects, row.position, row.duration_s)
+            infos = [in_buckets.get(key) if (key := _s3_key(uri)) else found.get(uri) for uri in row.uris]
+            yield _entry(row.title(), row.uris, infos, row.position, row.duration_s)
 
     return Catalog(titles, entries)
 
 
-def _good_rows(rows: Iterable[Row], problems: list[tuple[int, BadRow]]) -> Iterator[Row]:
-    """Yield the good rows of a shard, the first of several with one id; append the problems of the others, with their places."""
+def _good_rows(rows: Iterable[tuple[Any, ...]], problems: list[tuple[int, BadRow]]) -> Iterator[Row]:
+    """Yield the good Rows of a shard, the first of several with one id; append the problems of the others, with their places."""
     seen: dict[str, str] = {}
-    for row in rows:
+    for row in map(Row._make, rows):
         is_again = row.title_id in seen
         if is_again or row.problems:
             problems.extend((row.position, problem) for problem in row.bad_rows(seen))
@@ -336,7 +340,8 @@ def _good_rows(rows: Iterable[Row], problems: list[tuple[int, BadRow]]) -> Itera
 
 def _s3_key(uri: str) -> str:
     """Return the bucket and the key of a URI of S3 as one path; empty for other URIs."""
-    return uri.partition("://")[2] if scheme_of(uri) == "s3" else ""
+    scheme, _, rest = uri.partition("://")
+    return rest if scheme == "s3" or scheme.lower() == "s3" else ""
 
 
 def _find(keys: Partitions[str], config: StorageConfig, scratch: Path) -> Partitions[Found]:

@@ -385,8 +385,8 @@ def _parse_contents(response_dict: dict[str, Any], customized_response_dict: dic
         return
     found = root.findall(f"{space}Contents")
     for element in found:
-        text = {child.tag[len(space) :]: child.text or "" for child in element}
-        entry = {**text, "Size": int(text["Size"]), "LastModified": _timestamp(text["LastModified"])}
+        entry: dict[str, Any] = {child.tag[len(space) :]: child.text or "" for child in element}
+        entry["Size"], entry["LastModified"] = int(entry["Size"]), _timestamp(entry["LastModified"])
         customized_response_dict.setdefault("Contents", []).append(entry)
     root[:] = [element for element in root if element.tag != f"{space}Contents"]
     response_dict["body"] = ElementTree.tostring(root)
