@@ -234,8 +234,8 @@ def _read_folder(store: Store, skipped: list[BadRow] | None) -> Iterator[Entry]:
             synopsis=metadata.get("synopsis", ""),
             tags=metadata.get("tags", ()),
         )
-        names = [name, *(text for text, _, _ in texts)]
-        yield _entry(title, [join(uri, name) for name in names], [objects[name] for name in names], position)
+        files = [name, *(text for text, _, _ in texts)]
+        yield _entry(title, [join(uri, file) for file in files], [objects[file] for file in files], position)
 
 
 def _sidecars_of(by_stem: Mapping[str, str], objects: Iterable[str]) -> dict[str, list[tuple[str, str, str]]]:
