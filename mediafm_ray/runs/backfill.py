@@ -40,8 +40,7 @@ from mediafm_ray.runs.plan import Plan, Survey, Surveys, in_order, pending_table
 from mediafm_ray.runs.report import SUMMARY, RunResult
 from mediafm_ray.spec import parse_json
 from mediafm_ray.storage.catalog import Entry
-from mediafm_ray.storage.dataset import SHARDS, SHOTS, Model, Output, encode_title, parse_failure
-from mediafm_ray.storage.listing import read_listing
+from mediafm_ray.storage.dataset import SHOTS, Model, Output, encode_title, parse_failure
 from mediafm_ray.storage.partitions import SortedTables
 from mediafm_ray.storage.store import ObjectInfo, Store
 from mediafm_ray.text import public_line
@@ -154,8 +153,8 @@ def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now
         outdone: list[tuple[str, str]] = []
         gone: list[tuple[str, Sequence[ObjectInfo]]] = []
         of_titles = 0
-        for number in range(SHARDS):
-            there, elsewhere = surveys.shard(number), _elsewhere(surveys, number)
+        for there in surveys:
+            elsewhere = _elsewhere(there)
             reasons = _classify(there, elsewhere, wanted, now)
             counts.update(reason for _, reason in reasons)
             for entry, reason in reasons:
@@ -165,7 +164,7 @@ def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now
                     outdone += ((title_id, name) for name in there.outdone(entry))
                 elif reason == UNKNOWN:
                     unknown.append((title_id, entry.unknown))
-            pending.add(pending_table(there, (entry for entry, reason in reasons if reason in planned), elsewhere))
+            pending.add(pending_table(there, [entry for entry, reason in reasons if reason in planned], elsewhere))
             if measured:
                 measured.add(there, elsewhere, [entry for entry, reason in reasons if reason == DONE])
             gone += _missing(there, protected)
@@ -193,14 +192,13 @@ def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now
     return Backfill(plan, {reason: counts[reason] for reason in planned if counts[reason]}, passed_over, missing, hours)
 
 
-def _elsewhere(surveys: Surveys, shard: int) -> Elsewhere:
-    """Return the shots of a shard that are committed under other dataset versions."""
-    listings = ((version, read_listing(kept, shard)) for version, kept in surveys.others.items())
-    return {key: f"{version}/{infos[0].name}" for version, listing in listings for key, infos in listing.items()}
+def _elsewhere(there: Survey) -> Elsewhere:
+    """Return the shots that are committed under other dataset versions."""
+    return {key: f"{version}/{infos[0].name}" for version, listing in there.versions.items() for key, infos in listing.items()}
 
 
 def _classify(there: Survey, elsewhere: Elsewhere, wanted: BackfillConfig, now: float) -> list[tuple[Entry, str]]:
-    """Return each title of a shard with its class (see the module)."""
+    """Return each title of a survey with its class (see the module)."""
     titles_elsewhere = {title for title, _ in elsewhere}
     failed = [entry for entry in there.entries if entry.key in there.failures and not there.is_done(entry)]
     attempts = _attempts(there, failed)
@@ -247,7 +245,7 @@ def _attempts(there: Survey, failed: Sequence[Entry]) -> Mapping[tuple[str, str]
 
 
 def _missing(there: Survey, protected: Set[str]) -> list[tuple[str, Sequence[ObjectInfo]]]:
-    """Return the titles of a shard that are gone from the catalog, with their objects. ``protected``: titles whose rows are bad."""
+    """Return the titles of a survey that are gone from the catalog, with their objects. ``protected``: titles whose rows are bad."""
     in_catalog = {entry.key[0] for entry in there.entries} | protected
     return [(title, [info for _, info in found]) for title, found in there.objects_of_title.items() if title not in in_catalog]
 
@@ -295,7 +293,7 @@ class Measured:
         self.sample = SortedTables(self.surveys.scratch, "sample", SAMPLE_SCHEMA, order)
 
     def add(self, there: Survey, elsewhere: Elsewhere, done: Sequence[Entry]) -> None:
-        """Add the titles of a shard. ``done``: those that are committed under this dataset version."""
+        """Add the titles of a survey. ``done``: those that are committed under this dataset version."""
         for entry in there.entries:
             if entry.duration_s:
                 self.is_in_catalog = True

@@ -38,6 +38,7 @@ NUMERICS_VERSION = 2  # Part of the dataset version: raise it with a change of t
 VERSION_DIGITS = 12  # Hex digits of a dataset version.
 BUILTIN = {"builtin": BUILTIN_NEIGHBOURS, "revision": 1}  # Raise the revision with a change that changes its numbers.
 BUILTIN_DATASET = contextual(digest_of(BUILTIN)[:VERSION_DIGITS])  # For builtin:neighbours with its default options.
+ROWS_AT_ONCE = 20_000  # Titles, or objects of a dataset, that are in memory at once, but at least those of a shard.
 OBJECTS_PER_COLLECTION = 500_000  # That may be garbage in cycles before Python looks for it.
 IN_CATALOG, WITH_SHOTS = "in_catalog", "with_committed_shots"  # The titles that a job starts from.
 CHECKPOINT_TYPES = ("mediafm_contextualiser", "mediafm_neighbour_attention")  # The model_type in the config.json of a contextualiser.
@@ -108,13 +109,14 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
 
 @dataclass(frozen=True)
 class Survey:
-    """The titles of the catalog and the objects of the dataset version in one shard."""
+    """The titles of the catalog and their objects in one or several shards."""
 
     entries: Sequence[Entry]  # In the order of their ids.
     model: Model
     checkpoint: str  # Name of the contextualiser's checkpoint; empty when none is configured.
     output: Output
     listed: Mapping[str, Listing]  # Listings by dataset.
+    versions: Mapping[str, Listing]  # Listings of the shots of other dataset versions.
 
     @property
     def failures(self) -> Listing:
@@ -216,13 +218,21 @@ class Surveys:
     checkpoint: str  # Name of the contextualiser's checkpoint; empty when none is configured.
     output: Output
     listed: Mapping[str, Partitions[Kept]]  # Listings by dataset.
-    others: Mapping[str, Partitions[Kept]]  # Listings of the shots of other dataset versions, by version.
+    versions: Mapping[str, Partitions[Kept]]  # Listings of the shots of other dataset versions.
     scratch: Path  # A temporary folder.
 
-    def shard(self, number: int) -> Survey:
-        """Return the survey of a shard. Raises StorageError where the sources of its titles cannot be looked up."""
-        listed = {dataset: read_listing(kept, number) for dataset, kept in self.listed.items()}
-        return Survey(self.catalog.entries(number), self.model, self.checkpoint, self.output, listed)
+    def __iter__(self) -> Iterator[Survey]:
+        """Yield the surveys of all shards, of a small catalog all at once: its sources are looked up together.
+
+        Raises StorageError where sources cannot be looked up.
+        """
+        rows = max(self.catalog.titles, *(kept.rows for kept in [*self.listed.values(), *self.versions.values()]), 1)
+        size = max(1, ROWS_AT_ONCE * SHARDS // rows)
+        for start in range(0, SHARDS, size):
+            shards = range(start, min(start + size, SHARDS))
+            listed = {dataset: read_listing(kept, shards) for dataset, kept in self.listed.items()}
+            versions = {version: read_listing(kept, shards) for version, kept in self.versions.items()}
+            yield Survey(self.catalog.entries(shards), self.model, self.checkpoint, self.output, listed, versions)
 
     def pending(self, *order: tuple[str, str]) -> SortedTables:
         """Return an empty collection of pending titles that has them in an order of PENDING_SCHEMA's columns."""
@@ -270,12 +280,12 @@ def survey(config: EmbedCatalogConfig, model: Model | None = None, with_others: 
         yield Surveys(catalog, skipped, model, checkpoint, output, listed, shots, scratch)
 
 
-def pending_table(there: Survey, entries: Iterable[Entry], elsewhere: Mapping[tuple[str, str], str] | None = None) -> pa.Table:
-    """Return pending titles of a shard as a table of PENDING_SCHEMA.
+def pending_table(there: Survey, entries: Sequence[Entry], elsewhere: Mapping[tuple[str, str], str] | None = None) -> pa.Table:
+    """Return pending titles of a survey as a table of PENDING_SCHEMA.
 
     ``elsewhere``: names below the output of shots that are committed under other dataset versions.
     """
-    entries, shots, others = list(entries), there.wanted[0], elsewhere or {}
+    shots, others = there.wanted[0], elsewhere or {}
     found = [shots.get(entry.key) for entry in entries]
     here = [f"{there.model.dataset_version}/{infos[0].name}" if infos else None for infos in found]
     columns = {
@@ -306,8 +316,7 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
         outdone: list[tuple[str, str]] = []
         unknown: list[tuple[str, str]] = []
         done = failed_before = only_contextual = without_context = 0
-        for number in range(SHARDS):
-            there = surveys.shard(number)
+        for there in surveys:
             entries = []
             for entry in there.entries:
                 title_id = entry.title.title_id

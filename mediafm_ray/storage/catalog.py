@@ -108,19 +108,17 @@ class Catalog:
     """The titles of a catalog by the shard of their objects."""
 
     titles: int
-    of_shard: Callable[[int], Iterable[Entry]]
+    of_shards: Callable[[Sequence[int]], Iterable[Entry]]
 
-    def entries(self, shard: int) -> list[Entry]:
-        """Return the titles of a shard in the order of their ids, each with its source digest. Raises StorageError."""
-        return sorted(self.of_shard(shard), key=lambda entry: entry.title.title_id)
+    def entries(self, shards: Sequence[int]) -> list[Entry]:
+        """Return the titles of some shards in the order of their ids, each with its source digest. Raises StorageError."""
+        return sorted(self.of_shards(shards), key=lambda entry: entry.title.title_id)
 
 
 def read_catalog(uri: str, config: StorageConfig | None = None, skipped: list[BadRow] | None = None) -> list[Entry]:
     """Return all titles of a catalog in the order of their ids; see ``open_catalog``."""
     with tempfile.TemporaryDirectory() as folder:
-        catalog = open_catalog(uri, config or StorageConfig(), Path(folder), skipped)
-        entries = [entry for shard in range(SHARDS) for entry in catalog.entries(shard)]
-    return sorted(entries, key=lambda entry: entry.title.title_id)
+        return open_catalog(uri, config or StorageConfig(), Path(folder), skipped).entries(range(SHARDS))
 
 
 def open_catalog(uri: str, config: StorageConfig, scratch: Path, skipped: list[BadRow] | None = None) -> Catalog:
@@ -192,7 +190,7 @@ def _open_folder(store: Store, scratch: Path, skipped: list[BadRow] | None) -> C
     for entry in _read_folder(store, skipped):
         titles += 1
         entries.add(shard_of(entry.title.title_id), entry)
-    return Catalog(titles, entries.read)
+    return Catalog(titles, lambda shards: (entry for shard in shards for entry in entries.read(shard)))
 
 
 def _read_folder(store: Store, skipped: list[BadRow] | None) -> Iterator[Entry]:
@@ -314,10 +312,10 @@ def _open_table(base: str, name: str, kind: str, config: StorageConfig, scratch:
     listed = _find(keys, config, scratch)
     servers: dict[str, _Server] = defaultdict(_Server)
 
-    def entries(shard: int) -> Iterator[Entry]:
-        good = list(_good_rows(rows.read(shard), []))
+    def entries(shards: Sequence[int]) -> Iterator[Entry]:
+        good = [row for shard in shards for row in _good_rows(rows.read(shard), [])]
         found = _look_up([uri for row in good for uri in row.uris if not _s3_key(uri)], config, servers)
-        in_buckets = {key: kind(*values) for key, kind, values in listed.read(shard)}
+        in_buckets = {key: kind(*values) for shard in shards for key, kind, values in listed.read(shard)}
         for row in good:
             infos = [in_buckets.get(key) if (key := _s3_key(uri)) else found.get(uri) for uri in row.uris]
             yield _entry(row.title(), row.uris, infos, row.position, row.duration_s)

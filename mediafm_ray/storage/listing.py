@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,6 +64,6 @@ def keep_listing(output: Output, dataset: str, scratch: Path) -> Partitions[Kept
     return kept
 
 
-def read_listing(kept: Partitions[Kept], shard: int) -> Listing:
-    """Return the listing of one shard."""
-    return {key: [ObjectInfo(*info) for info in infos] for key, infos in kept.read(shard)}
+def read_listing(kept: Partitions[Kept], shards: Iterable[int]) -> Listing:
+    """Return the listing of some shards."""
+    return {key: [ObjectInfo(*info) for info in infos] for shard in shards for key, infos in kept.read(shard)}

@@ -31,8 +31,9 @@ class Partitions(Generic[Item]):
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
+        self.rows = 0
         self._waiting: dict[int, list[Item]] = defaultdict(list)
-        self._rows = 0
+        self._waiting_rows = 0
         self._lock = threading.Lock()
 
     def add(self, partition: int, item: Item, rows: int = 1) -> None:
@@ -46,8 +47,9 @@ class Partitions(Generic[Item]):
     def _extend(self, partition: int, items: Sequence[Item], rows: int) -> None:
         with self._lock:
             self._waiting[partition] += items
-            self._rows += rows
-            if self._rows > MAX_ROWS_IN_MEMORY:
+            self.rows += rows
+            self._waiting_rows += rows
+            if self._waiting_rows > MAX_ROWS_IN_MEMORY:
                 self._write()
 
     def read(self, partition: int) -> Iterator[Item]:
@@ -73,7 +75,7 @@ class Partitions(Generic[Item]):
             except OSError as error:
                 raise full(path, error) from error
         self._waiting.clear()
-        self._rows = 0
+        self._waiting_rows = 0
 
     def _path(self, partition: int) -> Path:
         return self.folder / f"{self.name}-{partition}"

@@ -41,11 +41,12 @@ SEEDS = range(8)
 
 @pytest.fixture(params=["in memory", "spilled"])
 def spilled(request, monkeypatch):
-    """Everything in memory, or all of it in files and every shard listed alone."""
+    """Everything in memory and at once, or all of it in files and every shard alone."""
     if request.param == "spilled":
         monkeypatch.setattr(partitions, "MAX_ROWS_IN_MEMORY", 2)
         monkeypatch.setattr(partitions, "ROWS_PER_TABLE", 3)
         monkeypatch.setattr(listing, "MIN_SHARDS", 1)
+        monkeypatch.setattr(plan, "ROWS_AT_ONCE", 0)
     return request.param == "spilled"
 
 
