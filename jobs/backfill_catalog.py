@@ -79,7 +79,7 @@ def limits(backfill: Backfill, config: BackfillCatalogConfig, start: float, leas
     return Limits(
         max_video_s=config.backfill.max_video_hours * HOUR,
         wall_until=start + minutes * MINUTE if minutes else float("inf"),
-        expected_s=backfill.hours.expected_s,
+        expected_s=backfill.hours.expected_s if config.backfill.max_video_hours else {},
         interrupted=lambda: "" if lease.is_valid() else LEASE_LOST,
     )
 

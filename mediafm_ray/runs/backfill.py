@@ -17,23 +17,31 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import operator
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.config.sections import BackfillConfig
-from mediafm_ray.pipeline.rows import plan_table
-from mediafm_ray.runs.plan import Plan, Survey, key_of, shots_first, survey
+from mediafm_ray.pipeline.rows import PLAN_SCHEMA
+from mediafm_ray.runs.plan import Plan, Survey, Surveys, in_order, pending_table, shots_first, survey
 from mediafm_ray.runs.report import SUMMARY, RunResult
 from mediafm_ray.spec import parse_json
 from mediafm_ray.storage.catalog import Entry
-from mediafm_ray.storage.dataset import SHOTS, Model, Output, dataset_versions, encode_title, parse_failure
+from mediafm_ray.storage.dataset import SHOTS, Model, Output, encode_title, parse_failure
+from mediafm_ray.storage.partitions import SortedTables
 from mediafm_ray.storage.store import ObjectInfo, Store
 from mediafm_ray.text import public_line
 
@@ -56,28 +64,42 @@ STORE_THREADS = 16  # Small reads and deletions at once.
 SAMPLED_TITLES = 32  # Committed titles whose duration is read to estimate seconds per byte.
 MAX_FACTS_READ = 1000  # Pending titles whose duration is read from a committed object.
 NAMES_SHOWN = 10
+ORDERS = {"catalog": [("position", "ascending")], "newest": [("modified", "descending"), ("title_id", "ascending")]}
 MAX_DOUBLINGS = 64  # A bound of the delay after failures that is longer than any time.
-Elsewhere = Mapping[tuple[str, str], tuple[Output, str]]  # Dataset version and object's name, by encoded title and source.
+Elsewhere = Mapping[tuple[str, str], str]  # Names below the output of shots of other dataset versions, by encoded title and source.
+IS_DONE = "is_done"  # Column of titles that may be sampled, which are all committed somewhere.
+SAMPLE_SCHEMA = pa.schema([(IS_DONE, pa.bool_()), ("title_id", pa.string()), ("size", pa.int64()), ("stored", pa.string())])
 
 
 @dataclass(frozen=True)
 class Hours:
     """Known and estimated seconds of video of the titles that a run takes."""
 
-    expected_s: Mapping[str, float]  # Seconds by title id.
-    estimated: int  # Number of titles of expected_s that are estimated from bytes.
-    titles: int
+    title_ids: pa.ChunkedArray
+    seconds: pa.Array  # Null where they are unknown.
+    estimated: int = 0  # Number of titles whose seconds are estimated from bytes.
+
+    @cached_property
+    def expected_s(self) -> Mapping[str, float]:
+        """The seconds by title, where they are known."""
+        pairs = zip(self.title_ids.to_pylist(), self.seconds.to_pylist(), strict=True)
+        return {title_id: seconds for title_id, seconds in pairs if seconds is not None}
+
+    @property
+    def known(self) -> int:
+        """The number of titles whose seconds are known or estimated."""
+        return len(self.seconds) - self.seconds.null_count
 
     @property
     def total_s(self) -> float:
-        """The sum over the titles in expected_s."""
-        return sum(self.expected_s.values())
+        """The sum of the seconds that are known."""
+        return pc.sum(self.seconds).as_py() or 0.0
 
     def __str__(self) -> str:
-        unknown = self.titles - len(self.expected_s)
+        unknown = self.seconds.null_count
         how = [f"of {self.estimated} titles estimated from bytes"] if self.estimated else []
         how += [f"of {unknown} titles unknown"] if unknown else []
-        if unknown == self.titles:
+        if not self.known:
             return "unknown hours of video"
         return f"{_span(self.total_s)} of video" + (f" ({', '.join(how)})" if how else "")
 
@@ -89,6 +111,12 @@ class Missing:
     titles: Sequence[str]  # Encoded as in the names of their objects.
     objects: Sequence[ObjectInfo]
     of_titles: int  # Number of all titles that have objects.
+
+    @classmethod
+    def of(cls, gone: Sequence[tuple[str, Sequence[ObjectInfo]]], of_titles: int) -> Missing:
+        """Return titles and their objects in the order of the titles."""
+        gone = sorted(gone, key=operator.itemgetter(0))
+        return cls([title for title, _ in gone], [info for _, infos in gone for info in infos], of_titles)
 
     def first_names(self) -> list[str]:
         """Return the first few titles, for people."""
@@ -113,55 +141,70 @@ def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now
     more titles are gone than may be deleted.
     """
     wanted = config.backfill
-    there = survey(config, model)
-    elsewhere = _elsewhere(config, there.model.dataset_version)
-    reasons = _classify(there, elsewhere, wanted, time.time() if now is None else now)
     planned = (NEW, CHANGED, FAILED, CONTEXTUAL, *([STALE] if wanted.recompute_stale else []))
-    pending = _in_order([entry for entry, reason in reasons if reason in planned], wanted.order)
-    taken = pending[: wanted.max_titles] if wanted.max_titles else pending
-    done = [entry for entry, reason in reasons if reason == DONE]
-    counts = Counter(reason for _, reason in reasons)
-    missing = _missing(there)
-    check_missing(missing, config)
+    now = time.time() if now is None else now
+    with survey(config, model, with_others=True) as surveys:
+        pending = surveys.pending(*ORDERS[wanted.order])
+        measured = Measured(surveys) if config.run.dry_run or wanted.max_video_hours > 0 else None
+        protected = {encode_title(row.name) for row in surveys.bad_rows}
+        counts: Counter[str] = Counter()
+        unknown: list[tuple[str, str]] = []
+        leftovers: list[tuple[str, ObjectInfo]] = []
+        outdone: list[tuple[str, str]] = []
+        gone: list[tuple[str, Sequence[ObjectInfo]]] = []
+        of_titles = 0
+        for there in surveys:
+            elsewhere = _elsewhere(there)
+            reasons = _classify(there, elsewhere, wanted, now)
+            counts.update(reason for _, reason in reasons)
+            for entry, reason in reasons:
+                title_id = entry.title.title_id
+                if reason == DONE:
+                    leftovers += ((title_id, info) for info in there.leftovers(entry))
+                    outdone += ((title_id, name) for name in there.outdone(entry))
+                elif reason == UNKNOWN:
+                    unknown.append((title_id, entry.unknown))
+            pending.add(pending_table(there, [entry for entry, reason in reasons if reason in planned], elsewhere))
+            if measured:
+                measured.add(there, elsewhere, [entry for entry, reason in reasons if reason == DONE])
+            gone += _missing(there, protected)
+            of_titles += len(there.objects_of_title)
+        missing = Missing.of(gone, of_titles)
+        check_missing(missing, config)
+        taken = pending.read(slice(wanted.max_titles or None))
+        hours = _hours(taken, measured, config)
     plan = Plan(
-        model=there.model,
-        checkpoint=there.checkpoint,
-        pending=plan_table(there.row(entry) for entry in taken),
-        titles=len(there.entries),
-        done=len(done),
+        model=surveys.model,
+        checkpoint=surveys.checkpoint,
+        pending=taken.select(PLAN_SCHEMA.names),
+        titles=surveys.catalog.titles,
+        done=counts[DONE],
         failed_before=counts[NOT_DUE] + counts[GIVEN_UP],
-        left=len(pending) - len(taken),
-        only_contextual=sum(key_of(entry) in there.wanted[0] for entry in taken),
-        leftovers=tuple(leftover for entry in done for leftover in there.leftovers(entry)),
-        outdone=tuple(name for entry in done for name in there.outdone(entry)),
+        left=len(pending) - taken.num_rows,
+        only_contextual=pc.sum(taken["has_shots"]).as_py() or 0,
+        leftovers=tuple(in_order(leftovers)),
+        outdone=tuple(in_order(outdone)),
         given_up=counts[GIVEN_UP],
-        bad_rows=tuple(there.bad_rows),
-        unknown=tuple((entry.title.title_id, entry.unknown) for entry, reason in reasons if reason == UNKNOWN),
+        bad_rows=tuple(surveys.bad_rows),
+        unknown=tuple(sorted(unknown)),
     )
     passed_over = {reason: counts[reason] for reason in MEANING if reason not in planned and counts[reason]}
-    exact = config.run.dry_run or wanted.max_video_hours > 0
-    hours = _hours(there, taken, done, elsewhere, exact)
     return Backfill(plan, {reason: counts[reason] for reason in planned if counts[reason]}, passed_over, missing, hours)
 
 
-def _elsewhere(config: BackfillCatalogConfig, version: str) -> Elsewhere:
+def _elsewhere(there: Survey) -> Elsewhere:
     """Return the shots that are committed under other dataset versions."""
-    found = {}
-    for other in dataset_versions(config.output.uri, config.storage):
-        if other != version:
-            output = Output(config.output.uri, other, config.storage)
-            found.update({key: (output, infos[0].name) for key, infos in output.list(SHOTS).items()})
-    return found
+    return {key: f"{version}/{infos[0].name}" for version, listing in there.versions.items() for key, infos in listing.items()}
 
 
 def _classify(there: Survey, elsewhere: Elsewhere, wanted: BackfillConfig, now: float) -> list[tuple[Entry, str]]:
-    """Return each title of the catalog with its class (see the module)."""
+    """Return each title of a survey with its class (see the module)."""
     titles_elsewhere = {title for title, _ in elsewhere}
-    failed = [entry for entry in there.entries if key_of(entry) in there.failures and not there.is_done(entry)]
+    failed = [entry for entry in there.entries if entry.key in there.failures and not there.is_done(entry)]
     attempts = _attempts(there, failed)
     found = []
     for entry in there.entries:
-        key = key_of(entry)
+        key = entry.key
         if there.is_done(entry):
             reason = DONE
         elif there.is_unknown(entry):
@@ -188,7 +231,7 @@ def _attempts(there: Survey, failed: Sequence[Entry]) -> Mapping[tuple[str, str]
     """Return the number of failures of each title's own fault from its failure record."""
 
     def read(entry: Entry) -> int:
-        name = there.failures[key_of(entry)][0].name
+        name = there.failures[entry.key][0].name
         try:
             return parse_failure(there.output.store.read(name))["attempts"]
         except FileNotFoundError:  # Another job has finished the title meanwhile.
@@ -198,20 +241,13 @@ def _attempts(there: Survey, failed: Sequence[Entry]) -> Mapping[tuple[str, str]
             return 1
 
     with ThreadPoolExecutor(STORE_THREADS) as pool:
-        return dict(zip(map(key_of, failed), pool.map(read, failed), strict=True))
+        return {entry.key: tried for entry, tried in zip(failed, pool.map(read, failed), strict=True)}
 
 
-def _in_order(entries: Iterable[Entry], order: str) -> list[Entry]:
-    if order == "catalog":
-        return sorted(entries, key=lambda entry: entry.position)
-    return sorted(entries, key=lambda entry: (-entry.modified, entry.title.title_id))
-
-
-def _missing(there: Survey) -> Missing:
-    in_catalog = {key_of(entry)[0] for entry in there.entries} | {encode_title(row.name) for row in there.bad_rows}
-    titles = sorted(set(there.objects_of_title) - in_catalog)
-    objects = [info for title in titles for _, info in there.objects_of_title[title]]
-    return Missing(titles, objects, len(there.objects_of_title))
+def _missing(there: Survey, protected: Set[str]) -> list[tuple[str, Sequence[ObjectInfo]]]:
+    """Return the titles of a survey that are gone from the catalog, with their objects. ``protected``: titles whose rows are bad."""
+    in_catalog = {entry.key[0] for entry in there.entries} | protected
+    return [(title, [info for _, info in found]) for title, found in there.objects_of_title.items() if title not in in_catalog]
 
 
 def check_missing(missing: Missing, config: BackfillCatalogConfig) -> None:
@@ -242,46 +278,83 @@ def delete_missing(missing: Missing, output: Output) -> int:
 # ------------------------------------------------------------------------------------------------------------- hours
 
 
-def _hours(there: Survey, taken: Sequence[Entry], done: Sequence[Entry], elsewhere: Elsewhere, exact: bool) -> Hours:
+@dataclass
+class Measured:
+    """Titles of the catalog from which seconds of video per byte can be told, collected shard by shard."""
+
+    surveys: Surveys
+    is_in_catalog: bool = False  # The catalog has the duration of a title: then it decides.
+    size: int = 0  # Bytes of the titles whose duration the catalog has.
+    seconds: float = 0.0
+    sample: SortedTables = field(init=False)  # Committed titles whose durations can be read.
+
+    def __post_init__(self) -> None:
+        order = [(IS_DONE, "descending"), ("title_id", "ascending")]
+        self.sample = SortedTables(self.surveys.scratch, "sample", SAMPLE_SCHEMA, order)
+
+    def add(self, there: Survey, elsewhere: Elsewhere, done: Sequence[Entry]) -> None:
+        """Add the titles of a survey. ``done``: those that are committed under this dataset version."""
+        for entry in there.entries:
+            if entry.duration_s:
+                self.is_in_catalog = True
+                self.size += entry.size
+                self.seconds += entry.duration_s if entry.size else 0.0
+        if self.is_in_catalog:
+            return
+        version = there.model.dataset_version
+        here = [(True, entry, f"{version}/{there.wanted[0][entry.key][0].name}") for entry in done]
+        both = [*here, *((False, entry, self._name(there, elsewhere, entry)) for entry in there.entries if entry.key in elsewhere)]
+        rows = [(is_done, entry.title.title_id, entry.size, name) for is_done, entry, name in both if entry.size]
+        self.sample.add(pa.Table.from_pylist([dict(zip(SAMPLE_SCHEMA.names, row, strict=True)) for row in rows], SAMPLE_SCHEMA))
+
+    def seconds_per_byte(self, config: BackfillCatalogConfig) -> float:
+        """Return the seconds of video per byte; 0 where they are unknown."""
+        if self.is_in_catalog:
+            return self.seconds / self.size if self.size else 0.0
+        sample = self.sample.read(slice(None, None, max(1, len(self.sample) // SAMPLED_TITLES))).slice(0, SAMPLED_TITLES)
+        found = zip(sample["size"].to_pylist(), _durations(sample, config), strict=True)
+        measured = [(size, seconds) for size, seconds in found if seconds is not None]
+        size = sum(size for size, _ in measured)
+        return sum(seconds for _, seconds in measured) / size if size else 0.0
+
+    @staticmethod
+    def _name(there: Survey, elsewhere: Elsewhere, entry: Entry) -> str:
+        here = there.wanted[0].get(entry.key)
+        return f"{there.model.dataset_version}/{here[0].name}" if here else elsewhere[entry.key]
+
+
+def _hours(taken: pa.Table, measured: Measured | None, config: BackfillCatalogConfig) -> Hours:
     """Return the durations of the videos: from the catalog, from facts of stored objects, else estimated from bytes.
 
-    Objects are read only if ``exact``, because each costs a request.
+    Objects are read only where ``measured`` is given, because each costs a request.
     """
-    known = {entry.title.title_id: entry.duration_s for entry in taken if entry.duration_s}
-    rest = [entry for entry in taken if not entry.duration_s]
-    if not exact or not rest:
-        return Hours(known, 0, len(taken))
-    stored = [entry for entry in rest if key_of(entry) in there.wanted[0] or key_of(entry) in elsewhere][:MAX_FACTS_READ]
-    known |= {entry.title.title_id: seconds for entry, seconds in _durations(there, elsewhere, stored)}
-    measured = [(entry, entry.duration_s) for entry in there.entries if entry.duration_s]
-    if not measured:
-        candidates = [entry for entry in [*done, *(entry for entry in there.entries if key_of(entry) in elsewhere)] if entry.size]
-        sample = candidates[:: max(1, len(candidates) // SAMPLED_TITLES)][:SAMPLED_TITLES]
-        measured = _durations(there, elsewhere, sample)
-    size = sum(entry.size for entry, _ in measured)
-    if not size:
-        return Hours(known, 0, len(taken))
-    seconds_per_byte = sum(seconds for entry, seconds in measured if entry.size) / size
-    estimated = {entry.title.title_id: entry.size * seconds_per_byte for entry in rest if entry.title.title_id not in known and entry.size}
-    return Hours(known | estimated, len(estimated), len(taken))
+    seconds = taken["expected_s"].to_numpy(zero_copy_only=False).copy()  # NaN where they are unknown.
+    seconds[seconds == 0] = np.nan
+    estimated = 0
+    if measured and np.isnan(seconds).any():
+        stored = np.flatnonzero(np.isnan(seconds) & taken["stored"].is_valid().to_numpy(zero_copy_only=False))[:MAX_FACTS_READ]
+        seconds[stored] = [math.nan if found is None else found for found in _durations(taken.take(stored), config)]
+        rate = measured.seconds_per_byte(config)
+        sizes = taken["expected_bytes"].to_numpy()
+        guessed = np.isnan(seconds) & (sizes > 0) & (rate > 0)
+        seconds[guessed] = sizes[guessed] * rate
+        estimated = int(guessed.sum())
+    return Hours(taken["title_id"], pa.array(seconds, from_pandas=True), estimated)
 
 
-def _durations(there: Survey, elsewhere: Elsewhere, entries: Sequence[Entry]) -> list[tuple[Entry, float]]:
-    """Return the durations of committed titles from the facts of their objects; titles with unreadable objects are left out."""
+def _durations(titles: pa.Table, config: BackfillCatalogConfig) -> list[float | None]:
+    """Return the durations of committed titles from the facts of their objects; None for unreadable objects."""
 
-    def read(entry: Entry) -> float | None:
-        key = key_of(entry)
-        here = there.wanted[0].get(key)
-        output, name = (there.output, here[0].name) if here else elsewhere[key]
+    def read(title_id: str, stored: str) -> float | None:
+        version, _, name = stored.partition("/")
         try:
-            return float(output.facts(name)["media"]["duration_s"])
+            return float(Output(config.output.uri, version, config.storage).facts(name)["media"]["duration_s"])
         except Exception as error:  # An estimate can do without a broken object.
-            log.warning("the duration of %s is not known: %s: %s", entry.title.title_id, type(error).__name__, error)
+            log.warning("the duration of %s is not known: %s: %s", title_id, type(error).__name__, error)
             return None
 
     with ThreadPoolExecutor(STORE_THREADS) as pool:
-        found = zip(entries, pool.map(read, entries), strict=True)
-        return [(entry, seconds) for entry, seconds in found if seconds is not None]
+        return list(pool.map(read, titles["title_id"].to_pylist(), titles["stored"].to_pylist()))
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
@@ -321,7 +394,7 @@ def describe_time(backfill: Backfill, pace: float) -> str:
     """Return the estimated duration of a run on the machines of the last one. ``pace``: its hours of video an hour; 0 = unknown."""
     if not pace:
         return "time: unknown, there is no earlier run in this output to go by"
-    if not backfill.hours.expected_s:
+    if not backfill.hours.known:
         return f"time: unknown; the last run did {pace:.2f} hours of video an hour"
     return (
         f"time: about {_span(backfill.hours.total_s / pace)} on the machines of the last run, which did {pace:.2f} hours of video an hour"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
+import operator
 import os
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -19,11 +24,13 @@ from mediafm_ray.models import weights
 from mediafm_ray.models.encoder import encoder_dim, weights_digest
 from mediafm_ray.models.fusion import fusion_recipe, spans
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig, DetectorConfig
-from mediafm_ray.pipeline.rows import plan_table
+from mediafm_ray.pipeline.rows import PLAN_SCHEMA, plan_table
 from mediafm_ray.spec import digest_of, recipe_of
-from mediafm_ray.storage.catalog import SOURCE_DIGITS, Entry, read_catalog
+from mediafm_ray.storage.catalog import SOURCE_DIGITS, Catalog, Entry, open_catalog
 from mediafm_ray.storage.catalog_rows import BadRow
-from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextual, encode_title, object_name, record_failure
+from mediafm_ray.storage.dataset import FAILURES, SHARDS, SHOTS, Model, Output, contextual, dataset_versions, object_name, record_failure
+from mediafm_ray.storage.listing import Kept, Listing, keep_listing, read_listing
+from mediafm_ray.storage.partitions import Partitions, SortedTables
 from mediafm_ray.storage.store import ObjectInfo, StorageError
 from mediafm_ray.text import public_line
 
@@ -31,9 +38,21 @@ NUMERICS_VERSION = 2  # Part of the dataset version: raise it with a change of t
 VERSION_DIGITS = 12  # Hex digits of a dataset version.
 BUILTIN = {"builtin": BUILTIN_NEIGHBOURS, "revision": 1}  # Raise the revision with a change that changes its numbers.
 BUILTIN_DATASET = contextual(digest_of(BUILTIN)[:VERSION_DIGITS])  # For builtin:neighbours with its default options.
+ROWS_AT_ONCE = 20_000  # Titles, or objects of a dataset, that are in memory at once, but at least those of a shard.
+OBJECTS_PER_COLLECTION = 500_000  # That may be garbage in cycles before Python looks for it.
 IN_CATALOG, WITH_SHOTS = "in_catalog", "with_committed_shots"  # The titles that a job starts from.
 CHECKPOINT_TYPES = ("mediafm_contextualiser", "mediafm_neighbour_attention")  # The model_type in the config.json of a contextualiser.
-Listing = Mapping[tuple[str, str], Sequence[ObjectInfo]]  # Keys are the encoded title and its source.
+PENDING_SCHEMA = pa.schema(  # What a plan needs of a pending title; the order of the titles is found when all are known.
+    [
+        *PLAN_SCHEMA,
+        ("position", pa.int64()),  # See Entry.
+        ("modified", pa.float64()),
+        ("has_shots", pa.bool_()),  # Its shots are committed from its present source.
+        ("stored", pa.string()),  # Name below the output of an object with the facts of its present source; null if there is none.
+    ]
+)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -90,14 +109,14 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
 
 @dataclass(frozen=True)
 class Survey:
-    """The titles of the catalog, and the objects of the dataset version from one (paged) listing."""
+    """The titles of the catalog and their objects in one or several shards."""
 
-    entries: Sequence[Entry]
-    bad_rows: Sequence[BadRow]  # Rows of the catalog that are skipped.
+    entries: Sequence[Entry]  # In the order of their ids.
     model: Model
     checkpoint: str  # Name of the contextualiser's checkpoint; empty when none is configured.
     output: Output
     listed: Mapping[str, Listing]  # Listings by dataset.
+    versions: Mapping[str, Listing]  # Listings of the shots of other dataset versions.
 
     @property
     def failures(self) -> Listing:
@@ -126,11 +145,11 @@ class Survey:
 
     def is_done(self, entry: Entry) -> bool:
         """Return whether all wanted objects of a title are committed from its present source."""
-        return all(key_of(entry) in listing for listing in self.wanted)
+        return all(entry.key in listing for listing in self.wanted)
 
     def lacks_context(self, entry: Entry) -> bool:
         """Return whether a title that is done has no embeddings of the configured contextualiser."""
-        return bool(self.checkpoint) and key_of(entry) not in self.listed.get(contextual(self.checkpoint), {})
+        return bool(self.checkpoint) and entry.key not in self.listed.get(contextual(self.checkpoint), {})
 
     @cached_property
     def titles_with_shots(self) -> Set[str]:
@@ -142,11 +161,11 @@ class Survey:
 
         A title without committed shots is passed over only during an outage: otherwise, processing it shows what is wrong.
         """
-        return bool(entry.unknown) and not self.is_done(entry) and (entry.is_outage or key_of(entry)[0] in self.titles_with_shots)
+        return bool(entry.unknown) and not self.is_done(entry) and (entry.is_outage or entry.key[0] in self.titles_with_shots)
 
     def others(self, entry: Entry) -> list[ObjectInfo]:
         """Return the objects of a title's other sources in the order of their removal (``shots_first``)."""
-        title, source = key_of(entry)
+        title, source = entry.key
         return shots_first(info for other, info in self.objects_of_title.get(title, ()) if other != source)
 
     def leftovers(self, entry: Entry) -> list[ObjectInfo]:
@@ -157,7 +176,7 @@ class Survey:
         """
         if entry.unknown:
             return []
-        return [*self.others(entry), *self.failures.get(key_of(entry), ())]
+        return [*self.others(entry), *self.failures.get(entry.key, ())]
 
     def outdone(self, entry: Entry) -> list[str]:
         """Return the objects of a finished title that readers pass over, because one of another source is at least as new."""
@@ -165,7 +184,7 @@ class Survey:
         for info in [] if entry.unknown else self.others(entry):
             dataset = info.name.split("/")[0]
             newest[dataset] = max(newest.get(dataset, -math.inf), info.modified)
-        own = [(info, modified) for dataset, modified in newest.items() for info in self.listed[dataset].get(key_of(entry), ())]
+        own = [(info, modified) for dataset, modified in newest.items() for info in self.listed[dataset].get(entry.key, ())]
         return [info.name for info, modified in own if info.modified <= modified]
 
     def row(self, entry: Entry) -> dict[str, Any]:
@@ -189,14 +208,58 @@ def shots_first(infos: Iterable[ObjectInfo]) -> list[ObjectInfo]:
     return sorted(infos, key=lambda info: not info.name.startswith(f"{SHOTS}/"))
 
 
-def key_of(entry: Entry) -> tuple[str, str]:
-    """Return the key of a title with its present source in a listing."""
-    return encode_title(entry.title.title_id), entry.source
+@dataclass(frozen=True)
+class Surveys:
+    """The catalog against the listings, shard by shard: a title and its objects are in the same one, by a digest of its id."""
+
+    catalog: Catalog
+    bad_rows: Sequence[BadRow]  # Rows of the catalog that are skipped.
+    model: Model
+    checkpoint: str  # Name of the contextualiser's checkpoint; empty when none is configured.
+    output: Output
+    listed: Mapping[str, Partitions[Kept]]  # Listings by dataset.
+    versions: Mapping[str, Partitions[Kept]]  # Listings of the shots of other dataset versions.
+    scratch: Path  # A temporary folder.
+
+    def __iter__(self) -> Iterator[Survey]:
+        """Yield the surveys of all shards, of a small catalog all at once: its sources are looked up together.
+
+        Raises StorageError where sources cannot be looked up.
+        """
+        rows = max(self.catalog.titles, *(kept.rows for kept in [*self.listed.values(), *self.versions.values()]), 1)
+        size = max(1, ROWS_AT_ONCE * SHARDS // rows)
+        for start in range(0, SHARDS, size):
+            shards = range(start, min(start + size, SHARDS))
+            listed = {dataset: read_listing(kept, shards) for dataset, kept in self.listed.items()}
+            versions = {version: read_listing(kept, shards) for version, kept in self.versions.items()}
+            yield Survey(self.catalog.entries(shards), self.model, self.checkpoint, self.output, listed, versions)
+
+    def pending(self, *order: tuple[str, str]) -> SortedTables:
+        """Return an empty collection of pending titles that has them in an order of PENDING_SCHEMA's columns."""
+        return SortedTables(self.scratch, "pending", PENDING_SCHEMA, order)
 
 
-def survey(config: EmbedCatalogConfig, model: Model | None = None) -> Survey:
-    """List the output once, then read the catalog. Writes nothing. ``model``: the result of ``describe_model``, if it is known.
+@contextlib.contextmanager
+def few_collections() -> Iterator[None]:
+    """Let Python look for garbage seldom, and not among the objects of the libraries: that takes half of the time of a plan.
 
+    A plan makes millions of objects, hardly any of them in cycles.
+    """
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(OBJECTS_PER_COLLECTION, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def survey(config: EmbedCatalogConfig, model: Model | None = None, with_others: bool = False) -> Iterator[Surveys]:
+    """List the output once, then read the catalog. Writes nothing but temporary files, which the context manager removes.
+
+    ``model``: the result of ``describe_model``, if it is known; ``with_others``: whether to list other dataset versions, too.
     In this order, objects that another job commits meanwhile from a source that is newer than this catalog are not in the listing.
     Raises CatalogError with every problem of the catalog, StorageError, and what ``describe_model`` and ``checkpoint_name`` raise.
     """
@@ -206,10 +269,40 @@ def survey(config: EmbedCatalogConfig, model: Model | None = None) -> Survey:
     checkpoint = checkpoint_name(config, model)
     output = Output(config.output.uri, model.dataset_version, config.storage)
     output.store.check_readable()
-    listed = {dataset: output.list(dataset) for dataset in output.datasets()}
-    skipped: list[BadRow] = []
-    entries = read_catalog(config.catalog.uri, config.storage, skipped if config.catalog.on_error == "skip" else None)
-    return Survey(entries, skipped, model, checkpoint, output, listed)
+    with few_collections(), tempfile.TemporaryDirectory(prefix="mediafm-plan-") as folder:
+        scratch = Path(folder)
+        listed = {dataset: keep_listing(output, dataset, scratch) for dataset in output.datasets()}
+        versions = dataset_versions(config.output.uri, config.storage) if with_others else []
+        others = [Output(config.output.uri, version, config.storage) for version in versions if version != model.dataset_version]
+        shots = {other.dataset_version: keep_listing(other, SHOTS, scratch) for other in others}
+        skipped: list[BadRow] = []
+        catalog = open_catalog(config.catalog.uri, config.storage, scratch, skipped if config.catalog.on_error == "skip" else None)
+        yield Surveys(catalog, skipped, model, checkpoint, output, listed, shots, scratch)
+
+
+def pending_table(there: Survey, entries: Sequence[Entry], elsewhere: Mapping[tuple[str, str], str] | None = None) -> pa.Table:
+    """Return pending titles of a survey as a table of PENDING_SCHEMA.
+
+    ``elsewhere``: names below the output of shots that are committed under other dataset versions.
+    """
+    shots, others = there.wanted[0], elsewhere or {}
+    found = [shots.get(entry.key) for entry in entries]
+    here = [f"{there.model.dataset_version}/{infos[0].name}" if infos else None for infos in found]
+    columns = {
+        "position": [entry.position for entry in entries],
+        "modified": [float(entry.modified) for entry in entries],
+        "has_shots": [infos is not None for infos in found],
+        "stored": [name or others.get(entry.key) for name, entry in zip(here, entries, strict=True)],
+    }
+    table = plan_table(map(there.row, entries))
+    for name, values in columns.items():
+        table = table.append_column(PENDING_SCHEMA.field(name), pa.array(values, PENDING_SCHEMA.field(name).type))
+    return table
+
+
+def in_order(found: Iterable[tuple[str, Result]]) -> list[Result]:
+    """Return what was found of titles, shard by shard, in the order of the titles' ids."""
+    return [one for _, one in sorted(found, key=operator.itemgetter(0))]
 
 
 def make_plan(config: EmbedCatalogConfig) -> Plan:
@@ -217,38 +310,43 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
 
     Raises CatalogError with every problem of the catalog, StorageError, WeightsError.
     """
-    there = survey(config)
-    rows, unknown = [], []
-    leftovers: list[ObjectInfo] = []
-    outdone: list[str] = []
-    done = failed_before = only_contextual = without_context = 0
-    for entry in there.entries:
-        if there.is_done(entry):
-            done += 1
-            without_context += there.lacks_context(entry)
-            leftovers += there.leftovers(entry)
-            outdone += there.outdone(entry)
-        elif there.is_unknown(entry):
-            unknown.append((entry.title.title_id, entry.unknown))
-        elif key_of(entry) in there.failures and not config.run.retry_failed:
-            failed_before += 1
-        else:
-            only_contextual += key_of(entry) in there.wanted[0]
-            rows.append(there.row(entry))
-    taken = rows[: config.run.max_titles] if config.run.max_titles else rows
+    with survey(config) as surveys:
+        pending = surveys.pending(("title_id", "ascending"))
+        leftovers: list[tuple[str, ObjectInfo]] = []
+        outdone: list[tuple[str, str]] = []
+        unknown: list[tuple[str, str]] = []
+        done = failed_before = only_contextual = without_context = 0
+        for there in surveys:
+            entries = []
+            for entry in there.entries:
+                title_id = entry.title.title_id
+                if there.is_done(entry):
+                    done += 1
+                    without_context += there.lacks_context(entry)
+                    leftovers += ((title_id, info) for info in there.leftovers(entry))
+                    outdone += ((title_id, name) for name in there.outdone(entry))
+                elif there.is_unknown(entry):
+                    unknown.append((title_id, entry.unknown))
+                elif entry.key in there.failures and not config.run.retry_failed:
+                    failed_before += 1
+                else:
+                    only_contextual += entry.key in there.wanted[0]
+                    entries.append(entry)
+            pending.add(pending_table(there, entries))
+        taken = pending.read(slice(config.run.max_titles or None)).select(PLAN_SCHEMA.names)
     return Plan(
-        model=there.model,
-        checkpoint=there.checkpoint,
-        pending=plan_table(taken),
-        titles=len(there.entries),
+        model=surveys.model,
+        checkpoint=surveys.checkpoint,
+        pending=taken,
+        titles=surveys.catalog.titles,
         done=done,
         failed_before=failed_before,
-        left=len(rows) - len(taken),
+        left=len(pending) - taken.num_rows,
         only_contextual=only_contextual,
-        leftovers=tuple(leftovers),
-        outdone=tuple(outdone),
-        bad_rows=tuple(there.bad_rows),
-        unknown=tuple(unknown),
+        leftovers=tuple(in_order(leftovers)),
+        outdone=tuple(in_order(outdone)),
+        bad_rows=tuple(surveys.bad_rows),
+        unknown=tuple(sorted(unknown)),
         without_context=without_context,
     )
 

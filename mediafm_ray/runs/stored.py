@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import urllib.parse
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -24,7 +25,8 @@ from mediafm_ray.storage.dataset import (
     newest_objects,
     object_key,
 )
-from mediafm_ray.storage.store import StorageConfig
+from mediafm_ray.storage.listing import each_shard, list_shard, shards_of
+from mediafm_ray.storage.store import ObjectInfo, StorageConfig
 
 STORED_SCHEMA = pa.schema(
     [
@@ -48,12 +50,43 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
     if not config.contextualiser.checkpoint:
         raise ConfigError(f"contextualiser.checkpoint is required: {BUILTIN_NEIGHBOURS}, or the folder that a training wrote")
     checkpoint = checkpoint_name(config, dataset.model)
-    committed = newest_objects(dataset.output.list(SHOTS))
-    if not committed:
+    shards = shards_of(dataset.output, SHOTS)
+    parts = list(each_shard(shards, lambda shard: _stored_titles(dataset.output, checkpoint, shard, config.run.retry_failed)))
+    if not any(part.titles for part in parts):
         raise DatasetError(f"{dataset.output.store.uri} has no committed shots: run mediafm embed first")
-    written = dataset.output.list(contextual(checkpoint))
-    failures = dataset.output.list(FAILURES)
-    written_of_title: dict[str, list[Any]] = {}
+    pending = pa.concat_tables(part.pending for part in parts)
+    taken = pending.slice(0, config.run.max_titles or None)
+    return Plan(
+        model=dataset.model,
+        checkpoint=checkpoint,
+        pending=taken,
+        titles=sum(part.titles for part in parts),
+        done=sum(part.done for part in parts),
+        failed_before=sum(part.failed_before for part in parts),
+        left=pending.num_rows - taken.num_rows,
+        only_contextual=taken.num_rows,
+        leftovers=tuple(info for part in parts for info in part.leftovers),
+        titles_are=WITH_SHOTS,
+    )
+
+
+@dataclass(frozen=True)
+class StoredTitles:
+    """The titles of a shard with committed shots."""
+
+    titles: int
+    done: int
+    failed_before: int
+    leftovers: Sequence[ObjectInfo]
+    pending: pa.Table  # STORED_SCHEMA
+
+
+def _stored_titles(output: Output, checkpoint: str, shard: str, retry_failed: bool) -> StoredTitles:
+    """List a shard of the datasets; return its titles. Raises StorageError."""
+    committed = newest_objects(list_shard(output, SHOTS, shard))
+    written = list_shard(output, contextual(checkpoint), shard)
+    failures = list_shard(output, FAILURES, shard)
+    written_of_title: dict[str, list[ObjectInfo]] = {}
     for (title, _), infos in written.items():
         written_of_title.setdefault(title, []).extend(infos)
     rows, leftovers = [], []
@@ -65,25 +98,13 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
         if key in written:
             done += 1
             leftovers += older
-        elif key in failures and not config.run.retry_failed:
+        elif key in failures and not retry_failed:
             failed_before += 1
         else:
             failed = [matching_object(shots.name, FAILURES)] if key in failures else []
             row = {"title_id": urllib.parse.unquote(title), "source": source, "shots": shots.name, "bytes": shots.size, "outcome": OK}
             rows.append({**row, "superseded": [*(info.name for info in older), *failed]})
-    taken = rows[: config.run.max_titles] if config.run.max_titles else rows
-    return Plan(
-        model=dataset.model,
-        checkpoint=checkpoint,
-        pending=pa.Table.from_pylist(taken, schema=STORED_SCHEMA),
-        titles=len(committed),
-        done=done,
-        failed_before=failed_before,
-        left=len(rows) - len(taken),
-        only_contextual=len(taken),
-        leftovers=tuple(leftovers),
-        titles_are=WITH_SHOTS,
-    )
+    return StoredTitles(len(committed), done, failed_before, leftovers, pa.Table.from_pylist(rows, schema=STORED_SCHEMA))
 
 
 def open_dataset(uri: str, version: str, storage: StorageConfig) -> EmbeddingDataset:

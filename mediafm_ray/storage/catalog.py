@@ -12,29 +12,40 @@ A table
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import heapq
+import itertools
+import json
 import logging
+import operator
 import os
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mediafm_ray.spec import TimedTextSource, Title, digest_of, parse_json
+from mediafm_ray.spec import TimedTextSource, Title, parse_json
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig, Unknown
 from mediafm_ray.storage.catalog_rows import (
     TIMED_TEXT_KINDS,
     BadRow,
+    Row,
+    checked_row,
     csv_rows,
     is_clean,
     jsonl_rows,
     parquet_rows,
     problems_of_id,
     problems_of_metadata,
-    title_of,
 )
-from mediafm_ray.storage.errors import StorageError, is_transient
+from mediafm_ray.storage.dataset import SHARDS, encode_title, shard_of
+from mediafm_ray.storage.errors import DENIED, StorageError, code_of, explain, is_transient
+from mediafm_ray.storage.partitions import Partitions
 from mediafm_ray.storage.s3 import S3Objects, with_short_timeouts
 from mediafm_ray.storage.store import LOOK_UP_THREADS, Store, absolute, join, scheme_of
 from mediafm_ray.text import PublicError
@@ -52,6 +63,9 @@ TABLE_ENDINGS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjs
 MAX_PROBLEMS_SHOWN = 50
 MAX_FAILED_LOOK_UPS = 16  # A server that fails so many and answers none is down, or its address is wrong.
 SOURCE_DIGITS = 16  # hex digits
+Found = tuple[str, type[ObjectInfo | Unknown], tuple[Any, ...]]  # Bucket and key, and what is known of the object, as plain values.
+KEYS_AT_ONCE = 50_000  # of a bucket, which are looked up together
+PATHS_AT_ONCE = 64  # local files that a thread looks up in a row: a hand-over costs more than a look-up
 
 
 class CatalogError(PublicError):
@@ -83,9 +97,32 @@ class Entry:
     unknown: str = ""  # why one of its objects could not be looked up; ``source`` is then meaningless
     is_outage: bool = False  # True if that reason is transient
 
+    @cached_property
+    def key(self) -> tuple[str, str]:
+        """The key of the title with its present source in a listing."""
+        return encode_title(self.title.title_id), self.source
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The titles of a catalog by the shard of their objects."""
+
+    titles: int
+    of_shards: Callable[[Sequence[int]], Iterable[Entry]]
+
+    def entries(self, shards: Sequence[int]) -> list[Entry]:
+        """Return the titles of some shards in the order of their ids, each with its source digest. Raises StorageError."""
+        return sorted(self.of_shards(shards), key=lambda entry: entry.title.title_id)
+
 
 def read_catalog(uri: str, config: StorageConfig | None = None, skipped: list[BadRow] | None = None) -> list[Entry]:
-    """Return the titles of a catalog in the order of their ids, each with its source digest.
+    """Return all titles of a catalog in the order of their ids; see ``open_catalog``."""
+    with tempfile.TemporaryDirectory() as folder:
+        return open_catalog(uri, config or StorageConfig(), Path(folder), skipped).entries(range(SHARDS))
+
+
+def open_catalog(uri: str, config: StorageConfig, scratch: Path, skipped: list[BadRow] | None = None) -> Catalog:
+    """Read and check a catalog; ``scratch``, a temporary folder, receives its titles where they are many.
 
     Bad rows are appended to the list ``skipped`` if there is one; otherwise they are errors of the catalog.
 
@@ -93,7 +130,6 @@ def read_catalog(uri: str, config: StorageConfig | None = None, skipped: list[Ba
     looked up makes its entry ``unknown``. Raises CatalogError with every problem found, and StorageError where the catalog, or a store
     that holds its videos, cannot be read: an incomplete listing does not show which titles are gone.
     """
-    config = config or StorageConfig()
     if not uri:
         raise CatalogError("(not set)", ["catalog.uri is empty: give a folder of videos or a .parquet, .csv or .jsonl table"])
     store = Store(uri, config)
@@ -101,15 +137,13 @@ def read_catalog(uri: str, config: StorageConfig | None = None, skipped: list[Ba
     folder = folder or "/"
     ending = PurePosixPath(name).suffix.lower()
     if ending in TABLE_ENDINGS and not os.path.isdir(store.root) and Store(folder, config).check_readable(name):
-        entries = _read_table(folder, name, TABLE_ENDINGS[ending], config, skipped)
-    elif store.check_readable() and not os.path.isfile(store.root):
-        entries = _read_folder(store, skipped)
-    elif not folder.endswith(":/") and Store(folder, config).check_readable(name):
+        return _open_table(folder, name, TABLE_ENDINGS[ending], config, scratch, skipped)
+    if store.check_readable() and not os.path.isfile(store.root):
+        return _open_folder(store, scratch, skipped)
+    if not folder.endswith(":/") and Store(folder, config).check_readable(name):
         known = ", ".join(sorted(TABLE_ENDINGS))
         raise CatalogError(store.uri, [f"not a folder, and the ending {ending or '(none)'} is not one of {known}"])
-    else:
-        raise CatalogError(store.uri, ["there is nothing at this location"])
-    return sorted(entries, key=lambda entry: entry.title.title_id)
+    raise CatalogError(store.uri, ["there is nothing at this location"])
 
 
 def _skip_or_raise(uri: str, problems: list[BadRow], skipped: list[BadRow] | None) -> None:
@@ -123,29 +157,44 @@ def _skip_or_raise(uri: str, problems: list[BadRow], skipped: list[BadRow] | Non
 
 def source_digest(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None]) -> str:
     """Return the digest of a title's source objects, which changes when one of them is replaced."""
-    identity = []
-    for uri in _uris(title):
-        info = objects.get(uri)
-        identity.append([uri, info.size, info.version] if isinstance(info, ObjectInfo) else [uri, None, None])
-    return digest_of(identity)[:SOURCE_DIGITS]
+    uris = [title.video, *(text.uri for text in title.timed_text)]
+    return _digest(uris, [objects.get(uri) for uri in uris])
 
 
-def _uris(title: Title) -> list[str]:
-    return [title.video, *(text.uri for text in title.timed_text)]
+def _digest(uris: Iterable[str], infos: Iterable[ObjectInfo | Unknown | None]) -> str:
+    """Return digest_of([[URI, size, version], ...]); its text is made here, because a large catalog needs it for every title."""
+    parts = [
+        f"[{json.dumps(uri)},{info.size},{json.dumps(info.version)}]" if isinstance(info, ObjectInfo) else f"[{json.dumps(uri)},null,null]"
+        for uri, info in zip(uris, infos, strict=True)
+    ]
+    return hashlib.sha256(f"[{','.join(parts)}]".encode()).hexdigest()[:SOURCE_DIGITS]
 
 
-def _entry(title: Title, objects: Mapping[str, ObjectInfo | Unknown | None], position: int, duration_s: float | None = None) -> Entry:
-    video = objects.get(title.video)
+def _entry(
+    title: Title, uris: Sequence[str], infos: Sequence[ObjectInfo | Unknown | None], position: int, duration_s: float | None = None
+) -> Entry:
+    """Return the entry of a title. ``uris``: its video and its timed text; ``infos``: what is known of them."""
+    video = infos[0]
     size, modified = (video.size, video.modified) if isinstance(video, ObjectInfo) else (0, 0.0)
-    unknown = [found for uri in _uris(title) if isinstance(found := objects.get(uri), Unknown)]
+    unknown = [info for info in infos if isinstance(info, Unknown)]
     reason, is_transient = (unknown[0].reason, any(one.is_transient for one in unknown)) if unknown else ("", False)
-    return Entry(title, source_digest(title, objects), position, size, modified, duration_s, reason, is_transient)
+    return Entry(title, _digest(uris, infos), position, size, modified, duration_s, reason, is_transient)
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
 
 
-def _read_folder(store: Store, skipped: list[BadRow] | None) -> list[Entry]:
+def _open_folder(store: Store, scratch: Path, skipped: list[BadRow] | None) -> Catalog:
+    entries: Partitions[Entry] = Partitions(scratch, "entries")
+    titles = 0
+    for entry in _read_folder(store, skipped):
+        titles += 1
+        entries.add(shard_of(entry.title.title_id), entry)
+    return Catalog(titles, lambda shards: (entry for shard in shards for entry in entries.read(shard)))
+
+
+def _read_folder(store: Store, skipped: list[BadRow] | None) -> Iterator[Entry]:
+    """Yield the titles of a folder. The names of all its files are in memory, because any may belong to any title."""
     uri = store.uri
     objects = {info.name: info for info in store.list() if not any(part.startswith(".") for part in info.name.split("/"))}
     problems: list[BadRow] = []
@@ -168,8 +217,12 @@ def _read_folder(store: Store, skipped: list[BadRow] | None) -> list[Entry]:
     described = [stem for stem in by_stem if f"{stem}.json" in objects]
     with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
         found_metadata = dict(zip(described, pool.map(lambda stem: _read_metadata(store, stem, problems), described), strict=True))
-    entries: list[Entry] = []
-    for stem, name in by_stem.items():
+    problems.extend(BadRow(name, problem) for stem, name in by_stem.items() for problem in problems_of_id(stem))
+    _skip_or_raise(uri, problems, skipped)
+    bad = {problem.title_id for problem in problems} | {problem.where for problem in problems}
+    for position, (stem, name) in enumerate(by_stem.items()):
+        if stem in bad or name in bad:
+            continue
         metadata = found_metadata.get(stem, {})
         texts = sidecars.get(stem, [])
         title = Title(
@@ -179,12 +232,8 @@ def _read_folder(store: Store, skipped: list[BadRow] | None) -> list[Entry]:
             synopsis=metadata.get("synopsis", ""),
             tags=metadata.get("tags", ()),
         )
-        problems.extend(BadRow(name, problem) for problem in problems_of_id(stem))
-        found = {title.video: objects[name]} | {join(uri, text): objects[text] for text, _, _ in texts}
-        entries.append(_entry(title, found, len(entries)))
-    _skip_or_raise(uri, problems, skipped)
-    bad = {problem.title_id for problem in problems} | {problem.where for problem in problems}
-    return [entry for entry in entries if entry.title.title_id not in bad and by_stem[entry.title.title_id] not in bad]
+        files = [name, *(text for text, _, _ in texts)]
+        yield _entry(title, [join(uri, file) for file in files], [objects[file] for file in files], position)
 
 
 def _sidecars_of(by_stem: Mapping[str, str], objects: Iterable[str]) -> dict[str, list[tuple[str, str, str]]]:
@@ -236,52 +285,115 @@ def _read_metadata(store: Store, stem: str, problems: list[BadRow]) -> dict[str,
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def _read_table(base: str, name: str, kind: str, config: StorageConfig, skipped: list[BadRow] | None) -> list[Entry]:
-    content = Store(base, config).read(name)
-    problems: list[BadRow] = []
-    rows = {"parquet": parquet_rows, "csv": csv_rows, "jsonl": jsonl_rows}[kind](content, problems)
-    titles: list[Title] = []
-    durations: list[float | None] = []
-    seen: dict[str, str] = {}
-    for where, row in rows:
-        title_id = row.get("title_id")
-        if isinstance(title_id, str) and title_id in seen:
-            problems.append(BadRow(where, f"title_id {title_id!r} is already that of {seen[title_id]}"))
-        title = title_of(where, row, base, problems, seen)
-        if title is not None and title.title_id not in seen:
-            titles.append(title)
-            durations.append(float(row["duration_s"]) if row.get("duration_s") else None)
-        if isinstance(title_id, str) and title_id.strip():
-            seen.setdefault(title_id, where)
-    if not titles and not problems:
-        problems.append(BadRow("", "the table has no rows"))
-    _skip_or_raise(f"{base}/{name}", problems, skipped)
-    objects = _look_up([uri for title in titles for uri in _uris(title)], config)
-    found = zip(titles, durations, strict=True)
-    return [_entry(title, objects, position, duration_s) for position, (title, duration_s) in enumerate(found)]
-
-
-def _look_up(uris: Iterable[str], config: StorageConfig) -> dict[str, ObjectInfo | Unknown | None]:
-    """Look up every object without opening it: on s3:// with a few listings of each bucket, elsewhere one by one.
-
-    An object that does not exist is None. Raises StorageError where a bucket or a server gives no answer at all.
-    """
-    elsewhere: list[str] = []
-    keys: dict[str, dict[str, str]] = defaultdict(dict)  # bucket -> key -> URI
-    for uri in uris:
-        if scheme_of(uri) == "s3":
-            bucket, _, key = uri.partition("://")[2].partition("/")
-            keys[bucket][key] = uri
-        else:
-            elsewhere.append(uri)
+def _open_table(base: str, name: str, kind: str, config: StorageConfig, scratch: Path, skipped: list[BadRow] | None) -> Catalog:
+    rows: Partitions[tuple[Any, ...]] = Partitions(scratch, "rows")
+    unread: list[BadRow] = []
+    path = Store(base, config).local_file(name, str(scratch))
+    read = {"parquet": parquet_rows, "csv": csv_rows, "jsonl": jsonl_rows}[kind]
+    try:
+        for position, (where, row) in enumerate(read(path, unread)):
+            checked = checked_row(position, where, row, base)
+            rows.add(shard_of(checked.title_id or ""), tuple(checked))
+    except OSError as error:
+        raise StorageError(explain(error, f"{base}/{name}")) from error
+    problems: list[tuple[int, BadRow]] = []
+    keys: Partitions[str] = Partitions(scratch, "keys")
+    titles = 0
+    for shard in range(SHARDS):
+        of_shard: set[str] = set()
+        for good in _good_rows(rows.read(shard), problems):
+            titles += 1
+            of_shard.update(filter(None, map(_s3_key, good.uris)))
+        keys.extend(shard, sorted(of_shard))
+    bad = [*unread, *(problem for _, problem in sorted(problems, key=operator.itemgetter(0)))]
+    if not titles and not bad:
+        bad.append(BadRow("", "the table has no rows"))
+    _skip_or_raise(f"{base}/{name}", bad, skipped)
+    listed = _find(keys, config, scratch)
     servers: dict[str, _Server] = defaultdict(_Server)
-    with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
-        infos = pool.map(lambda uri: _info(uri, config, servers[_server_of(uri)]), elsewhere)
-        found: dict[str, ObjectInfo | Unknown | None] = dict(zip(elsewhere, infos, strict=True))
-    for bucket, uri_of in keys.items():
-        there = S3Objects(f"s3://{bucket}", config).find(list(uri_of))
-        found |= {uri: there.get(key) for key, uri in uri_of.items()}
+
+    def entries(shards: Sequence[int]) -> Iterator[Entry]:
+        good = [row for shard in shards for row in _good_rows(rows.read(shard), [])]
+        found = _look_up([uri for row in good for uri in row.uris if not _s3_key(uri)], config, servers)
+        in_buckets = {key: kind(*values) for shard in shards for key, kind, values in listed.read(shard)}
+        for row in good:
+            infos = [in_buckets.get(key) if (key := _s3_key(uri)) else found.get(uri) for uri in row.uris]
+            yield _entry(row.title(), row.uris, infos, row.position, row.duration_s)
+
+    return Catalog(titles, entries)
+
+
+def _good_rows(rows: Iterable[tuple[Any, ...]], problems: list[tuple[int, BadRow]]) -> Iterator[Row]:
+    """Yield the good Rows of a shard, the first of several with one id; append the problems of the others, with their places."""
+    seen: dict[str, str] = {}
+    for row in map(Row._make, rows):
+        is_again = row.title_id in seen
+        if is_again or row.problems:
+            problems.extend((row.position, problem) for problem in row.bad_rows(seen))
+        elif row.title_id is not None:
+            yield row
+        if row.title_id and row.title_id.strip():
+            seen.setdefault(row.title_id, row.where)
+
+
+def _s3_key(uri: str) -> str:
+    """Return the bucket and the key of a URI of S3 as one path; empty for other URIs."""
+    scheme, _, rest = uri.partition("://")
+    return rest if scheme == "s3" or scheme.lower() == "s3" else ""
+
+
+def _find(keys: Partitions[str], config: StorageConfig, scratch: Path) -> Partitions[Found]:
+    """Look up the objects of all shards with a few listings of each bucket; return those that exist, by shard.
+
+    The keys of a shard are sorted, so that they can be merged to the order of the listings. Raises StorageError where a bucket gives no
+    answer at all.
+    """
+    found: Partitions[Found] = Partitions(scratch, "listed")
+
+    def of_shard(shard: int) -> Iterator[tuple[str, int]]:
+        return ((key, shard) for key in keys.read(shard))
+
+    merged = heapq.merge(*map(of_shard, range(SHARDS)))
+    for bucket, of_bucket in itertools.groupby(merged, key=lambda pair: pair[0].partition("/")[0]):
+        denied: StorageError | None = None
+        is_answered = False
+        while wanted := list(itertools.islice(of_bucket, KEYS_AT_ONCE)):
+            names = [key.partition("/")[2] for key, _ in wanted]
+            try:
+                there: Mapping[str, ObjectInfo | Unknown] = S3Objects(f"s3://{bucket}", config).find(names)
+                is_answered = True
+            except StorageError as error:
+                if code_of(error) not in DENIED:
+                    raise
+                denied = error  # of all of these keys, and perhaps not of others
+                there = dict.fromkeys(names, Unknown(str(error), is_transient=False))
+            for name, (key, shard) in zip(names, wanted, strict=True):
+                if name in there:
+                    found.add(shard, (key, type(there[name]), tuple(vars(there[name]).values())))
+        if denied and not is_answered:
+            raise denied
     return found
+
+
+def _look_up(uris: Sequence[str], config: StorageConfig, servers: dict[str, _Server]) -> dict[str, ObjectInfo | Unknown | None]:
+    """Look up objects one by one, without opening them. An object that does not exist is None. ``servers``: what is known of them.
+
+    Raises StorageError where a server gives no answer at all.
+    """
+    local = [uri for uri in uris if scheme_of(uri) == "file"]
+    elsewhere = [uri for uri in uris if scheme_of(uri) != "file"]
+    parts = [*_batched(local, PATHS_AT_ONCE), *_batched(elsewhere, 1)]
+
+    def look_up(part: Sequence[str]) -> list[ObjectInfo | Unknown | None]:
+        return [_info(uri, config, servers[_server_of(uri)]) for uri in part]
+
+    with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
+        infos = itertools.chain.from_iterable(pool.map(look_up, parts))
+        return dict(zip([*local, *elsewhere], infos, strict=True))
+
+
+def _batched(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 @dataclass
@@ -299,9 +411,10 @@ def _server_of(uri: str) -> str:
 
 def _info(uri: str, config: StorageConfig, server: _Server) -> ObjectInfo | Unknown | None:
     """Look up one object. Raises StorageError where its server has failed MAX_FAILED_LOOK_UPS times and never answered."""
-    folder, _, name = uri.rpartition("/") if scheme_of(uri) != "file" else absolute(uri).rpartition("/")
+    is_local = scheme_of(uri) == "file"
+    folder, _, name = ("", "", absolute(uri)[1:]) if is_local else uri.rpartition("/")
     try:
-        found = Store(folder or "/", with_short_timeouts(config)).info(name)
+        found = (_files() if is_local else Store(folder, with_short_timeouts(config))).info(name)
         server.answered = True
         return found
     except StorageError as error:
@@ -312,3 +425,9 @@ def _info(uri: str, config: StorageConfig, server: _Server) -> ObjectInfo | Unkn
             raise
         log.warning("cannot look up %s", error)
         return Unknown(str(error), may_succeed_later)
+
+
+@functools.cache
+def _files() -> Store:
+    """Return the store of all local files: making one for the folder of each takes longer than a look-up."""
+    return Store("/")

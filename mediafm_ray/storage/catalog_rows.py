@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,9 @@ TIMED_TEXT_KINDS = frozenset(["captions", "cc", "sdh", "subtitles", "subtitle", 
 COLUMNS = ("title_id", "video", "timed_text", "synopsis", "tags", "duration_s")
 CSV_LIST_SEPARATOR = ";"
 MAX_TITLE_ID_BYTES = 1024  # encoded as UTF-8
+ROWS_PER_BATCH = 10_000  # of a Parquet table, which are in memory at once
+SURROGATES = re.compile("[\ud800-\udfff]")
+CONTROLS_OR_SURROGATES = re.compile("[\x00-\x1f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,42 @@ class BadRow:
         return f"{self.where}{title}: {self.problem}" if self.where else self.problem
 
 
-def title_of(where: str, row: Mapping[str, Any], base: str, problems: list[BadRow], seen: Mapping[str, str]) -> Title | None:
-    """Return the title of one row, or append to ``problems`` and return None. ``seen``: the ids of other rows."""
+class Row(NamedTuple):
+    """A checked row of a table, of values that are written to files in a third of the time that a Title takes."""
+
+    position: int
+    where: str  # such as "line 3"
+    title_id: str | None  # None if it is no string
+    problems: Sequence[str]
+    video: str = ""  # URI, as are those of timed_text
+    timed_text: Sequence[tuple[str, str, str]] = ()  # the fields of TimedTextSource
+    synopsis: str = ""
+    tags: Sequence[str] = ()
+    duration_s: float | None = None
+
+    @property
+    def uris(self) -> list[str]:
+        """The objects of the title."""
+        return [self.video, *(uri for uri, _, _ in self.timed_text)]
+
+    def title(self) -> Title:
+        """Return the title of a row without problems."""
+        assert self.title_id is not None
+        return Title(self.title_id, self.video, tuple(TimedTextSource(*text) for text in self.timed_text), self.synopsis, tuple(self.tags))
+
+    def bad_rows(self, seen: Mapping[str, str]) -> Iterator[BadRow]:
+        """Yield the problems of this row. ``seen``: the places of earlier rows by their ids."""
+        title_id, own = self.title_id or "", ""
+        if title_id in seen:
+            yield BadRow(self.where, f"title_id {title_id!r} is already that of {seen[title_id]}")
+        elif title_id.strip() and not problems_of_id(title_id):
+            own = title_id
+        for problem in self.problems:
+            yield BadRow(self.where, problem, own)
+
+
+def checked_row(position: int, where: str, row: Mapping[str, Any], base: str) -> Row:
+    """Check the values of one row of a table in the folder ``base``."""
     wrong: list[str] = []
     title_id, video = row.get("title_id"), row.get("video")
     for name, value in (("title_id", title_id), ("video", video)):
@@ -61,16 +99,13 @@ def title_of(where: str, row: Mapping[str, Any], base: str, problems: list[BadRo
     wrong.extend(_problems_of_duration(row.get("duration_s")))
     uris = [video] if isinstance(video, str) else []
     uris += [uri for uri in timed_text if isinstance(uri, str)] if isinstance(timed_text, (list, tuple)) else []
-    wrong.extend(f"{uri!r} is not a URI: it has control characters or is not valid Unicode" for uri in uris if not is_clean(uri))
+    wrong += [f"{uri!r} is not a URI: it has control characters or is not valid Unicode" for uri in uris if not is_clean(uri)]
     wrong.extend(filter(None, map(scheme_problem, uris)))
-    if wrong:
-        own = isinstance(title_id, str) and title_id.strip() and title_id not in seen and not problems_of_id(title_id)
-        problems.extend(BadRow(where, problem, title_id if own and isinstance(title_id, str) else "") for problem in wrong)
-        return None
-    assert isinstance(title_id, str)
-    assert isinstance(video, str)
-    texts = tuple(TimedTextSource(join(base, text), *_language_and_kind(text)) for text in timed_text or ())
-    return Title(title_id, join(base, video), texts, synopsis or "", tuple(tags or ()))
+    if wrong or not isinstance(title_id, str) or not isinstance(video, str):
+        return Row(position, where, title_id if isinstance(title_id, str) else None, wrong)
+    texts = [(join(base, text), *_language_and_kind(text)) for text in timed_text or ()]
+    duration_s = float(row["duration_s"]) if row.get("duration_s") else None
+    return Row(position, where, title_id, (), join(base, video), texts, synopsis or "", tags or (), duration_s)
 
 
 def _language_and_kind(uri: str) -> tuple[str, str]:
@@ -90,35 +125,37 @@ def problems_of_id(title_id: str) -> list[str]:
 
 def is_clean(text: str) -> bool:
     """Return True for valid Unicode (JSON may hold half a surrogate pair) without control characters."""
-    return _is_unicode(text) and not any(ord(character) < 32 for character in text)
+    return CONTROLS_OR_SURROGATES.search(text) is None
 
 
 def _is_unicode(text: str) -> bool:
-    return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
+    return SURROGATES.search(text) is None
 
 
 def _problems_of_list(name: str, value: Any) -> list[str]:
-    if value is None:
+    if value is None or value == []:
         return []
     if not isinstance(value, (list, tuple)):
         return [f"{name} must be a list of strings, is {type(value).__name__} ({value!r})"]
     wrong = [item for item in value if not isinstance(item, str)]
     if wrong:
         return [f"{name} must be a list of strings, has {type(wrong[0]).__name__} ({wrong[0]!r})"]
-    return [f"{name} has an empty entry"] if any(not item.strip() for item in value) else []
+    return [f"{name} has an empty entry"] if not all(map(str.strip, value)) else []
 
 
 def problems_of_metadata(synopsis: Any, tags: Any) -> list[str]:
     wrong = _problems_of_list("tags", tags)
     if synopsis is not None and not isinstance(synopsis, str):
         wrong.append(f"synopsis must be a string, is {type(synopsis).__name__}")
-    if not wrong and not all(map(_is_unicode, [synopsis or "", *(tags or ())])):
+    if not wrong and not _is_unicode("".join([synopsis or "", *(tags or ())])):
         wrong.append("synopsis or tags are not valid Unicode")
     return wrong
 
 
 def _problems_of_duration(value: Any) -> list[str]:
     """Check a number, or its text in a CSV; an empty value or 0 is an unknown duration."""
+    if value is None:
+        return []
     try:
         seconds = float(value or 0)
     except (TypeError, ValueError, OverflowError):  # OverflowError: an integer of hundreds of digits.
@@ -131,59 +168,60 @@ def _missing_columns(names: Sequence[str]) -> list[BadRow]:
     return [BadRow("", f"the column {name} is missing (there are: {there})") for name in ("title_id", "video") if name not in names]
 
 
-def parquet_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
+def parquet_rows(path: str, problems: list[BadRow]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a Parquet file, each with its number."""
+    count = 0
     try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        names = file.schema_arrow.names
-        if missing := _missing_columns(names):
-            problems.extend(missing)
-            return []
-        rows = file.read([name for name in COLUMNS if name in names]).to_pylist()
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := _missing_columns(names):
+                problems.extend(missing)
+                return
+            for batch in file.iter_batches(ROWS_PER_BATCH, columns=[name for name in COLUMNS if name in names]):
+                for row in batch.to_pylist():
+                    count += 1
+                    yield f"row {count}", row
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # OverflowError: a time that Python cannot hold.
-        problems.append(BadRow("", f"not a readable Parquet file: {error}"))
-        return []
-    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+        problems.append(BadRow("", f"not a readable Parquet file: {error}"))  # The rows after it were not read.
 
 
-def csv_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        problems.append(BadRow("", f"not UTF-8: {error}"))
-        return []
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: list[tuple[str, dict[str, Any]]] = []
-    try:
-        header = reader.fieldnames or []
-        if missing := _missing_columns(header):
-            problems.extend(missing)
-            return []
-        for row in reader:
-            where = f"line {reader.line_num}"
-            if None in row:
-                problems.append(BadRow(where, f"more fields than the header has ({len(header)})"))
-                continue
-            for name in ("timed_text", "tags"):
-                if name in row:
-                    row[name] = [item.strip() for item in (row[name] or "").split(CSV_LIST_SEPARATOR) if item.strip()]
-            rows.append((where, dict(row)))
-    except csv.Error as error:
-        problems.append(BadRow("", f"line {reader.line_num}: {error}"))  # The lines after it were not read.
-    return rows
-
-
-def jsonl_rows(content: bytes, problems: list[BadRow]) -> list[tuple[str, dict[str, Any]]]:
-    rows: list[tuple[str, dict[str, Any]]] = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
+def csv_rows(path: str, problems: list[BadRow]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a CSV file, each with the number of its last line."""
+    with open(path, "rb") as stream:
+        reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
         try:
-            row = parse_json(line)
-        except ValueError as error:
-            problems.append(BadRow(f"line {number}", f"not valid JSON: {error}"))
-            continue
-        if isinstance(row, dict):
-            rows.append((f"line {number}", row))
-        else:
-            problems.append(BadRow(f"line {number}", f"must be a JSON object, is {type(row).__name__}"))
-    return rows
+            header = reader.fieldnames or []
+            if missing := _missing_columns(header):
+                problems.extend(missing)
+                return
+            for row in reader:
+                where = f"line {reader.line_num}"
+                if None in row:
+                    problems.append(BadRow(where, f"more fields than the header has ({len(header)})"))
+                    continue
+                for name in ("timed_text", "tags"):
+                    if name in row:
+                        row[name] = [item.strip() for item in (row[name] or "").split(CSV_LIST_SEPARATOR) if item.strip()]
+                yield where, row
+        except UnicodeDecodeError as error:  # The rows after it were not read.
+            problems.append(BadRow("", f"not UTF-8: {error.reason} at byte {stream.tell() - len(error.object) + error.start}"))
+        except csv.Error as error:
+            problems.append(BadRow("", f"line {reader.line_num}: {error}"))  # The lines after it were not read.
+
+
+def jsonl_rows(path: str, problems: list[BadRow]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a file of JSON lines, each with the number of its line."""
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line.removesuffix(b"\n"))
+            except ValueError as error:
+                problems.append(BadRow(f"line {number}", f"not valid JSON: {error}"))
+                continue
+            if isinstance(row, dict):
+                yield f"line {number}", row
+            else:
+                problems.append(BadRow(f"line {number}", f"must be a JSON object, is {type(row).__name__}"))

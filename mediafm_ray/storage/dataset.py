@@ -59,6 +59,7 @@ SCENES = "scenes"  # Scenes and titles are derived from the vectors of shots: se
 TITLES = "titles"
 LEASES = "leases"
 MODEL = "model.json"
+SHARDS = 256  # of a dataset, by the first byte of a digest of the title's id
 DERIVED_DIGITS = 12  # hex digits in the name of a derived dataset
 LISTING_THREADS = 16  # merged files whose ends are read at once
 MAX_DIM = 1 << 31  # Arrow counts the elements of a fixed-size list with 32 bits.
@@ -128,11 +129,15 @@ def matching_object(name: str, dataset: str) -> str:
     return f"{dataset}/{name.split('/', 1)[1].rsplit('.', 1)[0]}.{ending}"
 
 
+def shard_of(title_id: str) -> int:
+    """Return the number of a title's shard, below SHARDS."""
+    return hashlib.sha256(title_id.encode(errors="surrogatepass")).digest()[0]
+
+
 def object_name(dataset: str, title_id: str, source: str) -> str:
     """Return the name of a title's object below the dataset version."""
-    shard = hashlib.sha256(title_id.encode()).digest()[0]
     ending = "json" if dataset == FAILURES else "parquet"
-    return f"{dataset}/shard={shard:02x}/{encode_title(title_id)}@{source}.{ending}"
+    return f"{dataset}/shard={shard_of(title_id):02x}/{encode_title(title_id)}@{source}.{ending}"
 
 
 @dataclass(frozen=True)

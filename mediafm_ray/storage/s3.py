@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar
+from xml.etree import ElementTree
 
 import botocore.session
 from botocore.config import Config
@@ -181,6 +182,18 @@ class S3Objects:
         if denials and len(denials) == len(names):
             raise denials[0]
         return found
+
+    def copy(self, name: str, path: str) -> None:
+        """Copy an object to a local file; a truncated answer is retried. Raises FileNotFoundError."""
+        key = self.prefix + name
+
+        def get() -> None:
+            answer = _client(self.config).get_object(Bucket=self.bucket, Key=key)
+            with contextlib.closing(answer["Body"]) as body, open(path, "wb") as stream:
+                for part in body.iter_chunks(MB):  # raises where the length is wrong
+                    stream.write(part)
+
+        self._retried(get, key)
 
     def read(self, name: str) -> bytes:
         """Read a whole object; a truncated answer is retried. Raises FileNotFoundError."""
@@ -380,7 +393,27 @@ def _client(config: StorageConfig) -> Any:
     options = s3_config_options(config) | {"retries": {"total_max_attempts": 1, "mode": "standard"}, "max_pool_connections": 2 * THREADS}
     session = botocore.session.Session()
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
-    return session.create_client("s3", endpoint_url=config.endpoint_url or None, config=Config(**options))
+    client = session.create_client("s3", endpoint_url=config.endpoint_url or None, config=Config(**options))
+    client.meta.events.register("before-parse.s3.ListObjectsV2", _parse_contents)
+    return client
+
+
+def _parse_contents(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
+    """Parse the objects of a page of a listing, which takes botocore some ten times as long; leave it the rest, and every other answer."""
+    try:
+        root = ElementTree.fromstring(response_dict["body"])
+    except ElementTree.ParseError:
+        return
+    space, is_listing, _rest = root.tag.partition("ListBucketResult")
+    if not is_listing:
+        return
+    found = root.findall(f"{space}Contents")
+    for element in found:
+        entry: dict[str, Any] = {child.tag[len(space) :]: child.text or "" for child in element}
+        entry["Size"], entry["LastModified"] = int(entry["Size"]), _timestamp(entry["LastModified"])
+        customized_response_dict.setdefault("Contents", []).append(entry)
+    root[:] = [element for element in root if element.tag != f"{space}Contents"]
+    response_dict["body"] = ElementTree.tostring(root)
 
 
 def _timestamp(value: Any) -> datetime:

@@ -10,6 +10,7 @@ import contextlib
 import email.utils
 import mmap
 import os
+import re
 import secrets
 import urllib.parse
 from collections import defaultdict
@@ -30,6 +31,7 @@ from mediafm_ray.text import local_path
 
 ALLOWED_SCHEMES = ("file", "s3", "memory", "gs", "abfs", "az", "http", "https")  # the schemes that a catalog may use
 LOOK_UP_THREADS = 16
+PLAIN = re.compile("[A-Za-z0-9_.-]*")  # Text that is its own percent-encoding.
 
 Result = TypeVar("Result")
 
@@ -136,6 +138,16 @@ class Store:
     def read(self, name: str) -> bytes:
         """Read a whole object. Raises FileNotFoundError."""
         return self._explained(lambda: self.objects.read(name), name)
+
+    def local_file(self, name: str, folder: str) -> str:
+        """Return the path of a file with the content of an object: its own, or that of a copy in a folder. Raises FileNotFoundError."""
+        objects, path = self.objects, os.path.join(folder, "copy")
+        if isinstance(objects, LocalObjects):
+            path = self.path(name)
+            self._explained(lambda: open(path, "rb").close(), name)
+        else:
+            self._explained(lambda: objects.copy(name, path), name)
+        return path
 
     def write(self, name: str, content: bytes) -> None:
         """Write an object atomically: a reader sees the old object, none, or the whole new one, also with several writers."""
@@ -279,6 +291,9 @@ class FsspecObjects:
     def read(self, name: str) -> bytes:
         return self._retried(lambda: self.filesystem.cat_file(object_path(self.root, name)))
 
+    def copy(self, name: str, path: str) -> None:
+        self._retried(lambda: self.filesystem.get_file(object_path(self.root, name), path))
+
     def write(self, name: str, content: bytes) -> None:
         self._retried(lambda: self.filesystem.pipe_file(object_path(self.root, name), content))
 
@@ -333,7 +348,7 @@ def percent_encode(text: str) -> str:
 
     A leading '.' or '_' is encoded too, because readers of Parquet folders skip files that begin with one.
     """
-    encoded = urllib.parse.quote(text, safe="").replace("~", "%7E")
+    encoded = text if PLAIN.fullmatch(text) else urllib.parse.quote(text, safe="").replace("~", "%7E")
     if encoded[:1] in (".", "_"):
         encoded = f"%{ord(encoded[0]):02X}{encoded[1:]}"
     return encoded

@@ -20,7 +20,7 @@ from mediafm_ray.pipeline.coordination import Budget
 from mediafm_ray.pipeline.rows import SHOTS, SKIPPED, TitleRow, failed, plan_table
 from mediafm_ray.pipeline.stages import DetectShots, EncodeText, Fuse
 from mediafm_ray.pipeline.write_title import WriteTitle
-from mediafm_ray.runs.backfill import HOUR, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
+from mediafm_ray.runs.backfill import HOUR, Hours, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.plan import describe_model, prepare_output
@@ -377,7 +377,7 @@ def test_the_pace_of_the_last_run_that_did_something_is_carried_on(config):
     part = summary_part(backfill, RunResult.of(backfill.plan), 5.0, 0, last_pace(store))
     write_summary(store, {"video_hours": 0.0, "wall_s": 5.0, "startup_s": 0.0, "backfill": part})
     assert last_pace(store) == pytest.approx(3.0)
-    known = dataclasses.replace(backfill, hours=dataclasses.replace(backfill.hours, expected_s={"a": 6 * HOUR}))
+    known = dataclasses.replace(backfill, hours=Hours(backfill.hours.title_ids, pa.array([6 * HOUR, None, None, None])))
     assert "about 2.0 h" in describe_time(known, last_pace(store))
     store.write("run-summary.json", b"[]")
     assert last_pace(store) == 0

@@ -251,7 +251,7 @@ def test_titles_and_reasons_inside_longer_texts_stay_in_their_line():
     Console(stream).say(describe_titles(pa.Table.from_pylist(titles)))
     pending = plan_table([])
     plan = Plan(MODEL, "", pending, titles=1, done=0, failed_before=0, left=0, only_contextual=0, leftovers=())
-    backfill = Backfill(plan, {}, {}, Missing(["x%0Aforged"], ["a"], 1), Hours({}, 0, 0))
+    backfill = Backfill(plan, {}, {}, Missing(["x%0Aforged"], ["a"], 1), Hours(pending["title_id"], pa.array([], pa.float64())))
     Console(stream).say(describe(backfill, read_config(BackfillCatalogConfig, [], [])))
     lines = stream.getvalue().splitlines()
     assert sum(r"x\nforged" in line for line in lines) == 3

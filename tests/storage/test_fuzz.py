@@ -108,7 +108,8 @@ def _no_network():
     """Nothing but local files is looked up."""
     real = catalog._look_up
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalog, "_look_up", lambda uris, config: real([uri for uri in uris if scheme_of(uri) not in REMOTE], config))
+        patch.setattr(catalog, "_look_up", lambda uris, *others: real([uri for uri in uris if scheme_of(uri) not in REMOTE], *others))
+        patch.setattr(catalog, "_s3_key", lambda uri: "")
         yield
 
 

@@ -1,0 +1,69 @@
+"""Listings of a dataset by shard: one listing while it is small, afterwards one for each shard, several at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mediafm_ray.storage.base import ObjectInfo
+from mediafm_ray.storage.dataset import SHARDS, Output
+from mediafm_ray.storage.errors import StorageError
+from mediafm_ray.storage.partitions import Partitions
+from mediafm_ray.storage.store import Store
+
+MIN_SHARDS = 250  # So many shards of SHARDS have an object where there are a thousand objects or more: a page of a listing on S3.
+LISTING_THREADS = 8
+Listing = Mapping[tuple[str, str], list[ObjectInfo]]  # Keys are the encoded title and its source.
+
+Kept = tuple[tuple[str, str], list[tuple[Any, ...]]]  # A key and its objects as plain values, which are written and read in half the time.
+Result = TypeVar("Result")
+
+
+def shards_of(output: Output, dataset: str) -> list[str]:
+    """Return what the listings of a dataset are made of: the names of all shards, or an empty name where one listing is enough."""
+    names = Store(f"{output.store.uri}/{dataset}", output.store.config).folders()
+    return [shard_name(number) for number in range(SHARDS)] if len(names) >= MIN_SHARDS else [""]
+
+
+def shard_name(number: int) -> str:
+    """Return the name of a shard's folder."""
+    return f"shard={number:02x}"
+
+
+def list_shard(output: Output, dataset: str, shard: str) -> Listing:
+    """List a shard of a dataset, or all of it. Raises StorageError, with the shard's name, where that is not possible."""
+    try:
+        return output.list(dataset, shard)
+    except StorageError as error:
+        raise StorageError(f"{output.store.uri}/{dataset}/{shard} cannot be listed: {error}") from error
+
+
+def each_shard(shards: list[str], work: Callable[[str], Result]) -> Iterator[Result]:
+    """Call ``work`` with every shard, some at once; yield the results in order. The first error ends it."""
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        yield from pool.map(work, shards)
+
+
+def keep_listing(output: Output, dataset: str, scratch: Path) -> Partitions[Kept]:
+    """List a dataset; return its listing by shard, in temporary files below ``scratch`` where it is large."""
+    kept: Partitions[Kept] = Partitions(scratch, f"{output.dataset_version}-{dataset}")
+
+    def keep(shard: str) -> None:
+        found: dict[int, list[Kept]] = defaultdict(list)
+        for key, infos in list_shard(output, dataset, shard).items():
+            number = int(infos[0].name.split("/")[1].removeprefix("shard="), 16)
+            found[number].append((key, [tuple(vars(info).values()) for info in infos]))
+        for number, listing in found.items():
+            kept.extend(number, listing)
+
+    for _ in each_shard(shards_of(output, dataset), keep):
+        pass
+    return kept
+
+
+def read_listing(kept: Partitions[Kept], shards: Iterable[int]) -> Listing:
+    """Return the listing of some shards."""
+    return {key: [ObjectInfo(*info) for info in infos] for shard in shards for key, infos in kept.read(shard)}
