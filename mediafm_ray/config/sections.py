@@ -39,7 +39,7 @@ class StageConfig(ConfigSection):
     max_actors: int = resource(
         0, "maximum number of actors; 0 = one for every eight cores of this machine (detector: one for every two)", min=0
     )
-    titles_per_call: int = resource(1, "maximum number of titles (or groups of short titles) in one call of an actor; more fill a GPU", min=1)
+    titles_per_call: int = resource(1, "maximum number of titles (or groups of short ones) in one call of an actor; more fill a GPU", min=1)
     num_cpus: float = resource(0.25, "logical CPUs that Ray reserves for an actor", min=0)
     num_gpus: float = resource(0.0, "GPUs that Ray reserves for an actor; actors with fractions share one", min=0)
     node_resource: str = resource("", "custom Ray resource of the nodes that run the actors (each reserves 0.001 of it); empty = any node")

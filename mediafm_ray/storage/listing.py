@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from mediafm_ray.storage.base import ObjectInfo
 from mediafm_ray.storage.dataset import SHARDS, Output
 from mediafm_ray.storage.errors import StorageError
+from mediafm_ray.storage.merged import COMPACTED
 from mediafm_ray.storage.partitions import Partitions
 from mediafm_ray.storage.store import Store
 
@@ -24,7 +25,8 @@ Result = TypeVar("Result")
 
 def shards_of(output: Output, dataset: str) -> list[str]:
     """Return what the listings of a dataset are made of: the names of all shards, or an empty name where one listing is enough."""
-    names = Store(f"{output.store.uri}/{dataset}", output.store.config).folders()
+    places = (f"{output.store.uri}/{dataset}", f"{output.store.uri}/{COMPACTED}/{dataset}")
+    names = {name for place in places for name in Store(place, output.store.config).folders()}
     return [shard_name(number) for number in range(SHARDS)] if len(names) >= MIN_SHARDS else [""]
 
 
