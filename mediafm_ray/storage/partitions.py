@@ -34,6 +34,7 @@ class Partitions(Generic[Item]):
         self.rows = 0
         self._waiting: dict[int, list[Item]] = defaultdict(list)
         self._waiting_rows = 0
+        self._written: set[int] = set()  # Partitions with a file.
         self._lock = threading.Lock()
 
     def add(self, partition: int, item: Item, rows: int = 1) -> None:
@@ -55,7 +56,7 @@ class Partitions(Generic[Item]):
     def read(self, partition: int) -> Iterator[Item]:
         """Yield the items of a partition, of which some are in memory, and no file stays open."""
         path = self._path(partition)
-        end = path.stat().st_size if path.exists() else 0
+        end = path.stat().st_size if partition in self._written else 0
         position = 0
         while position < end:
             with path.open("rb") as stream:
@@ -74,6 +75,7 @@ class Partitions(Generic[Item]):
                         pickle.dump(items[start : start + ITEMS_PER_PICKLE], stream, pickle.HIGHEST_PROTOCOL)
             except OSError as error:
                 raise full(path, error) from error
+            self._written.add(partition)
         self._waiting.clear()
         self._waiting_rows = 0
 
