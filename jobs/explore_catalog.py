@@ -23,6 +23,8 @@ from mediafm_ray.extras import need
 from mediafm_ray.runs.command import EXIT_OK, run_job
 from mediafm_ray.text import public_line
 
+KEEP_ALIVE_S = 75  # A client that pauses between two requests shall not meet a connection that is just being closed.
+
 
 def main(config: ExploreCatalogConfig) -> int:
     """Open the catalog, print the address, serve."""
@@ -47,7 +49,15 @@ def main(config: ExploreCatalogConfig) -> int:
     address = f"http://{name}:{listening.getsockname()[1]}/{f'?token={token}' if token else ''}"
     listening.listen()  # Before the address is printed: whoever opens it at once waits instead of being refused.
     print(f"{len(catalog.objects)} titles, {catalog.shots} shots that can be searched: open {address} (Ctrl-C ends it)", flush=True)
-    options = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=3)
+    options = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=3,
+    )
     with listening, contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has ended the connections.
         uvicorn.Server(options).run(sockets=[listening])
     return EXIT_OK
