@@ -25,6 +25,7 @@ DETECTOR_HEIGHT = 27  # pixels, as in the training of TransNet V2
 DETECTOR_WIDTH = 48  # pixels
 MAX_SHOTS_PER_WINDOW = 512  # shots in the attention window of the contextualiser (MediaFM)
 MODALITIES = ("video", "audio", "text")  # in the order of a fused embedding
+SHARDS = 256  # Of a dataset, by the first byte of a digest of the id of a title.
 
 BOUNDARY_START = "start"  # the first shot of a title
 BOUNDARY_CUT = "cut"  # the picture changes from one frame to the next

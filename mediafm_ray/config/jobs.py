@@ -143,6 +143,8 @@ class BackfillCatalogConfig(EmbedCatalogConfig):
     def __post_init__(self) -> None:
         if self.run.max_titles or not self.run.retry_failed:
             raise ValueError("run.max_titles and run.retry_failed are for mediafm embed; set backfill.max_titles and backfill.max_attempts")
+        if self.run.shards != RunConfig.shards:
+            raise ValueError("run.shards is for mediafm embed: a backfill has all titles of a catalog, and one lease")
 
 
 @dataclass(frozen=True)

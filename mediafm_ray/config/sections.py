@@ -6,10 +6,11 @@ The sections of one layer are in the module ``options`` of that layer.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from mediafm_ray.spec import MODALITIES, ConfigSection, resource
+from mediafm_ray.spec import MODALITIES, SHARDS, ConfigSection, resource
 
 MIN_VECTORS_TO_TRAIN = 256  # A product quantiser has one centroid for each value of a byte, and each needs a vector.
 
@@ -101,9 +102,24 @@ class RunConfig(ConfigSection):
     retry_failed: bool = resource(True, "retry titles that have a failure record")
     dry_run: bool = resource(False, "print the plan and what the text would cost at the embeddings API; write nothing")
     max_titles: int = resource(0, "maximum number of pending titles to process; 0 = all", min=0)
+    shards: str = resource(
+        "0-255",
+        "shards of the titles that this run takes, by a digest of their ids; several runs at once, each with its own, divide a catalog",
+    )
     log_format: str = resource(
         "text", "text = lines for people; json = one JSON object per line, for log collectors such as Loki", choices=("text", "json")
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"\d{1,3}-\d{1,3}", self.shards) or not 0 <= self.shard_numbers.start < self.shard_numbers.stop <= SHARDS:
+            raise ValueError(f"shards must be two numbers from 0 to {SHARDS - 1}, such as 0-63, and are {self.shards!r}")
+
+    @property
+    def shard_numbers(self) -> range:
+        """The numbers of the shards."""
+        first, last = map(int, self.shards.split("-"))
+        return range(first, last + 1)
 
 
 @dataclass(frozen=True)

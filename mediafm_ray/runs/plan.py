@@ -25,10 +25,10 @@ from mediafm_ray.models.encoder import encoder_dim, weights_digest
 from mediafm_ray.models.fusion import fusion_recipe, spans
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig, DetectorConfig
 from mediafm_ray.pipeline.rows import PLAN_SCHEMA, plan_table
-from mediafm_ray.spec import digest_of, recipe_of
+from mediafm_ray.spec import SHARDS, digest_of, recipe_of
 from mediafm_ray.storage.catalog import SOURCE_DIGITS, Catalog, Entry, open_catalog
 from mediafm_ray.storage.catalog_rows import BadRow
-from mediafm_ray.storage.dataset import FAILURES, SHARDS, SHOTS, Model, Output, contextual, dataset_versions, object_name, record_failure
+from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextual, dataset_versions, object_name, record_failure
 from mediafm_ray.storage.listing import Kept, Listing, keep_listing, read_listing
 from mediafm_ray.storage.partitions import Partitions, SortedTables
 from mediafm_ray.storage.store import ObjectInfo, StorageError
@@ -220,16 +220,17 @@ class Surveys:
     listed: Mapping[str, Partitions[Kept]]  # Listings by dataset.
     versions: Mapping[str, Partitions[Kept]]  # Listings of the shots of other dataset versions.
     scratch: Path  # A temporary folder.
+    shards: range  # Those that the run takes.
 
     def __iter__(self) -> Iterator[Survey]:
-        """Yield the surveys of all shards, of a small catalog all at once: its sources are looked up together.
+        """Yield the surveys of the run's shards, of a small catalog all at once: its sources are looked up together.
 
         Raises StorageError where sources cannot be looked up.
         """
         rows = max(self.catalog.titles, *(kept.rows for kept in [*self.listed.values(), *self.versions.values()]), 1)
         size = max(1, ROWS_AT_ONCE * SHARDS // rows)
-        for start in range(0, SHARDS, size):
-            shards = range(start, min(start + size, SHARDS))
+        for start in range(0, len(self.shards), size):
+            shards = self.shards[start : start + size]
             listed = {dataset: read_listing(kept, shards) for dataset, kept in self.listed.items()}
             versions = {version: read_listing(kept, shards) for version, kept in self.versions.items()}
             yield Survey(self.catalog.entries(shards), self.model, self.checkpoint, self.output, listed, versions)
@@ -277,7 +278,7 @@ def survey(config: EmbedCatalogConfig, model: Model | None = None, with_others: 
         shots = {other.dataset_version: keep_listing(other, SHOTS, scratch) for other in others}
         skipped: list[BadRow] = []
         catalog = open_catalog(config.catalog.uri, config.storage, scratch, skipped if config.catalog.on_error == "skip" else None)
-        yield Surveys(catalog, skipped, model, checkpoint, output, listed, shots, scratch)
+        yield Surveys(catalog, skipped, model, checkpoint, output, listed, shots, scratch, config.run.shard_numbers)
 
 
 def pending_table(there: Survey, entries: Sequence[Entry], elsewhere: Mapping[tuple[str, str], str] | None = None) -> pa.Table:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from mediafm_ray.config.jobs import ContextualiseCatalogConfig
 from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.config.sections import RunConfig
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS
 from mediafm_ray.pipeline.rows import ERROR, OK
 from mediafm_ray.runs.plan import WITH_SHOTS, Plan, checkpoint_name
@@ -25,7 +26,7 @@ from mediafm_ray.storage.dataset import (
     newest_objects,
     object_key,
 )
-from mediafm_ray.storage.listing import each_shard, list_shard, shards_of
+from mediafm_ray.storage.listing import each_shard, list_shard, shard_name, shards_of
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig
 
 STORED_SCHEMA = pa.schema(
@@ -51,8 +52,8 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
         raise ConfigError(f"contextualiser.checkpoint is required: {BUILTIN_NEIGHBOURS}, or the folder that a training wrote")
     checkpoint = checkpoint_name(config, dataset.model)
     shards = shards_of(dataset.output, SHOTS)
-    parts = list(each_shard(shards, lambda shard: _stored_titles(dataset.output, checkpoint, shard, config.run.retry_failed)))
-    if not any(part.titles for part in parts):
+    parts = list(each_shard(shards, lambda shard: _stored_titles(dataset.output, checkpoint, shard, config.run)))
+    if not any(part.titles for part in parts) and config.run.shards == RunConfig.shards:
         raise DatasetError(f"{dataset.output.store.uri} has no committed shots: run mediafm embed first")
     pending = pa.concat_tables(part.pending for part in parts)
     taken = pending.slice(0, config.run.max_titles or None)
@@ -81,9 +82,10 @@ class StoredTitles:
     pending: pa.Table  # STORED_SCHEMA
 
 
-def _stored_titles(output: Output, checkpoint: str, shard: str, retry_failed: bool) -> StoredTitles:
-    """List a shard of the datasets; return its titles. Raises StorageError."""
-    committed = newest_objects(list_shard(output, SHOTS, shard))
+def _stored_titles(output: Output, checkpoint: str, shard: str, run: RunConfig) -> StoredTitles:
+    """List a shard of the datasets; return its titles that the run may take. Raises StorageError."""
+    taken = {shard_name(number) for number in run.shard_numbers}
+    committed = [info for info in newest_objects(list_shard(output, SHOTS, shard)) if info.name.split("/")[1] in taken]
     written = list_shard(output, contextual(checkpoint), shard)
     failures = list_shard(output, FAILURES, shard)
     written_of_title: dict[str, list[ObjectInfo]] = {}
@@ -98,7 +100,7 @@ def _stored_titles(output: Output, checkpoint: str, shard: str, retry_failed: bo
         if key in written:
             done += 1
             leftovers += older
-        elif key in failures and not retry_failed:
+        elif key in failures and not run.retry_failed:
             failed_before += 1
         else:
             failed = [matching_object(shots.name, FAILURES)] if key in failures else []

@@ -29,7 +29,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mediafm_ray.spec import TimedTextSource, Title, parse_json
+from mediafm_ray.spec import SHARDS, TimedTextSource, Title, parse_json
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig, Unknown
 from mediafm_ray.storage.catalog_rows import (
     TIMED_TEXT_KINDS,
@@ -43,7 +43,7 @@ from mediafm_ray.storage.catalog_rows import (
     problems_of_id,
     problems_of_metadata,
 )
-from mediafm_ray.storage.dataset import SHARDS, encode_title, shard_of
+from mediafm_ray.storage.dataset import encode_title, shard_of
 from mediafm_ray.storage.errors import DENIED, StorageError, code_of, explain, is_transient
 from mediafm_ray.storage.partitions import Partitions
 from mediafm_ray.storage.s3 import S3Objects, with_short_timeouts

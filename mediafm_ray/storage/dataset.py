@@ -59,7 +59,6 @@ SCENES = "scenes"  # Scenes and titles are derived from the vectors of shots: se
 TITLES = "titles"
 LEASES = "leases"
 MODEL = "model.json"
-SHARDS = 256  # of a dataset, by the first byte of a digest of the title's id
 DERIVED_DIGITS = 12  # hex digits in the name of a derived dataset
 LISTING_THREADS = 16  # merged files whose ends are read at once
 MAX_DIM = 1 << 31  # Arrow counts the elements of a fixed-size list with 32 bits.

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mediafm_ray.spec import SHARDS
 from mediafm_ray.storage.base import ObjectInfo
-from mediafm_ray.storage.dataset import SHARDS, Output
+from mediafm_ray.storage.dataset import Output
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.merged import COMPACTED
 from mediafm_ray.storage.partitions import Partitions

@@ -372,6 +372,21 @@ def test_a_plan_over_committed_titles_is_one_listing_minus_another(made_up, spil
     assert made.pending["title_id"].to_pylist() == [unquote(name.rsplit("/", 1)[1].partition("@")[0]) for name in pending]
 
 
+def test_runs_with_shards_of_their_own_divide_a_catalog(made_up, tmp_path):
+    make_world(tmp_path, random.Random(1))
+
+    def pending(shards):
+        embed = make_plan(configured(EmbedCatalogConfig, tmp_path, "catalog.on_error=skip", f"run.shards={shards}"))
+        places = [f"output.uri={tmp_path}/out", f"dataset.version={MODEL.dataset_version}", f"run.shards={shards}"]
+        context = make_stored_plan(read_config(ContextualiseCatalogConfig, [], [*places, "contextualiser.checkpoint=builtin:neighbours"]))
+        return Counter(embed.pending["title_id"].to_pylist()), Counter(context.pending["title_id"].to_pylist())
+
+    parts = [pending(shards) for shards in ("0-99", "100-100", "101-255")]
+    whole = pending("0-255")
+    assert all(sum((part[kind] for part in parts), Counter()) == whole[kind] for kind in (0, 1))
+    assert all(0 < len(part[0]) < len(whole[0]) for part in (parts[0], parts[2]))
+
+
 # ------------------------------------------------------------------------------------------------------------------ parts
 
 
