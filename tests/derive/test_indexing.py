@@ -265,7 +265,8 @@ def test_what_cannot_be_indexed_is_said_before_anything_is_written(output, tmp_p
         open_index(str(tmp_path / "index"), StorageConfig())
 
 
-@pytest.mark.parametrize("server", ["moto", pytest.param("swift", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["moto", "swift"])
 def test_an_index_in_a_bucket(request, output, tmp_path, capsys, monkeypatch, s3_keys, server):
     server = request.getfixturevalue(server)
     options = [f"storage.endpoint_url={server.url}", *LARGE, "index.parts=[text]"]

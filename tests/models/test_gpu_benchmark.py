@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks.gpu import main, random_transnet
@@ -19,6 +20,7 @@ ABSENT = ("ray", "av", "omegaconf", "pyarrow", "fsspec", "openai", "lance")  # a
 PROGRAM = "import runpy, sys; sys.modules.update(dict.fromkeys({absent!r})); runpy.run_module('benchmarks.gpu', run_name='__main__')"
 
 
+@pytest.mark.slow
 def test_it_runs_with_torch_and_transformers_alone_and_writes_what_it_prints(tmp_path):
     parts = ["clip", "wav2vec2", "inference", "training", "memory"]
     command = [sys.executable, "-c", PROGRAM.format(absent=ABSENT), "--device", "cpu", "--quick", "--json", str(tmp_path / "gpu.json")]

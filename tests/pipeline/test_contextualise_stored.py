@@ -395,6 +395,7 @@ def test_files_for_the_embedding_job_serve_here_too(tmp_path):
         read_config(ContextualiseCatalogConfig, [], ["video.device=cuda"])
 
 
+@pytest.mark.slow
 def test_a_title_that_kills_its_process_fails_alone(output, checkpoint, monkeypatch):
     monkeypatch.setattr(graph, "MIN_CALLS_PER_ACTOR", 1)  # all titles at once
     config = configured(output, checkpoint, "resources.max_deaths_per_title=1")

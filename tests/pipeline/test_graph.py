@@ -99,6 +99,7 @@ def test_a_quick_stage_does_not_run_far_ahead_of_a_slow_one(monkeypatch):
     assert WAITING <= max(ahead) <= WAITING + in_flight + 3  # three in a bundle that is being filled
 
 
+@pytest.mark.slow
 def test_a_stage_for_which_another_job_leaves_no_room_is_named_until_it_has_some(monkeypatch):
     monkeypatch.setattr(cluster, "STARVED_S", 4.0)  # a third message would come as long after the room as a process may take to start
     machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"big": 2}, "object_store_memory": 150 << 20})
