@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from mediafm_ray.derive.clips import ClipEmbedder
-from mediafm_ray.storage.dataset import SHOTS
+from mediafm_ray.storage.names import SHOTS
 
 SEED = 0
 

@@ -36,8 +36,14 @@ import pyarrow as pa
 
 from benchmarks.stored_titles import make_model
 from mediafm_ray.storage.compaction import Compaction, compact_shard, shards_of
-from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, Model, Output, compaction_lease_folder, encode_title, object_name
+from mediafm_ray.storage.dataset import EmbeddingDataset, Model, Output
 from mediafm_ray.storage.lease import held
+from mediafm_ray.storage.names import (
+    SHOTS,
+    compaction_lease_folder,
+    encode_title,
+    object_name,
+)
 from mediafm_ray.storage.schemas import embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import Store
 

@@ -37,7 +37,8 @@ from mediafm_ray.pipeline.stage_list import stored_pool
 from mediafm_ray.pipeline.write_title import contextual_file
 from mediafm_ray.runs.plan import Plan
 from mediafm_ray.runs.stored import make_stored_plan
-from mediafm_ray.storage.dataset import Output, contextual, matching_object
+from mediafm_ray.storage.dataset import Output
+from mediafm_ray.storage.names import contextual, matching_object
 from mediafm_ray.storage.stored_shots import read_shots
 
 ROOT = Path(__file__).parents[1]

@@ -53,15 +53,17 @@ from mediafm_ray.media.wire import LENGTH, Channel, WireError
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.dataset import (
-    FAILURES,
-    SHOTS,
     DatasetError,
     EmbeddingDataset,
+    read_failures,
+    record_failure,
+)
+from mediafm_ray.storage.names import (
+    FAILURES,
+    SHOTS,
     contextual,
     matching_object,
     object_name,
-    read_failures,
-    record_failure,
 )
 from mediafm_ray.storage.schemas import METADATA_KEY
 from mediafm_ray.storage.store import ObjectInfo, StorageError, Store, join, scheme_of

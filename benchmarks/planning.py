@@ -42,7 +42,7 @@ from mediafm_ray.runs.plan import describe_model, make_plan
 from mediafm_ray.spec import Title
 from mediafm_ray.storage.base import ObjectInfo
 from mediafm_ray.storage.catalog import source_digest
-from mediafm_ray.storage.dataset import SHOTS, object_name
+from mediafm_ray.storage.names import SHOTS, object_name
 
 ROOT = Path(__file__).parents[1]
 PAGE_KEYS = 1000

@@ -25,7 +25,8 @@ import pyarrow as pa
 from botocore.config import Config
 
 from mediafm_ray.storage.base import StorageConfig
-from mediafm_ray.storage.dataset import SHOTS, Output
+from mediafm_ray.storage.dataset import Output
+from mediafm_ray.storage.names import SHOTS
 from mediafm_ray.storage.schemas import embedding_array, encode_parquet, shots_schema
 
 DIFFERENT_TITLES = 4

@@ -16,8 +16,9 @@ from mediafm_ray.models.options import FusionConfig
 from mediafm_ray.pipeline.rows import FLAGS, NORMS, SHOTS, plan_table, to_json, vectors_cell
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.spec import MODALITIES
-from mediafm_ray.storage.dataset import SHOTS as SHOTS_DATASET
-from mediafm_ray.storage.dataset import Model, Output, object_name
+from mediafm_ray.storage.dataset import Model, Output
+from mediafm_ray.storage.names import SHOTS as SHOTS_DATASET
+from mediafm_ray.storage.names import object_name
 from mediafm_ray.storage.store import StorageConfig
 
 FRAME_RATE = 25  # a second

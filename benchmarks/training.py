@@ -128,7 +128,8 @@ def write_titles(folder: Path) -> None:
 
     import pyarrow as pa
 
-    from mediafm_ray.storage.dataset import SHOTS, Model, Output
+    from mediafm_ray.storage.dataset import Model, Output
+    from mediafm_ray.storage.names import SHOTS
     from mediafm_ray.storage.schemas import embedding_array, encode_parquet, shots_schema
 
     version = "0" * 12

@@ -26,8 +26,9 @@ from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.plan import describe_model, prepare_output
 from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.run_log import RunLog
-from mediafm_ray.storage.dataset import Output, lease_folder
+from mediafm_ray.storage.dataset import Output
 from mediafm_ray.storage.lease import Lease, held
+from mediafm_ray.storage.names import lease_folder
 from mediafm_ray.storage.store import Store
 
 MINUTE = 60  # seconds

@@ -22,8 +22,9 @@ from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_leas
 from mediafm_ray.runs.report import MAX_FAILURES_SHOWN, Console
 from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.compaction import Compaction, compact_shard, shards_of
-from mediafm_ray.storage.dataset import EmbeddingDataset, compaction_lease_folder
+from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.lease import Lease, held
+from mediafm_ray.storage.names import compaction_lease_folder
 from mediafm_ray.storage.store import Store
 from mediafm_ray.text import public_line
 

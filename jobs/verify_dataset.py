@@ -22,8 +22,9 @@ from mediafm_ray.config.jobs import VerifyDatasetConfig
 from mediafm_ray.derive.runner import ordered_map
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.runs.report import Console
-from mediafm_ray.storage.dataset import DatasetError, Output, compaction_lease_folder, dataset_versions, lease_folder
+from mediafm_ray.storage.dataset import DatasetError, Output, dataset_versions
 from mediafm_ray.storage.lease import Lease, held
+from mediafm_ray.storage.names import compaction_lease_folder, lease_folder
 from mediafm_ray.storage.store import StorageError, Store
 from mediafm_ray.storage.verify import Finding, check_model, check_title, list_titles
 from mediafm_ray.text import public_line

@@ -27,7 +27,7 @@ from mediafm_ray.downstream.clips import clip_overlaps, pool_clip, pool_overlaps
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.runs.plan import checkpoint_name
 from mediafm_ray.runs.stored import open_dataset
-from mediafm_ray.storage.dataset import contextual, matching_object
+from mediafm_ray.storage.names import contextual, matching_object
 from mediafm_ray.storage.schemas import embedding_values
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.storage.stored_shots import StoredShots, read_shots

@@ -28,7 +28,7 @@ from mediafm_ray.errors import TitleError
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.report import Console
 from mediafm_ray.spec import MODALITIES
-from mediafm_ray.storage.dataset import SHOTS, DatasetError, EmbeddingDataset, decode_title, encode_title, newest_objects, object_key
+from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, newest_objects
 from mediafm_ray.storage.index import (
     EMBEDDING,
     ROW_COLUMNS,
@@ -41,6 +41,12 @@ from mediafm_ray.storage.index import (
     part_column,
 )
 from mediafm_ray.storage.index_writer import IndexWriter
+from mediafm_ray.storage.names import (
+    SHOTS,
+    decode_title,
+    encode_title,
+    object_key,
+)
 
 MB = 10**6
 SHOT_COLUMNS = tuple(name for name in ROW_COLUMNS if name != "title_id")  # columns of ``shots``

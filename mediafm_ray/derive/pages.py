@@ -20,21 +20,23 @@ from mediafm_ray.runs.report import SUMMARY
 from mediafm_ray.runs.run_log import RUNS
 from mediafm_ray.spec import MODALITIES, parse_json
 from mediafm_ray.storage.dataset import (
-    FAILURES,
-    SCENES,
-    SHOTS,
     DatasetError,
     EmbeddingDataset,
-    contextual,
-    decode_title,
-    encode_title,
     newest_objects,
-    object_key,
-    object_name,
     parse_failure,
     title_facts,
 )
 from mediafm_ray.storage.merged import DamagedRows
+from mediafm_ray.storage.names import (
+    FAILURES,
+    SCENES,
+    SHOTS,
+    contextual,
+    decode_title,
+    encode_title,
+    object_key,
+    object_name,
+)
 from mediafm_ray.storage.schemas import embedding_values, read_facts
 from mediafm_ray.storage.store import ObjectInfo, Store
 from mediafm_ray.text import public_line, public_uri

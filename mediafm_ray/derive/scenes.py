@@ -10,7 +10,8 @@ from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.scenes import Scenes, find_scenes
 from mediafm_ray.errors import TitleError
 from mediafm_ray.spec import recipe_of
-from mediafm_ray.storage.dataset import SCENES, EmbeddingDataset, derived
+from mediafm_ray.storage.dataset import EmbeddingDataset
+from mediafm_ray.storage.names import SCENES, derived
 from mediafm_ray.storage.schemas import scenes_schema
 
 NUMERICS_VERSION = 1  # Raise it with a change of the code that changes the scenes: it is part of the dataset's name.

@@ -21,7 +21,8 @@ from mediafm_ray.derive.scenes import scenes_of_title, scenes_recipe
 from mediafm_ray.downstream.options import ScenesConfig
 from mediafm_ray.downstream.titles import is_speech, nearest_titles, pool_title, share_of
 from mediafm_ray.errors import TitleError
-from mediafm_ray.storage.dataset import TITLES, EmbeddingDataset, derived
+from mediafm_ray.storage.dataset import EmbeddingDataset
+from mediafm_ray.storage.names import TITLES, derived
 from mediafm_ray.storage.schemas import embedding_array, embedding_type, embedding_values, titles_schema
 from mediafm_ray.text import public_line
 

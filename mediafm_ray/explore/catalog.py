@@ -27,8 +27,9 @@ from mediafm_ray.models.encoder import build_video_encoder
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.spec import MODALITIES
-from mediafm_ray.storage.dataset import SHOTS, DatasetError, dataset_versions, decode_title, newest_objects, object_key
+from mediafm_ray.storage.dataset import DatasetError, dataset_versions, newest_objects
 from mediafm_ray.storage.index import EMBEDDING, ShotIndex, open_index, part_column
+from mediafm_ray.storage.names import SHOTS, decode_title, object_key
 from mediafm_ray.storage.schemas import read_facts
 from mediafm_ray.storage.store import StorageError
 

@@ -26,14 +26,8 @@ from mediafm_ray.errors import TitleError
 from mediafm_ray.models.options import ContextualiserConfig
 from mediafm_ray.pipeline.rows import ERROR, FAILED, MEASURES, OK, SECONDS, error_value
 from mediafm_ray.pipeline.write_title import contextual_file, remove_superseded
-from mediafm_ray.storage.dataset import (
-    FAILURES,
-    Model,
-    Output,
-    contextual,
-    matching_object,
-    record_failure,
-)
+from mediafm_ray.storage.dataset import Model, Output, record_failure
+from mediafm_ray.storage.names import FAILURES, contextual, matching_object
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.storage.stored_shots import StoredShots, read_shots
 

@@ -40,7 +40,8 @@ from mediafm_ray.runs.plan import Plan, Survey, Surveys, in_order, pending_table
 from mediafm_ray.runs.report import SUMMARY, RunResult
 from mediafm_ray.spec import parse_json
 from mediafm_ray.storage.catalog import Entry
-from mediafm_ray.storage.dataset import SHOTS, Model, Output, encode_title, parse_failure
+from mediafm_ray.storage.dataset import Model, Output, parse_failure
+from mediafm_ray.storage.names import SHOTS, encode_title
 from mediafm_ray.storage.partitions import SortedTables
 from mediafm_ray.storage.store import ObjectInfo, Store
 from mediafm_ray.text import public_line

@@ -28,8 +28,19 @@ from mediafm_ray.pipeline.rows import PLAN_SCHEMA, plan_table
 from mediafm_ray.spec import SHARDS, digest_of, recipe_of
 from mediafm_ray.storage.catalog import SOURCE_DIGITS, Catalog, Entry, open_catalog
 from mediafm_ray.storage.catalog_rows import BadRow
-from mediafm_ray.storage.dataset import FAILURES, SHOTS, Model, Output, contextual, dataset_versions, object_name, record_failure
+from mediafm_ray.storage.dataset import (
+    Model,
+    Output,
+    dataset_versions,
+    record_failure,
+)
 from mediafm_ray.storage.listing import Kept, Listing, keep_listing, read_listing
+from mediafm_ray.storage.names import (
+    FAILURES,
+    SHOTS,
+    contextual,
+    object_name,
+)
 from mediafm_ray.storage.partitions import Partitions, SortedTables
 from mediafm_ray.storage.store import ObjectInfo, StorageError
 from mediafm_ray.text import public_line

@@ -15,18 +15,20 @@ from mediafm_ray.models.options import BUILTIN_NEIGHBOURS
 from mediafm_ray.pipeline.rows import ERROR, OK
 from mediafm_ray.runs.plan import WITH_SHOTS, Plan, checkpoint_name
 from mediafm_ray.storage.dataset import (
-    FAILURES,
-    SHOTS,
     DatasetError,
     EmbeddingDataset,
     Output,
-    contextual,
     dataset_versions,
-    matching_object,
     newest_objects,
-    object_key,
 )
 from mediafm_ray.storage.listing import each_shard, list_shard, shard_name, shards_of
+from mediafm_ray.storage.names import (
+    FAILURES,
+    SHOTS,
+    contextual,
+    matching_object,
+    object_key,
+)
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig
 
 STORED_SCHEMA = pa.schema(

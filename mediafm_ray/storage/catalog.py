@@ -43,8 +43,8 @@ from mediafm_ray.storage.catalog_rows import (
     problems_of_id,
     problems_of_metadata,
 )
-from mediafm_ray.storage.dataset import encode_title, shard_of
 from mediafm_ray.storage.errors import DENIED, StorageError, code_of, explain, is_transient
+from mediafm_ray.storage.names import encode_title, shard_of
 from mediafm_ray.storage.partitions import Partitions
 from mediafm_ray.storage.s3 import S3Objects, with_short_timeouts
 from mediafm_ray.storage.store import LOOK_UP_THREADS, Store, absolute, join, scheme_of

@@ -34,9 +34,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.storage import merged
-from mediafm_ray.storage.dataset import EmbeddingDataset, dataset_schema, object_key, object_name
+from mediafm_ray.storage.dataset import EmbeddingDataset, dataset_schema
 from mediafm_ray.storage.lease import Lease, LeaseLost
 from mediafm_ray.storage.merged import MergedFile, MergedTitle, MergedWriter
+from mediafm_ray.storage.names import object_key, object_name
 from mediafm_ray.storage.schemas import read_facts
 from mediafm_ray.storage.store import ObjectInfo, StorageError, Store
 from mediafm_ray.text import PublicError

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.errors import TitleError
-from mediafm_ray.storage.dataset import Model, Output, encode_title, object_key
+from mediafm_ray.storage.dataset import Model, Output
+from mediafm_ray.storage.names import encode_title, object_key
 from mediafm_ray.storage.schemas import embedding_type, embedding_values, read_facts, shots_schema, vector_fact
 
 FACTS = ("title_id", "source", "video", "dataset_version", "dims", "spans")  # keys that all objects of a title have

@@ -11,7 +11,15 @@ from mediafm_ray.config.jobs import ReportCatalogConfig
 from mediafm_ray.derive.pages import catalog_content, committed_titles, title_content, title_page_name, write_title_page
 from mediafm_ray.downstream.catalog_pages import catalog_page
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, run_job
-from mediafm_ray.storage.dataset import FAILURES, SCENES, SHOTS, EmbeddingDataset, contextual, derived, object_name
+from mediafm_ray.storage.dataset import EmbeddingDataset
+from mediafm_ray.storage.names import (
+    FAILURES,
+    SCENES,
+    SHOTS,
+    contextual,
+    derived,
+    object_name,
+)
 from mediafm_ray.storage.schemas import encode_parquet, read_facts
 from mediafm_ray.storage.store import Store
 

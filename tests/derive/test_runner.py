@@ -24,7 +24,8 @@ from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
 from mediafm_ray.runs.command import run_job
 from mediafm_ray.runs.stored import make_stored_plan
-from mediafm_ray.storage.dataset import SHOTS, EmbeddingDataset, Output, contextual, matching_object
+from mediafm_ray.storage.dataset import EmbeddingDataset, Output
+from mediafm_ray.storage.names import SHOTS, contextual, matching_object
 from mediafm_ray.storage.schemas import (
     METADATA_KEY,
     embedding_array,

@@ -9,7 +9,8 @@ from mediafm_ray.downstream.clips import pool_clip
 from mediafm_ray.models.tiny import make_contextualiser
 from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
 from mediafm_ray.runs.stored import make_stored_plan
-from mediafm_ray.storage.dataset import EmbeddingDataset, contextual
+from mediafm_ray.storage.dataset import EmbeddingDataset
+from mediafm_ray.storage.names import contextual
 from mediafm_ray.storage.schemas import embedding_values
 from tests.searchable import PARTS, SHOT_S, TITLES, build, commit, expected, found, search, vectors_of
 

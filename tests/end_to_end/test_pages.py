@@ -16,7 +16,8 @@ from jobs import report_title
 from mediafm_ray.config.jobs import ReportTitleConfig
 from mediafm_ray.downstream.catalog_pages import catalog_page
 from mediafm_ray.runs.command import EXIT_BAD_INPUT, run_job
-from mediafm_ray.storage.dataset import FAILURES, EmbeddingDataset, encode_title
+from mediafm_ray.storage.dataset import EmbeddingDataset
+from mediafm_ray.storage.names import FAILURES, encode_title
 from tests.end_to_end.clips import ROOT
 from tests.hostile_text import HOSTILE
 

@@ -26,8 +26,9 @@ from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.plan import describe_model, prepare_output
 from mediafm_ray.runs.report import RunResult, write_summary
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
-from mediafm_ray.storage.dataset import Output, lease_folder
+from mediafm_ray.storage.dataset import Output
 from mediafm_ray.storage.lease import LeaseHeld, held
+from mediafm_ray.storage.names import lease_folder
 from mediafm_ray.storage.store import StorageError, Store
 from tests.datasets import finished_row, kill_after_one_removal
 

@@ -39,14 +39,16 @@ from mediafm_ray.storage import catalog, compaction
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.compaction import compact_shard, shards_of
 from mediafm_ray.storage.dataset import (
-    FAILURES,
-    SHOTS,
     EmbeddingDataset,
-    encode_title,
     newest_objects,
-    object_key,
     parse_failure,
     title_facts,
+)
+from mediafm_ray.storage.names import (
+    FAILURES,
+    SHOTS,
+    encode_title,
+    object_key,
 )
 from mediafm_ray.storage.store import StorageError, Store
 from tests.datasets import MODEL, finished_row

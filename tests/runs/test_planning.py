@@ -23,8 +23,9 @@ from mediafm_ray.runs.stored import make_stored_plan
 from mediafm_ray.storage import catalog, listing, partitions
 from mediafm_ray.storage.base import Unknown
 from mediafm_ray.storage.catalog import CatalogError
-from mediafm_ray.storage.dataset import Output, encode_title, object_name
+from mediafm_ray.storage.dataset import Output
 from mediafm_ray.storage.errors import StorageError
+from mediafm_ray.storage.names import encode_title, object_name
 from mediafm_ray.storage.partitions import Partitions, SortedTables
 from tests.datasets import MODEL
 

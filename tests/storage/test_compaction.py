@@ -29,20 +29,19 @@ from mediafm_ray.derive.reader import read_vectors
 from mediafm_ray.runs.backfill import Missing, delete_missing, plan_backfill
 from mediafm_ray.storage import merged
 from mediafm_ray.storage.compaction import compact_shard, shards_of
-from mediafm_ray.storage.dataset import (
+from mediafm_ray.storage.dataset import EmbeddingDataset, Output
+from mediafm_ray.storage.errors import ReplacedMeanwhile
+from mediafm_ray.storage.lease import LeaseHeld, held
+from mediafm_ray.storage.merged import MergedFileError
+from mediafm_ray.storage.names import (
     FAILURES,
     SHOTS,
-    EmbeddingDataset,
-    Output,
     compaction_lease_folder,
     contextual,
     encode_title,
     object_key,
     object_name,
 )
-from mediafm_ray.storage.errors import ReplacedMeanwhile
-from mediafm_ray.storage.lease import LeaseHeld, held
-from mediafm_ray.storage.merged import MergedFileError
 from mediafm_ray.storage.schemas import encode_parquet, read_facts
 from mediafm_ray.storage.store import StorageConfig, StorageError, Store
 from tests.datasets import CHECKPOINT, MODEL, SOURCE, write_dataset

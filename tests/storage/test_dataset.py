@@ -12,17 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from mediafm_ray.storage.dataset import (
-    FAILURES,
-    OBJECT_PATTERN,
-    SHOTS,
     DatasetError,
     EmbeddingDataset,
     Model,
     Output,
-    encode_title,
-    object_name,
     read_failures,
     record_failure,
+)
+from mediafm_ray.storage.names import (
+    FAILURES,
+    OBJECT_PATTERN,
+    SHOTS,
+    encode_title,
+    object_name,
 )
 from mediafm_ray.storage.schemas import embedding_array, embedding_values, encode_parquet, read_facts, shots_schema
 from tests.datasets import write_dataset

@@ -34,19 +34,19 @@ from mediafm_ray.storage import catalog
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.catalog_rows import COLUMNS
 from mediafm_ray.storage.dataset import (
-    FAILURES,
-    SHOTS,
     DatasetError,
     EmbeddingDataset,
-    contextual,
-    object_name,
     parse_failure,
     read_failures,
     record_failure,
 )
-from mediafm_ray.storage.dataset import (
-    MODEL as MODEL_JSON,
+from mediafm_ray.storage.names import (
+    FAILURES,
+    SHOTS,
+    contextual,
+    object_name,
 )
+from mediafm_ray.storage.names import MODEL as MODEL_JSON
 from mediafm_ray.storage.schemas import METADATA_KEY
 from mediafm_ray.storage.store import ALLOWED_SCHEMES, StorageError, Store, join, scheme_of
 from mediafm_ray.storage.stored_shots import read_shots

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mediafm_ray.storage.dataset import SHOTS, Model, Output
+from mediafm_ray.storage.dataset import Model, Output
+from mediafm_ray.storage.names import SHOTS
 from mediafm_ray.storage.schemas import embedding_array, encode_parquet, shots_schema
 from tests.training.titles import FUSED_DIM, METADATA_DIM, make_title
 
