@@ -228,5 +228,6 @@ def test_planning_lists_once_and_asks_for_no_object_by_itself(swift, s3_keys):
         others = [line for line, _ in proxy.requests if "list-type=2" not in line]
     assert len(others) == 2, others  # whether the catalog is there, and the catalog
     assert all(line.startswith("GET ") and "catalog.csv" in line for line in others)
-    # the videos and texts; of the output: is it there, which datasets has it, the two of them, and the merged files of shots
-    assert len(lists) == 1 + 5, lists
+    # the videos and texts; of the output: is it there, which datasets has it; of each of the two which shards have objects and merged
+    # files, and the objects; the merged files of shots
+    assert len(lists) == 1 + 2 + 2 * 3 + 1, lists
