@@ -240,7 +240,7 @@ def test_few_titles_wait_and_objects_stay_for_a_time(uri, output, capsys):
 
 def test_long_shards_have_row_groups_that_hold_whole_titles(tmp_path, monkeypatch):
     monkeypatch.setattr(merged, "MIN_GROUP_ROWS", 4)
-    monkeypatch.setattr("mediafm_ray.storage.dataset.hashlib.sha256", OneShard)
+    monkeypatch.setattr("mediafm_ray.storage.names.hashlib.sha256", OneShard)
     uri = str(tmp_path / "out")
     output = write_dataset(uri, {f"t{number:02d}": [5] * (number % 4 + 1) for number in range(11)})
     before = contents(output)
