@@ -8,17 +8,17 @@ from __future__ import annotations
 import logging
 import shlex
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mediafm_ray.config.jobs import ExploreCatalogConfig
 from mediafm_ray.config.loader import ConfigError
+from mediafm_ray.derive.pages import UNREADABLE
 from mediafm_ray.derive.reader import suggest_titles
 from mediafm_ray.derive.search import check_index, check_pictures, words_encoder
 from mediafm_ray.explore.cache import BoundedCache
@@ -27,10 +27,9 @@ from mediafm_ray.models.encoder import build_video_encoder
 from mediafm_ray.models.weights import WeightsError
 from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.spec import MODALITIES
-from mediafm_ray.storage.dataset import DatasetError, dataset_versions, newest_objects
+from mediafm_ray.storage.dataset import DatasetError, dataset_versions, newest_objects, title_facts
 from mediafm_ray.storage.index import EMBEDDING, ShotIndex, open_index, part_column
 from mediafm_ray.storage.names import SHOTS, decode_title, object_key
-from mediafm_ray.storage.schemas import read_facts
 from mediafm_ray.storage.store import StorageError
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,6 @@ class StoredTitle:
 
     facts: Mapping[str, Any]
     shots: pa.Table
-    group_rows: int  # shots in each row group of the title's file but the last
 
     def check(self, shot: int) -> None:
         """Raise DatasetError where there is no such shot."""
@@ -133,7 +131,7 @@ class Catalog:
                 continue
             try:
                 found[self.dataset.output.facts(info.name)["title_id"]] = info.name
-            except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            except UNREADABLE as error:
                 log.warning("%s cannot be read and is left out: %s", info.name, error)
         return dict(sorted(found.items()))
 
@@ -223,23 +221,17 @@ class Catalog:
     def title(self, title_id: str) -> StoredTitle:
         """Return the facts and the shots of a title. Raises DatasetError for an unknown one."""
 
-        def read(file: pq.ParquetFile) -> StoredTitle:
-            rows = file.metadata.row_group(0).num_rows
-            return StoredTitle(read_facts(file.schema_arrow), file.read(list(ROW_COLUMNS)).combine_chunks(), rows)
+        def read() -> StoredTitle:
+            shots = self._read(title_id, ROW_COLUMNS)
+            return StoredTitle(title_facts(shots), shots.combine_chunks())
 
         self._known(title_id)
-        return self._titles.get(title_id, lambda: self._read(title_id, read))
+        return self._titles.get(title_id, read)
 
     def thumbnail(self, title_id: str, shot: int) -> bytes:
         """Return the JPEG of a shot's middle frame; empty where none is stored. Raises DatasetError for an unknown title or shot."""
-        title = self.title(title_id)
-        title.check(shot)
-        group, position = divmod(shot, title.group_rows)
-        column = self._thumbnails.get(
-            (title_id, group),
-            lambda: self._read(title_id, lambda file: file.read_row_group(group, ["thumbnail"])["thumbnail"].combine_chunks()),
-        )
-        return column[position].as_py()
+        self.title(title_id).check(shot)
+        return self._thumbnails.get(title_id, lambda: self._read(title_id, ["thumbnail"])["thumbnail"])[shot].as_py()
 
     def _known(self, title_id: str) -> str:
         if title_id not in self.objects:
@@ -248,17 +240,15 @@ class Catalog:
             raise DatasetError(f"the dataset has no title {title_id!r}{suggest_titles(title_id, list(self.objects))}")
         return self.objects[title_id]
 
-    def _read(self, title_id: str, read: Callable[[pq.ParquetFile], Any]) -> Any:
-        """Read from the object of a title; where it was superseded since the start, from its successor. Raises DatasetError."""
-        store = self.dataset.output.store
+    def _read(self, title_id: str, columns: Sequence[str]) -> pa.Table:
+        """Read columns of a title; where its object was superseded since the start, of its successor. Raises DatasetError."""
         for _ in range(2):
             name = self._known(title_id)
             try:
-                with store.filesystem.open(store.path(name), "rb") as stream:
-                    return read(pq.ParquetFile(stream, page_checksum_verification=True))
+                return self.dataset.output.table(name, columns)
             except FileNotFoundError:
                 self.objects[title_id] = self.dataset.title_object(title_id)
-            except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            except UNREADABLE as error:
                 raise DatasetError(f"{name} cannot be read ({type(error).__name__}: {error}): run mediafm verify") from error
         raise DatasetError(f"{name} was removed while it was read: load the page again")
 

@@ -2,11 +2,15 @@
 
 import html
 import re
+import shutil
 import urllib.parse
 from html.parser import HTMLParser
 
 import pytest
 
+from jobs import compact_dataset
+from mediafm_ray.config.jobs import CompactDatasetConfig
+from mediafm_ray.config.loader import read_config
 from mediafm_ray.explore.queries import link
 from tests.explore.made import FILM, GONE, ODD_IDS, OLD, SEQUEL, SHOTS, client_of, config_of, rewrite, thumbnail
 from tests.hostile_text import HOSTILE
@@ -247,3 +251,16 @@ def test_a_title_that_was_embedded_again_since_the_start_is_read_from_its_new_ob
 
 def test_links_hold_any_text():
     assert urllib.parse.parse_qs(link("/title", id="a&b=c #\u2603?", shot=0).partition("?")[2]) == {"id": ["a&b=c #\u2603?"], "shot": ["0"]}
+
+
+def test_titles_in_merged_files_are_shown_as_before(root, client, tmp_path):
+    shutil.copytree(root / "out", tmp_path / "out")
+    shutil.copytree(root / "index", tmp_path / "index")
+    given = [f"output.uri={tmp_path}/out", "compact.min_titles=1", "compact.keep_hours=0"]
+    assert compact_dataset.main(read_config(CompactDatasetConfig, [], given)) == 0
+    assert not list((tmp_path / "out").glob("*/shots/shard=*/*.parquet"))
+    merged = client_of(config_of(tmp_path))
+    for title_id, count in SHOTS.items():
+        for path in (link("/title", id=title_id), *(link("/thumbnail", id=title_id, shot=shot) for shot in range(count))):
+            before, after = client.get(path), merged.get(path)
+            assert (after.status_code, after.content) == (200, before.content), path
