@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.pages import commit_title
-from benchmarks.search import SHOTS_A_TITLE, World
+from benchmarks.search import SHOTS_A_TITLE, World, rows_of
 from mediafm_ray.config.sections import IndexConfig
 from mediafm_ray.derive.indexing import index_vectors
 from mediafm_ray.explore.queries import link
@@ -36,8 +36,7 @@ from mediafm_ray.models.encoder import weights_digest
 from mediafm_ray.models.options import TextEncoderConfig
 from mediafm_ray.runs.plan import encoder_recipe
 from mediafm_ray.runs.report import Console
-from mediafm_ray.spec import MODALITIES
-from mediafm_ray.storage.index import EMBEDDING, IndexFacts, half_vectors, part_column
+from mediafm_ray.storage.index import EMBEDDING, IndexFacts, part_column
 from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.storage.store import StorageConfig
 
@@ -98,22 +97,8 @@ def build(folder: Path, shots: int) -> None:
 def rows(worlds: dict[str, World], facts: IndexFacts, shots: int) -> Iterator[pa.Table]:
     """Yield the rows of every title."""
     centres = {column: world.centres() for column, world in worlds.items()}
-    schema = facts.schema().remove_metadata()
     for title in range(-(-shots // SHOTS_A_TITLE)):
-        count = min(SHOTS_A_TITLE, shots - title * SHOTS_A_TITLE)
-        start_S = 3.0 * np.arange(count)
-        columns = {
-            "title_id": pa.array([f"title-{title}"] * count),
-            "source": pa.array(["0"] * count),
-            "shot_index": pa.array(np.arange(count), pa.int32()),
-            "start_s": start_S,
-            "end_s": start_S + 3,
-            "language": pa.array(["en"] * count),
-            "text": pa.array([f"what is said in shot {shot}" for shot in range(count)]),
-            **{f"has_{modality}": pa.array([True] * count) for modality in MODALITIES},
-            **{column: half_vectors(world.title(centres[column], title), np.ones(count, bool)) for column, world in worlds.items()},
-        }
-        yield pa.table([columns[field.name] for field in schema], schema=schema)
+        yield rows_of(title, {column: world.title(centres[column], title) for column, world in worlds.items()}, facts)
 
 
 def measure(port: int, pid: int, arguments: argparse.Namespace) -> None:

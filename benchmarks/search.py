@@ -18,7 +18,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +76,9 @@ class World:
         return self.members(centres_CD, clusters_S, seed=title + 1)
 
 
-def rows_of(title: int, vectors_SD: np.ndarray, facts: IndexFacts) -> pa.Table:
-    """A title as rows of the index."""
-    count = len(vectors_SD)
+def rows_of(title: int, vectors: Mapping[str, np.ndarray], facts: IndexFacts) -> pa.Table:
+    """A title as rows of the index. ``vectors``: (S, D) unit vectors by column."""
+    count = len(next(iter(vectors.values())))
     times = np.arange(count, dtype=np.float64) * 3
     columns = {
         "title_id": pa.array([f"title-{title}"] * count),
@@ -89,7 +89,7 @@ def rows_of(title: int, vectors_SD: np.ndarray, facts: IndexFacts) -> pa.Table:
         "language": pa.array(["en"] * count),
         "text": pa.array([f"what is said in shot {shot}" for shot in range(count)]),
         **{f"has_{modality}": pa.array([True] * count) for modality in MODALITIES},
-        EMBEDDING: half_vectors(vectors_SD, np.ones(count, bool)),
+        **{column: half_vectors(vectors_SD, np.ones(count, bool)) for column, vectors_SD in vectors.items()},
     }
     schema = facts.schema().remove_metadata()
     return pa.table([columns[field.name] for field in schema], schema=schema)
@@ -130,7 +130,7 @@ def build(world: World, uri: str, arguments: argparse.Namespace) -> None:
     writer.create(facts)
     centres_CD = world.centres()
     begun = time.monotonic()
-    writer.add(rows_of(title, vectors_SD, facts) for title, vectors_SD in world.titles(centres_CD))
+    writer.add(rows_of(title, {EMBEDDING: vectors_SD}, facts) for title, vectors_SD in world.titles(centres_CD))
     written = time.monotonic()
     rows = writer.size()
     console.say(f"{world.shots} vectors of {world.dims} dimensions made and written in {written - begun:.0f} s: {rows / 1e9:.2f} GB")
