@@ -35,15 +35,10 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.stored_titles import make_model
-from mediafm_ray.storage.compaction import Compaction, compact_shard, shards_of
+from mediafm_ray.storage.compaction import Compaction, compact_shard, present_shards
 from mediafm_ray.storage.dataset import EmbeddingDataset, Model, Output
 from mediafm_ray.storage.lease import held
-from mediafm_ray.storage.names import (
-    SHOTS,
-    compaction_lease_folder,
-    encode_title,
-    object_name,
-)
+from mediafm_ray.storage.names import SHOTS, compaction_lease_folder, encode_title, object_name
 from mediafm_ray.storage.schemas import embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import Store
 
@@ -122,7 +117,7 @@ def measure(titles: int, shots: int, dim: int) -> None:
         result, begun, cpu_begun = Compaction(), time.monotonic(), time.process_time()
         with held(Store(uri), compaction_lease_folder(VERSION), "benchmarks.compaction", LEASE_S) as lease:
             dataset = EmbeddingDataset(uri)
-            for shard in shards_of(dataset, SHOTS):
+            for shard in present_shards(dataset, SHOTS):
                 result.add(compact_shard(dataset, SHOTS, shard, lease))
         seconds, cpu_s = time.monotonic() - begun, time.process_time() - cpu_begun
         after = timed_queries(duckdb.connect(), f"{root}/compacted/{SHOTS}/*/*.parquet")
@@ -300,7 +295,7 @@ def compact_all(uri: str, begun: Any = None, endless: bool = False) -> None:
         if begun:
             begun.set()
         while True:
-            for shard in shards_of(dataset, SHOTS):
+            for shard in present_shards(dataset, SHOTS):
                 compact_shard(dataset, SHOTS, shard, lease)
             if not endless:
                 return

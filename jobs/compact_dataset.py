@@ -21,7 +21,7 @@ from mediafm_ray.derive.runner import ordered_map
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.runs.report import MAX_FAILURES_SHOWN, Console
 from mediafm_ray.runs.stored import open_dataset
-from mediafm_ray.storage.compaction import Compaction, compact_shard, shards_of
+from mediafm_ray.storage.compaction import Compaction, compact_shard, present_shards
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.lease import Lease, held
 from mediafm_ray.storage.names import compaction_lease_folder
@@ -60,7 +60,7 @@ def compact(dataset: EmbeddingDataset, name: str, lease: Lease, config: CompactD
     def work(shard: str) -> Compaction:
         return compact_shard(dataset, name, shard, lease, min_titles, keep_s)
 
-    for done in ordered_map(work, shards_of(dataset, name), config.compact.threads):
+    for done in ordered_map(work, present_shards(dataset, name), config.compact.threads):
         result.add(done)
     seconds = time.monotonic() - begun
     console.say(

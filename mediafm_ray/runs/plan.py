@@ -28,19 +28,9 @@ from mediafm_ray.pipeline.rows import PLAN_SCHEMA, plan_table
 from mediafm_ray.spec import SHARDS, digest_of, recipe_of
 from mediafm_ray.storage.catalog import SOURCE_DIGITS, Catalog, Entry, open_catalog
 from mediafm_ray.storage.catalog_rows import BadRow
-from mediafm_ray.storage.dataset import (
-    Model,
-    Output,
-    dataset_versions,
-    record_failure,
-)
+from mediafm_ray.storage.dataset import Model, Output, dataset_versions, record_failure
 from mediafm_ray.storage.listing import Kept, Listing, keep_listing, read_listing
-from mediafm_ray.storage.names import (
-    FAILURES,
-    SHOTS,
-    contextual,
-    object_name,
-)
+from mediafm_ray.storage.names import FAILURES, SHOTS, contextual, object_name
 from mediafm_ray.storage.partitions import Partitions, SortedTables
 from mediafm_ray.storage.store import ObjectInfo, StorageError
 from mediafm_ray.text import public_line
@@ -283,10 +273,10 @@ def survey(config: EmbedCatalogConfig, model: Model | None = None, with_others: 
     output.store.check_readable()
     with few_collections(), tempfile.TemporaryDirectory(prefix="mediafm-plan-") as folder:
         scratch = Path(folder)
-        listed = {dataset: keep_listing(output, dataset, scratch) for dataset in output.datasets()}
+        listed = {dataset: keep_listing(output, dataset, scratch, config.run.shard_numbers) for dataset in output.datasets()}
         versions = dataset_versions(config.output.uri, config.storage) if with_others else []
         others = [Output(config.output.uri, version, config.storage) for version in versions if version != model.dataset_version]
-        shots = {other.dataset_version: keep_listing(other, SHOTS, scratch) for other in others}
+        shots = {other.dataset_version: keep_listing(other, SHOTS, scratch, config.run.shard_numbers) for other in others}
         skipped: list[BadRow] = []
         catalog = open_catalog(config.catalog.uri, config.storage, scratch, skipped if config.catalog.on_error == "skip" else None)
         yield Surveys(catalog, skipped, model, checkpoint, output, listed, shots, scratch, config.run.shard_numbers)

@@ -14,21 +14,9 @@ from mediafm_ray.config.sections import RunConfig
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS
 from mediafm_ray.pipeline.rows import ERROR, OK
 from mediafm_ray.runs.plan import WITH_SHOTS, Plan, checkpoint_name
-from mediafm_ray.storage.dataset import (
-    DatasetError,
-    EmbeddingDataset,
-    Output,
-    dataset_versions,
-    newest_objects,
-)
-from mediafm_ray.storage.listing import each_shard, list_shard, shard_name, shards_of
-from mediafm_ray.storage.names import (
-    FAILURES,
-    SHOTS,
-    contextual,
-    matching_object,
-    object_key,
-)
+from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, Output, dataset_versions, newest_objects
+from mediafm_ray.storage.listing import each_shard, list_shard, shards_of
+from mediafm_ray.storage.names import FAILURES, SHOTS, contextual, matching_object, object_key, shard_name
 from mediafm_ray.storage.store import ObjectInfo, StorageConfig
 
 STORED_SCHEMA = pa.schema(
@@ -53,7 +41,7 @@ def make_stored_plan(config: ContextualiseCatalogConfig) -> Plan:
     if not config.contextualiser.checkpoint:
         raise ConfigError(f"contextualiser.checkpoint is required: {BUILTIN_NEIGHBOURS}, or the folder that a training wrote")
     checkpoint = checkpoint_name(config, dataset.model)
-    shards = shards_of(dataset.output, SHOTS)
+    shards = shards_of(dataset.output, SHOTS, config.run.shard_numbers)
     parts = list(each_shard(shards, lambda shard: _stored_titles(dataset.output, checkpoint, shard, config.run)))
     if not any(part.titles for part in parts) and config.run.shards == RunConfig.shards:
         raise DatasetError(f"{dataset.output.store.uri} has no committed shots: run mediafm embed first")

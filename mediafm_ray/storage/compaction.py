@@ -69,7 +69,7 @@ class Compaction:
             setattr(self, name, getattr(self, name) + value)
 
 
-def shards_of(dataset: EmbeddingDataset, name: str) -> list[str]:
+def present_shards(dataset: EmbeddingDataset, name: str) -> list[str]:
     """List the shards of a dataset that have objects or a merged file, as two hex digits."""
     store = dataset.output.store
     places = (f"{store.uri}/{name}", f"{store.uri}/{merged.COMPACTED}/{name}")

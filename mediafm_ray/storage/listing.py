@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mediafm_ray.spec import SHARDS
 from mediafm_ray.storage.base import ObjectInfo
 from mediafm_ray.storage.dataset import Output
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.merged import COMPACTED
+from mediafm_ray.storage.names import shard_name
 from mediafm_ray.storage.partitions import Partitions
 from mediafm_ray.storage.store import Store
 
-MIN_SHARDS = 250  # So many shards of SHARDS have an object where there are a thousand objects or more: a page of a listing on S3.
+MIN_SHARDS = 250  # So many of 256 shards have an object where there are a thousand objects or more: a page of a listing on S3.
 LISTING_THREADS = 8
 Listing = Mapping[tuple[str, str], list[ObjectInfo]]  # Keys are the encoded title and its source.
 
@@ -24,16 +24,11 @@ Kept = tuple[tuple[str, str], list[tuple[Any, ...]]]  # A key and its objects as
 Result = TypeVar("Result")
 
 
-def shards_of(output: Output, dataset: str) -> list[str]:
-    """Return what the listings of a dataset are made of: the names of all shards, or an empty name where one listing is enough."""
+def shards_of(output: Output, dataset: str, shards: Iterable[int]) -> list[str]:
+    """Return what the listings of these shards of a dataset are made of: their names, or an empty name where one listing is enough."""
     places = (f"{output.store.uri}/{dataset}", f"{output.store.uri}/{COMPACTED}/{dataset}")
     names = {name for place in places for name in Store(place, output.store.config).folders()}
-    return [shard_name(number) for number in range(SHARDS)] if len(names) >= MIN_SHARDS else [""]
-
-
-def shard_name(number: int) -> str:
-    """Return the name of a shard's folder."""
-    return f"shard={number:02x}"
+    return list(map(shard_name, shards)) if len(names) >= MIN_SHARDS else [""]
 
 
 def list_shard(output: Output, dataset: str, shard: str) -> Listing:
@@ -50,8 +45,8 @@ def each_shard(shards: list[str], work: Callable[[str], Result]) -> Iterator[Res
         yield from pool.map(work, shards)
 
 
-def keep_listing(output: Output, dataset: str, scratch: Path) -> Partitions[Kept]:
-    """List a dataset; return its listing by shard, in temporary files below ``scratch`` where it is large."""
+def keep_listing(output: Output, dataset: str, scratch: Path, shards: Iterable[int]) -> Partitions[Kept]:
+    """List these shards of a dataset at least; return the listing by shard, in temporary files below ``scratch`` where it is large."""
     kept: Partitions[Kept] = Partitions(scratch, f"{output.dataset_version}-{dataset}")
 
     def keep(shard: str) -> None:
@@ -62,7 +57,7 @@ def keep_listing(output: Output, dataset: str, scratch: Path) -> Partitions[Kept
         for number, listing in found.items():
             kept.extend(number, listing)
 
-    for _ in each_shard(shards_of(output, dataset), keep):
+    for _ in each_shard(shards_of(output, dataset, shards), keep):
         pass
     return kept
 

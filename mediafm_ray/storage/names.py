@@ -97,7 +97,12 @@ def shard_of(title_id: str) -> int:
     return hashlib.sha256(title_id.encode(errors="surrogatepass")).digest()[0]
 
 
+def shard_name(number: int) -> str:
+    """Return the name of a shard's folder."""
+    return f"shard={number:02x}"
+
+
 def object_name(dataset: str, title_id: str, source: str) -> str:
     """Return the name of a title's object below the dataset version."""
     ending = "json" if dataset == FAILURES else "parquet"
-    return f"{dataset}/shard={shard_of(title_id):02x}/{encode_title(title_id)}@{source}.{ending}"
+    return f"{dataset}/{shard_name(shard_of(title_id))}/{encode_title(title_id)}@{source}.{ending}"

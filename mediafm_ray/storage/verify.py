@@ -17,25 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mediafm_ray.spec import MODALITIES, digest_of
-from mediafm_ray.storage.dataset import (
-    MAX_DIM,
-    Model,
-    Output,
-    is_span,
-    parse_failure,
-)
+from mediafm_ray.storage.dataset import MAX_DIM, Model, Output, is_span, parse_failure
 from mediafm_ray.storage.merged import COMPACTED, FILE_PATTERN, MARK_PATTERN, DamagedRows, LaterFormat, MergedFileError
-from mediafm_ray.storage.names import (
-    FAILURES,
-    MODEL,
-    OBJECT_PATTERN,
-    SCENES,
-    SHOTS,
-    contextual,
-    derived,
-    object_key,
-    object_name,
-)
+from mediafm_ray.storage.names import FAILURES, MODEL, OBJECT_PATTERN, SCENES, SHOTS, contextual, derived, object_key, object_name
 from mediafm_ray.storage.schemas import (
     contextual_schema,
     embedding_values,

@@ -28,20 +28,12 @@ from mediafm_ray.derive.pages import catalog_content, committed_titles
 from mediafm_ray.derive.reader import read_vectors
 from mediafm_ray.runs.backfill import Missing, delete_missing, plan_backfill
 from mediafm_ray.storage import merged
-from mediafm_ray.storage.compaction import compact_shard, shards_of
+from mediafm_ray.storage.compaction import compact_shard, present_shards
 from mediafm_ray.storage.dataset import EmbeddingDataset, Output
 from mediafm_ray.storage.errors import ReplacedMeanwhile
 from mediafm_ray.storage.lease import LeaseHeld, held
 from mediafm_ray.storage.merged import MergedFileError
-from mediafm_ray.storage.names import (
-    FAILURES,
-    SHOTS,
-    compaction_lease_folder,
-    contextual,
-    encode_title,
-    object_key,
-    object_name,
-)
+from mediafm_ray.storage.names import FAILURES, SHOTS, compaction_lease_folder, contextual, encode_title, object_key, object_name
 from mediafm_ray.storage.schemas import encode_parquet, read_facts
 from mediafm_ray.storage.store import StorageConfig, StorageError, Store
 from tests.datasets import CHECKPOINT, MODEL, SOURCE, write_dataset
@@ -561,7 +553,7 @@ def test_on_object_storage(request, kind, written, s3_keys, monkeypatch):
     with lease_of(uri, config) as lease:
         for name in output.datasets():
             if name != FAILURES:
-                for shard in shards_of(EmbeddingDataset(uri, config=config), name):
+                for shard in present_shards(EmbeddingDataset(uri, config=config), name):
                     compact_shard(EmbeddingDataset(uri, config=config), name, shard, lease)
     assert [name for name in own_objects(output) if not name.startswith(FAILURES)] == []
     assert contents(Output(uri, MODEL.dataset_version, config)) == before
