@@ -52,19 +52,8 @@ from mediafm_ray.media.source import file_name, open_bytes
 from mediafm_ray.media.wire import LENGTH, Channel, WireError
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
-from mediafm_ray.storage.dataset import (
-    DatasetError,
-    EmbeddingDataset,
-    read_failures,
-    record_failure,
-)
-from mediafm_ray.storage.names import (
-    FAILURES,
-    SHOTS,
-    contextual,
-    matching_object,
-    object_name,
-)
+from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, read_failures, record_failure
+from mediafm_ray.storage.names import FAILURES, SHOTS, contextual, matching_object, object_name
 from mediafm_ray.storage.schemas import METADATA_KEY
 from mediafm_ray.storage.store import ObjectInfo, StorageError, Store, join, scheme_of
 from mediafm_ray.storage.verify import check_model, check_title, list_titles

@@ -31,12 +31,7 @@ from mediafm_ray.downstream.catalog_pages import CatalogContent, CatalogTitle, c
 from mediafm_ray.models.fusion import spans
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import Model, Output
-from mediafm_ray.storage.names import (
-    SCENES,
-    SHOTS,
-    contextual,
-    derived,
-)
+from mediafm_ray.storage.names import SCENES, SHOTS, contextual, derived
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, scenes_schema, shots_schema
 
 DIMS = {"video": 768, "audio": 768, "text": 768}  # of conf/mediafm.yaml

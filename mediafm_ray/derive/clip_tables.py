@@ -23,12 +23,7 @@ from mediafm_ray.errors import TitleError
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage.dataset import EmbeddingDataset, newest_objects
-from mediafm_ray.storage.names import (
-    SHOTS,
-    decode_title,
-    encode_title,
-    object_key,
-)
+from mediafm_ray.storage.names import SHOTS, decode_title, encode_title, object_key
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.storage.tables import TableError, read_table
 

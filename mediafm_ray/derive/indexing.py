@@ -41,12 +41,7 @@ from mediafm_ray.storage.index import (
     part_column,
 )
 from mediafm_ray.storage.index_writer import IndexWriter
-from mediafm_ray.storage.names import (
-    SHOTS,
-    decode_title,
-    encode_title,
-    object_key,
-)
+from mediafm_ray.storage.names import SHOTS, decode_title, encode_title, object_key
 
 MB = 10**6
 SHOT_COLUMNS = tuple(name for name in ROW_COLUMNS if name != "title_id")  # columns of ``shots``

@@ -19,24 +19,9 @@ from mediafm_ray.downstream.pages import TitleContent, title_page
 from mediafm_ray.runs.report import SUMMARY
 from mediafm_ray.runs.run_log import RUNS
 from mediafm_ray.spec import MODALITIES, parse_json
-from mediafm_ray.storage.dataset import (
-    DatasetError,
-    EmbeddingDataset,
-    newest_objects,
-    parse_failure,
-    title_facts,
-)
+from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, newest_objects, parse_failure, title_facts
 from mediafm_ray.storage.merged import DamagedRows
-from mediafm_ray.storage.names import (
-    FAILURES,
-    SCENES,
-    SHOTS,
-    contextual,
-    decode_title,
-    encode_title,
-    object_key,
-    object_name,
-)
+from mediafm_ray.storage.names import FAILURES, SCENES, SHOTS, contextual, decode_title, encode_title, object_key, object_name
 from mediafm_ray.storage.schemas import embedding_values, read_facts
 from mediafm_ray.storage.store import ObjectInfo, Store
 from mediafm_ray.text import public_line, public_uri

@@ -20,13 +20,7 @@ from mediafm_ray.config.sections import VectorsConfig
 from mediafm_ray.errors import TitleError
 from mediafm_ray.runs.plan import BUILTIN_DATASET
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset
-from mediafm_ray.storage.names import (
-    SHOTS,
-    contextual,
-    encode_title,
-    matching_object,
-    object_key,
-)
+from mediafm_ray.storage.names import SHOTS, contextual, encode_title, matching_object, object_key
 from mediafm_ray.storage.schemas import contextual_schema, embedding_values, read_facts, vector_fact
 from mediafm_ray.storage.stored_shots import StoredShots, read_shots
 

@@ -27,12 +27,7 @@ from mediafm_ray.errors import TitleError
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
 from mediafm_ray.runs.report import MAX_FAILURES_SHOWN, Console
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, newest_objects
-from mediafm_ray.storage.names import (
-    SHOTS,
-    decode_title,
-    matching_object,
-    object_key,
-)
+from mediafm_ray.storage.names import SHOTS, decode_title, matching_object, object_key
 from mediafm_ray.storage.schemas import encode_parquet
 from mediafm_ray.text import public_line
 

@@ -12,12 +12,7 @@ import pyarrow as pa
 
 from mediafm_ray.pipeline.rows import FAILED, SHOTS, Stage, TitleRow, error_value
 from mediafm_ray.storage.dataset import Model, Output, record_failure
-from mediafm_ray.storage.names import (
-    FAILURES,
-    contextual,
-    matching_object,
-    object_name,
-)
+from mediafm_ray.storage.names import FAILURES, contextual, matching_object, object_name
 from mediafm_ray.storage.names import SHOTS as SHOTS_DATASET
 from mediafm_ray.storage.schemas import contextual_schema, embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import StorageConfig

@@ -12,14 +12,7 @@ from mediafm_ray.derive.pages import catalog_content, committed_titles, title_co
 from mediafm_ray.downstream.catalog_pages import catalog_page
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, run_job
 from mediafm_ray.storage.dataset import EmbeddingDataset
-from mediafm_ray.storage.names import (
-    FAILURES,
-    SCENES,
-    SHOTS,
-    contextual,
-    derived,
-    object_name,
-)
+from mediafm_ray.storage.names import FAILURES, SCENES, SHOTS, contextual, derived, object_name
 from mediafm_ray.storage.schemas import encode_parquet, read_facts
 from mediafm_ray.storage.store import Store
 

@@ -25,12 +25,7 @@ from mediafm_ray.runs.dry_run import describe_cost
 from mediafm_ray.runs.plan import BUILTIN_DATASET, describe_model, make_plan, prepare_output
 from mediafm_ray.spec import MODALITIES
 from mediafm_ray.storage import catalog
-from mediafm_ray.storage.dataset import (
-    EmbeddingDataset,
-    Output,
-    read_failures,
-    title_facts,
-)
+from mediafm_ray.storage.dataset import EmbeddingDataset, Output, read_failures, title_facts
 from mediafm_ray.storage.names import object_name
 from mediafm_ray.storage.store import StorageError, Store
 from tests.datasets import kill_after_one_removal

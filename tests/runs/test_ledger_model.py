@@ -37,19 +37,9 @@ from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs import backfill, plan
 from mediafm_ray.storage import catalog, compaction
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
-from mediafm_ray.storage.compaction import compact_shard, shards_of
-from mediafm_ray.storage.dataset import (
-    EmbeddingDataset,
-    newest_objects,
-    parse_failure,
-    title_facts,
-)
-from mediafm_ray.storage.names import (
-    FAILURES,
-    SHOTS,
-    encode_title,
-    object_key,
-)
+from mediafm_ray.storage.compaction import compact_shard, present_shards
+from mediafm_ray.storage.dataset import EmbeddingDataset, newest_objects, parse_failure, title_facts
+from mediafm_ray.storage.names import FAILURES, SHOTS, encode_title, object_key
 from mediafm_ray.storage.store import StorageError, Store
 from tests.datasets import MODEL, finished_row
 
@@ -229,7 +219,7 @@ class Ledger(RuleBasedStateMachine):
         job.planned = True
         dataset = EmbeddingDataset(f"{self.root}/out")
         for name in dataset.names():
-            for shard in shards_of(dataset, name):
+            for shard in present_shards(dataset, name):
                 compact_shard(dataset, name, shard, OnlyOne())
 
     def call(self, method: str, real, store: Store, arguments: tuple) -> object:

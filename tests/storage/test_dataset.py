@@ -11,21 +11,8 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from mediafm_ray.storage.dataset import (
-    DatasetError,
-    EmbeddingDataset,
-    Model,
-    Output,
-    read_failures,
-    record_failure,
-)
-from mediafm_ray.storage.names import (
-    FAILURES,
-    OBJECT_PATTERN,
-    SHOTS,
-    encode_title,
-    object_name,
-)
+from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, Model, Output, read_failures, record_failure
+from mediafm_ray.storage.names import FAILURES, OBJECT_PATTERN, SHOTS, encode_title, object_name
 from mediafm_ray.storage.schemas import embedding_array, embedding_values, encode_parquet, read_facts, shots_schema
 from tests.datasets import write_dataset
 

@@ -33,19 +33,8 @@ from mediafm_ray.pipeline.rows import plan_table
 from mediafm_ray.storage import catalog
 from mediafm_ray.storage.catalog import CatalogError, read_catalog
 from mediafm_ray.storage.catalog_rows import COLUMNS
-from mediafm_ray.storage.dataset import (
-    DatasetError,
-    EmbeddingDataset,
-    parse_failure,
-    read_failures,
-    record_failure,
-)
-from mediafm_ray.storage.names import (
-    FAILURES,
-    SHOTS,
-    contextual,
-    object_name,
-)
+from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, parse_failure, read_failures, record_failure
+from mediafm_ray.storage.names import FAILURES, SHOTS, contextual, object_name
 from mediafm_ray.storage.names import MODEL as MODEL_JSON
 from mediafm_ray.storage.schemas import METADATA_KEY
 from mediafm_ray.storage.store import ALLOWED_SCHEMES, StorageError, Store, join, scheme_of

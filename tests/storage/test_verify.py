@@ -15,12 +15,7 @@ from jobs import verify_dataset
 from mediafm_ray.config.jobs import DescribeTitlesConfig, SegmentScenesConfig, VerifyDatasetConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.storage.dataset import DatasetError
-from mediafm_ray.storage.names import (
-    FAILURES,
-    SHOTS,
-    contextual,
-    object_name,
-)
+from mediafm_ray.storage.names import FAILURES, SHOTS, contextual, object_name
 from mediafm_ray.storage.schemas import METADATA_KEY, embedding_array, embedding_values, encode_parquet, read_facts
 from mediafm_ray.storage.store import StorageError, Store
 from tests.datasets import CHECKPOINT, MODEL, SOURCE, write_dataset

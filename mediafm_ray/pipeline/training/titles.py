@@ -13,13 +13,7 @@ import numpy as np
 
 from mediafm_ray.errors import TitleError
 from mediafm_ray.models.contextualiser import shot_times
-from mediafm_ray.storage.dataset import (
-    DatasetError,
-    EmbeddingDataset,
-    Model,
-    Output,
-    newest_objects,
-)
+from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, Model, Output, newest_objects
 from mediafm_ray.storage.names import SHOTS, object_key
 from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.storage.stored_shots import read_shots
