@@ -24,6 +24,7 @@ COMMANDS = {  # name -> module of the job, help
     "probes": ("jobs.evaluate_probes", "evaluate the vectors with linear probes on labelled clips"),
     "index": ("jobs.build_index", "build the search index, or bring it up to date"),
     "search": ("jobs.search_shots", "find shots by a shot, a clip or words"),
+    "repeats": ("jobs.find_repeats", "find the shots that several titles share: recaps, openings, adverts, trailers"),
     "explore": ("jobs.explore_catalog", "browse the catalog: search, play, compare and select shots"),
     "report": ("jobs.report_catalog", "write the HTML page of a catalog, and those of its titles"),
     "page": ("jobs.report_title", "write the HTML page of one title"),

@@ -12,7 +12,7 @@ from docs import configuration
 from mediafm_ray.cli import COMMANDS
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.runs.command import parse
-from mediafm_ray.storage.schemas import contextual_schema, scenes_schema, shots_schema, titles_schema
+from mediafm_ray.storage.schemas import contextual_schema, repeats_schema, scenes_schema, shots_schema, titles_schema
 from tests.datasets import write_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +147,7 @@ def test_named_keys_modules_and_files_exist(page):
 def test_the_columns_are_those_that_are_written():
     dim = 12
     schemas = {"shots": shots_schema(dim), "contextual": contextual_schema(dim), "scenes": scenes_schema(), "titles": titles_schema(dim)}
+    schemas["repeats"] = repeats_schema()
     parts = re.split(r"^## `(\w+).*$", (ROOT / "docs" / "schema.md").read_text(), flags=re.MULTILINE)[1:]
     described = dict(zip(parts[::2], parts[1::2], strict=True))
     assert set(described) == set(schemas)

@@ -11,6 +11,7 @@ from mediafm_ray.config.sections import (
     CheckpointConfig,
     ClipsConfig,
     ClipTableConfig,
+    ComparedIndexConfig,
     CompactConfig,
     DatasetConfig,
     DerivedRunConfig,
@@ -19,6 +20,7 @@ from mediafm_ray.config.sections import (
     IndexConfig,
     LabelsConfig,
     OutputConfig,
+    RepeatsConfig,
     ReportConfig,
     ResourcesConfig,
     RunConfig,
@@ -229,6 +231,17 @@ class SearchShotsConfig(ConfigSection):
     filter: FilterConfig = field(default_factory=FilterConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True)
+class FindRepeatsConfig:
+    """All keys of ``jobs.find_repeats``."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
+    index: ComparedIndexConfig = field(default_factory=ComparedIndexConfig)
+    repeats: RepeatsConfig = field(default_factory=RepeatsConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 

@@ -350,6 +350,28 @@ class FilterConfig(ConfigSection):
 
 
 @dataclass(frozen=True)
+class ComparedIndexConfig(ConfigSection):
+    """The index whose shots are compared."""
+
+    uri: str = resource("", "folder or bucket prefix of an index of this dataset version, the index.uri of mediafm index (required)")
+
+
+@dataclass(frozen=True)
+class ShownRepeatsConfig(ConfigSection):
+    """The table of the repeats to show."""
+
+    uri: str = resource("", "the repeats.uri of mediafm repeats; empty = show none")
+
+
+@dataclass(frozen=True)
+class RepeatsConfig(ConfigSection):
+    """The table of the runs of shots that titles share."""
+
+    uri: str = resource("", "a .parquet object for the repeats (required)")
+    min_seconds: float = resource(2.0, "shorter repeats are left out", min=0, below=math.inf)
+
+
+@dataclass(frozen=True)
 class ExploreConfig(ConfigSection):
     """The local web application. No key of this section changes what is stored."""
 

@@ -26,8 +26,7 @@ from mediafm_ray.models.encoder import build_text_encoder, weights_digest
 from mediafm_ray.models.options import TextEncoderConfig, VideoEncoderConfig
 from mediafm_ray.runs.plan import encoder_recipe
 from mediafm_ray.storage.dataset import DatasetError
-from mediafm_ray.storage.index import EMBEDDING, IndexFacts, NoIndex, ShotFilter, ShotIndex, modality_of, part_column
-from mediafm_ray.storage.schemas import embedding_values
+from mediafm_ray.storage.index import EMBEDDING, IndexFacts, NoIndex, ShotFilter, ShotIndex, modality_of, part_column, vectors_or_zero
 from mediafm_ray.text import escape_controls_in_json, public_uri
 
 ALL = "all"  # all modalities: the fused or contextual vector
@@ -97,7 +96,7 @@ def shot_query(index: ShotIndex, title_id: str, number: int, column: str) -> Que
     row = np.flatnonzero(shots["shot_index"].to_numpy() == number)
     if not len(row):
         raise DatasetError(f"{title_id!r} has no shot {number}: it has {len(shots)}, from 0 to {len(shots) - 1}")
-    vector_D = _vectors(shots, column)[row[0]]
+    vector_D = vectors_or_zero(shots[column])[row[0]]
     if not vector_D.any():
         raise DatasetError(f"shot {number} of {title_id!r} has no {modality_of(column)} vector to compare with; try by=all")
     return Query({"shot": f"{title_id}:{number}", "by": _name(column)}, column, vector_D, title_id, frozenset([number]))
@@ -109,7 +108,7 @@ def clip_query(index: ShotIndex, title_id: str, start: str, end: str, column: st
     shots = _title(index, title_id, column)
     try:
         overlaps_S = clip_overlaps(shots["start_s"].to_numpy(), shots["end_s"].to_numpy(), float(start), float(end))
-        vector_D = pool_overlaps(overlaps_S, _vectors(shots, column))
+        vector_D = pool_overlaps(overlaps_S, vectors_or_zero(shots[column]))
     except ValueError as error:
         raise DatasetError(f"clip={clip}: {error}") from error
     own = shots["shot_index"].to_numpy()[overlaps_S > 0]
@@ -125,15 +124,6 @@ def _title(index: ShotIndex, title_id: str, column: str) -> pa.Table:
 
 def _unknown(index: ShotIndex, title_id: str) -> str:
     return f"the index has no title {title_id!r}{suggest_titles(title_id, sorted({one for one, _ in index.titles()}))}"
-
-
-def _vectors(shots: pa.Table, column: str) -> np.ndarray:
-    """Return (S, D) float32 vectors of a title; zero where a shot has none."""
-    present_S = shots[column].is_valid().to_numpy()
-    vectors_SD = np.zeros((len(shots), shots[column].type.list_size), np.float32)
-    if present_S.any():
-        vectors_SD[present_S] = embedding_values(shots.filter(present_S)[column])
-    return vectors_SD
 
 
 def _name(column: str) -> str:

@@ -116,6 +116,15 @@ def half_vectors(unit_SD: np.ndarray, present_S: np.ndarray) -> pa.FixedSizeList
     return pa.FixedSizeListArray.from_arrays(values, type=pa.list_(pa.float16(), unit_SD.shape[1]), mask=pa.array(~present_S))
 
 
+def vectors_or_zero(column: pa.ChunkedArray) -> np.ndarray:
+    """Convert a column of the index to (S, D) float32 vectors; zero where a shot has none."""
+    present_S = column.is_valid().to_numpy()
+    vectors_SD = np.zeros((len(column), column.type.list_size), np.float32)
+    if present_S.any():
+        vectors_SD[present_S] = embedding_values(column.drop_null())
+    return vectors_SD
+
+
 @dataclass(frozen=True)
 class SearchParams:
     """Parameters of the search in a column's vector index, with the recall that was measured when it was built."""
@@ -208,6 +217,16 @@ class ShotIndex:
         with explained(self.uri):
             scanner = self.dataset.scanner(columns=[*ROW_COLUMNS, *columns], filter=f"title_id = {quoted(title_id)}")
             return scanner.to_table().combine_chunks().sort_by("shot_index")
+
+    def places(self) -> pa.Table:
+        """Return the title, index and times of all shots in the order of a scan."""
+        with explained(self.uri):
+            return self.dataset.to_table(columns=["title_id", "shot_index", "start_s", "end_s"])
+
+    def vectors(self, column: str, places_N: np.ndarray) -> np.ndarray:
+        """Return the (N, D) float32 vectors of shots by their places in the order of a scan; zero where a shot has none."""
+        with explained(self.uri):
+            return vectors_or_zero(self.dataset.take(places_N, columns=[column])[column])
 
     def nearest(
         self, column: str, query_D: np.ndarray, count: int, where: str = "", setting: SearchParams | None = None, exact: bool = False

@@ -99,6 +99,18 @@ def titles_schema(dim: int) -> pa.Schema:
     )
 
 
+def repeats_schema() -> pa.Schema:
+    """Columns of the table of repeats: one row for each run of shots that two titles share, ``title_a`` before ``title_b``."""
+    columns = [("title_a", pa.string()), ("title_b", pa.string())]
+    columns += [(name, pa.float64()) for name in ("start_a_s", "end_a_s", "start_b_s", "end_b_s")]
+    columns += [(name, pa.int32()) for name in ("first_shot_a", "last_shot_a", "first_shot_b", "last_shot_b")]  # inclusive
+    columns += [("offset_s", pa.float64())]  # start_b_s - start_a_s
+    columns += [("shots", pa.int32())]  # of the title that has fewer there
+    columns += [("mean_cosine", pa.float32()), ("min_cosine", pa.float32())]
+    columns += [("kind", pa.string())]  # exact: equal vectors; near
+    return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in columns])
+
+
 def embedding_type(dim: int) -> pa.DataType:
     """Type of a column of vectors, whose elements are not null."""
     return pa.list_(pa.field("element", pa.float32(), nullable=False), dim)

@@ -1,0 +1,201 @@
+"""Runs of shots that two titles share, from pairs of shots that look alike. numpy only.
+
+Like copy detection (Douze, Jegou and Schmid 2010, "An image-based approach to video copy detection with spatio-temporal
+post-filtering", IEEE Transactions on Multimedia 12(4), 257-266): pairs of shots that are near each other vote for the offset between their
+titles, and only what agrees in time counts. Then the two titles are laid over each other at an offset and compared along their time, not
+shot by shot, because a cut may be found in one of them only. Runs are the maximal scoring segments of that comparison (Ruzzo and Tompa
+1999, "A linear time algorithm for finding all maximal scoring subsequences").
+
+Shapes
+    S  shots of a title
+    E  pairs of near shots
+    P  pieces of time in which no shot of either title ends
+    D  dimension of a vector
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+TOLERANCE_S = 0.15  # boundaries that differ by less are one: a frame or two, of either rate
+MIN_PIECE_S = 0.2  # shorter pieces are where the detector puts one cut a frame or two apart
+RIVAL = 0.02  # cosine by which another shot may be less near and still be as good an explanation
+UNRELATED = 0.99  # share of the pairs of shots of different titles that are less near than any of a repeat
+NEARLY_EXACT = 0.8  # share of the way from there to equal vectors, from which one shot alone can be a repeat
+MIN_EVIDENCE = 0.5  # of a run of several shots without its best one, which may be a logo; equal shots without rivals give 1 each
+MAX_CROWD = 3  # titles that can share a shot which stands alone
+
+
+@dataclass(frozen=True, eq=False)
+class TitleShots:
+    """The shots of a title in order: seconds, and unit vectors that are zero where a shot has none."""
+
+    start_S: np.ndarray  # float64
+    end_S: np.ndarray  # float64
+    unit_SD: np.ndarray  # float32
+    crowd_S: np.ndarray  # int64, other titles that have a shot which is nearly the same
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Cosines that tell repeats from coincidences, from the catalog itself."""
+
+    unrelated: float  # two shots of different titles are hardly nearer
+    single: float  # from here on one shot alone can be a repeat
+
+    def describe(self) -> str:
+        """Describe them in one line."""
+        return f"cosines of unrelated shots reach {self.unrelated:.3f}; a shot alone is a repeat from {self.single:.3f}"
+
+
+def levels_of(cosines: np.ndarray) -> Levels:
+    """Return the levels of a catalog from cosines of shots of different titles that were drawn at random."""
+    unrelated = float(np.quantile(cosines, UNRELATED)) if len(cosines) else 1.0
+    return Levels(unrelated, unrelated + NEARLY_EXACT * (1 - unrelated))
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """Two titles laid over each other at an offset: pieces of time, with the shots that they show and their cosines."""
+
+    a_P: np.ndarray  # int64, shot of the first title
+    b_P: np.ndarray  # int64, shot of the second
+    start_P: np.ndarray  # float64, seconds in the first title
+    end_P: np.ndarray  # float64
+    cosine_P: np.ndarray  # float32
+
+    def where(self, chosen: np.ndarray | slice) -> Overlay:
+        """Return some of the pieces."""
+        return Overlay(self.a_P[chosen], self.b_P[chosen], self.start_P[chosen], self.end_P[chosen], self.cosine_P[chosen])
+
+
+def lay_over(a: TitleShots, b: TitleShots, offset: float) -> Overlay:
+    """Compare two titles along their time, where the second title shows at ``t + offset`` what the first shows at ``t``."""
+    cuts = np.unique(np.concatenate([a.start_S, a.end_S, b.start_S - offset, b.end_S - offset]))
+    cuts = cuts[(cuts >= max(a.start_S[0], b.start_S[0] - offset)) & (cuts <= min(a.end_S[-1], b.end_S[-1] - offset))]
+    middle_P = (cuts[:-1] + cuts[1:]) / 2
+    a_P = np.searchsorted(a.start_S, middle_P, "right") - 1
+    b_P = np.searchsorted(b.start_S, middle_P + offset, "right") - 1
+    cosine_P = np.einsum("pd,pd->p", a.unit_SD[a_P], b.unit_SD[b_P])
+    return Overlay(a_P, b_P, cuts[:-1], cuts[1:], cosine_P)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of shots that two titles share, in seconds and shots of each, both last ones included."""
+
+    first_shot_a: int
+    last_shot_a: int
+    first_shot_b: int
+    last_shot_b: int
+    start_a_s: float
+    end_a_s: float
+    start_b_s: float
+    end_b_s: float
+    offset_s: float
+    shots: int  # pairs of shots
+    mean_cosine: float  # weighted by seconds
+    min_cosine: float
+    exact: bool
+    score: float
+
+
+def find_runs(a: TitleShots, b: TitleShots, offsets: Sequence[float], levels: Levels, min_seconds: float) -> list[Run]:
+    """Return the runs that two titles share at some offsets, in order; of runs that overlap in both titles the best."""
+    cosine_AB = a.unit_SD @ b.unit_SD.T
+    found: list[Run] = []
+    for offset in offsets:
+        overlay = lay_over(a, b, offset)
+        gain_P = (overlay.cosine_P - levels.unrelated) * (overlay.end_P - overlay.start_P)
+        for first, last in maximal_segments(gain_P.tolist()):
+            run = _run(a, b, overlay.where(slice(first, last + 1)), offset, cosine_AB, levels)
+            if run is not None and run.end_a_s - run.start_a_s >= min_seconds:
+                found.append(run)
+    return _without_overlaps(found)
+
+
+def _run(a: TitleShots, b: TitleShots, overlay: Overlay, offset: float, cosine_AB: np.ndarray, levels: Levels) -> Run | None:
+    """Return the run of the pieces of an overlay, or None where they can be a coincidence."""
+    overlay = overlay.where((overlay.cosine_P > levels.unrelated) & (overlay.end_P - overlay.start_P > MIN_PIECE_S))
+    a_P, b_P, cosine_P, seconds_P = overlay.a_P, overlay.b_P, overlay.cosine_P, overlay.end_P - overlay.start_P
+    if not len(a_P):
+        return None
+    differences = np.concatenate([b.start_S[b_P] - a.start_S[a_P], b.end_S[b_P] - a.end_S[a_P]])
+    agreeing = differences[np.abs(differences - offset) <= TOLERANCE_S]
+    rivals_P = (cosine_AB[a_P] >= cosine_P[:, None] - RIVAL).sum(axis=1) * (cosine_AB[:, b_P] >= cosine_P - RIVAL).sum(axis=0)
+    evidence_P = (cosine_P - levels.unrelated) / (1 - levels.unrelated) / np.sqrt(rivals_P)
+    shots = min(len(np.unique(a_P)), len(np.unique(b_P)))
+    if shots == 1:
+        whole = len(agreeing) == len(differences) == 2 and cosine_P[0] >= levels.single
+        rare = max(rivals_P[0], a.crowd_S[a_P[0]], b.crowd_S[b_P[0]]) <= MAX_CROWD
+        if not (whole and rare):
+            return None
+    elif min(_without_best(evidence_P, shots_P) for shots_P in (a_P, b_P)) < MIN_EVIDENCE:
+        return None
+    exact = all(np.array_equal(a.unit_SD[i], b.unit_SD[j]) for i, j in zip(a_P, b_P, strict=True))
+    offset = float(np.median(agreeing)) if len(agreeing) else offset
+    start_s = float(max(a.start_S[a_P[0]], b.start_S[b_P[0]] - offset))
+    end_s = float(min(a.end_S[a_P[-1]], b.end_S[b_P[-1]] - offset))
+    return Run(
+        first_shot_a=int(a_P[0]),
+        last_shot_a=int(a_P[-1]),
+        first_shot_b=int(b_P[0]),
+        last_shot_b=int(b_P[-1]),
+        start_a_s=start_s,
+        end_a_s=end_s,
+        start_b_s=start_s + offset,
+        end_b_s=end_s + offset,
+        offset_s=offset,
+        shots=shots,
+        mean_cosine=float(np.average(cosine_P, weights=seconds_P)),
+        min_cosine=float(cosine_P.min()),
+        exact=exact,
+        score=float(evidence_P @ seconds_P),
+    )
+
+
+def _without_best(evidence_P: np.ndarray, shots_P: np.ndarray) -> float:
+    """Sum the best evidence of each shot, without the best shot."""
+    best = [float(evidence_P[shots_P == shot].max()) for shot in np.unique(shots_P)]
+    return sum(best) - max(best)
+
+
+def _without_overlaps(runs: Sequence[Run]) -> list[Run]:
+    """Keep the best of runs that overlap by more than half of the shorter in both titles."""
+    kept: list[Run] = []
+    for run in sorted(runs, key=lambda run: (-run.score, run.start_a_s, run.start_b_s)):
+        if not any(_overlap(run, other) for other in kept):
+            kept.append(run)
+    return sorted(kept, key=lambda run: (run.start_a_s, run.start_b_s))
+
+
+def _overlap(run: Run, other: Run) -> bool:
+    def share(start: float, end: float, other_start: float, other_end: float) -> float:
+        return (min(end, other_end) - max(start, other_start)) / max(min(end - start, other_end - other_start), 1e-9)
+
+    return (
+        share(run.start_a_s, run.end_a_s, other.start_a_s, other.end_a_s) > 0.5
+        and share(run.start_b_s, run.end_b_s, other.start_b_s, other.end_b_s) > 0.5
+    )
+
+
+def maximal_segments(gains: Sequence[float]) -> list[tuple[int, int]]:
+    """Return first and last place of every maximal scoring segment of a sequence of gains and losses, in order."""
+    found: list[tuple[int, int, float, float]] = []  # first and last place, the sums before and with the segment
+    total = 0.0
+    for place, gain in enumerate(gains):
+        before, total = total, total + gain
+        if gain <= 0:
+            continue
+        segment = (place, place, before, total)
+        while True:
+            lower = next((k for k in reversed(range(len(found))) if found[k][2] < segment[2]), None)
+            if lower is None or found[lower][3] >= segment[3]:
+                found.append(segment)
+                break
+            segment = (found[lower][0], place, found[lower][2], total)
+            del found[lower:]
+    return [(first, last) for first, last, _, _ in found]
