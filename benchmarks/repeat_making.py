@@ -1,6 +1,6 @@
 """Films that share runs of shots, made from footage and from drawn pictures, for the benchmark of repeats.
 
-A catalog has originals, films of one disturbance each, and unrelated films. A run is a piece of footage of some shots; it stands as it is in
+A catalog has originals, films of one disturbance each, and unrelated films. A run is a piece of footage of some shots; it is unchanged in
 an original, and disturbed in other films, at other times. Between the runs every film has footage of its own. A family, the videos whose
 names begin with the same word, serves either runs or one film alone, so that no film shares anything but runs with another.
 

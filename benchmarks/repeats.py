@@ -32,12 +32,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.repeat_making import DISTURBANCES, SharedRun, make_films, plan_films
+from benchmarks.repeat_making import SharedRun, make_films, plan_films
 from benchmarks.search import World, rows_of
 from jobs import build_index, find_repeats
 from mediafm_ray.config.jobs import BuildIndexConfig, EmbedCatalogConfig, FindRepeatsConfig
 from mediafm_ray.config.loader import read_config
-from mediafm_ray.derive.repeats import COLUMN, measure_levels, read_catalog, repeats_table
+from mediafm_ray.derive.repeats import COLUMN, read_catalog, repeats_table
 from mediafm_ray.derive.repeats import find_repeats as find_runs
 from mediafm_ray.downstream.similarity import unit_vectors
 from mediafm_ray.pipeline.loop import build_stages, run
@@ -215,8 +215,7 @@ def measure_scale(uri: Path, titles: int) -> None:
         writer.publish()
     index, begun = open_index(str(uri), StorageConfig()), time.monotonic()
     catalog = read_catalog(index)
-    levels = measure_levels(index, catalog)
-    table = repeats_table(index, levels, find_runs(index, catalog, levels, 2.0, Console()))
+    table = repeats_table(index, *find_runs(index, catalog, 2.0, Console()))
     seconds = time.monotonic() - begun
     gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     found = collections.Counter(

@@ -15,7 +15,7 @@ import sys
 
 from mediafm_ray.config.jobs import FindRepeatsConfig
 from mediafm_ray.config.loader import ConfigError
-from mediafm_ray.derive.repeats import describe_repeats, find_repeats, measure_levels, open_repeated, read_catalog, repeats_table
+from mediafm_ray.derive.repeats import describe_repeats, find_repeats, open_repeated, read_catalog, repeats_table
 from mediafm_ray.extras import need
 from mediafm_ray.runs.command import EXIT_OK, run_job, working
 from mediafm_ray.runs.report import Console
@@ -33,9 +33,7 @@ def main(config: FindRepeatsConfig) -> int:
     index = open_repeated(dataset, config, console)
     catalog = read_catalog(index)
     with working():
-        levels = measure_levels(index, catalog)
-        console.say(levels.describe())
-        table = repeats_table(index, levels, find_repeats(index, catalog, levels, config.repeats.min_seconds, console))
+        table = repeats_table(index, *find_repeats(index, catalog, config.repeats.min_seconds, console))
         write_table(table, config.repeats.uri, config.storage)
     console.say(describe_repeats(table))
     console.say(f"  table    {config.repeats.uri}")

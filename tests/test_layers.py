@@ -84,10 +84,8 @@ def test_layer_imports_without_the_libraries_of_others(layer):
 
 
 def test_jobs_import_without_the_extras():
-    jobs = [
-        f"jobs.{name}"
-        for name in ("embed_catalog", "backfill_catalog", "build_index", "search_shots", "find_repeats", "explore_catalog", "evaluate_probes")
-    ]
+    names = ("embed_catalog", "backfill_catalog", "build_index", "search_shots", "find_repeats", "explore_catalog", "evaluate_probes")
+    jobs = [f"jobs.{name}" for name in names]
     forbidden = [module for modules in EXTRAS.values() for module in modules]
     code = IMPORT_ALL.format(forbidden=forbidden, modules=[*jobs, "mediafm_ray.pipeline.stages", "mediafm_ray.pipeline.allowance"])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

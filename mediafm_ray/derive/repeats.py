@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from mediafm_ray.config.jobs import FindRepeatsConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.runner import PROGRESS_S
-from mediafm_ray.downstream.repeats import TOLERANCE_S, Levels, Run, TitleShots, find_runs, levels_of
+from mediafm_ray.downstream.repeats import MAX_CROWD, TOLERANCE_S, Levels, Run, TitleShots, find_runs, levels_of
 from mediafm_ray.downstream.similarity import unit_vectors
 from mediafm_ray.runs.report import Console
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, newest_objects
@@ -44,12 +44,13 @@ from mediafm_ray.text import public_line
 COLUMN = part_column("video")
 RUN_COLUMNS = tuple(name for name in repeats_schema().names if name not in ("title_a", "title_b", "kind"))
 MAX_SHOWN = 20  # repeats in the printed list
-SHOTS_A_PART = 2048
+SHOTS_A_PART = 1024
 PROBES = 2  # parts in which a shot is compared
 SAMPLE_A_PART = 32  # shots from which the centres are computed
 ROUNDS = 6  # of k-means
 BLOCK = 4096  # shots in memory beside those of a part
 SAMPLED = 2048  # shots whose cosines show what unrelated shots have
+UNRELATED = 0.99  # share of their pairs that are less near than any of a repeat
 NEIGHBOURS = 8  # pairs of a shot in a part, at most
 SEED = 0
 TITLES_IN_MEMORY = 256
@@ -87,6 +88,10 @@ class Pairs:
     b_E: np.ndarray  # int64
     cosine_E: np.ndarray  # float32
 
+    def where(self, chosen_E: np.ndarray) -> Pairs:
+        """Return some of the pairs."""
+        return Pairs(self.a_E[chosen_E], self.b_E[chosen_E], self.cosine_E[chosen_E])
+
 
 def read_catalog(index: ShotIndex) -> Catalog:
     """Read the places of all shots of an index."""
@@ -101,25 +106,25 @@ def read_catalog(index: ShotIndex) -> Catalog:
     return Catalog([names[k] for k in order], title_N, *columns)
 
 
-def measure_levels(index: ShotIndex, catalog: Catalog) -> Levels:
-    """Compare some shots of different titles."""
-    shots = len(catalog.title_N)
-    rows_M = np.sort(np.random.default_rng(SEED).permutation(shots)[:SAMPLED])
+def measure_unrelated(index: ShotIndex, catalog: Catalog) -> float:
+    """Return the cosine that pairs of shots of different titles, drawn at random, hardly reach."""
+    rows_M = np.sort(np.random.default_rng(SEED).permutation(len(catalog.title_N))[:SAMPLED])
     unit_MD, present_M = unit_vectors(index.vectors(COLUMN, rows_M))
     unit_MD, title_M = unit_MD[present_M], catalog.title_N[rows_M[present_M]]
-    return levels_of((unit_MD @ unit_MD.T)[title_M[:, None] != title_M])
+    cosines = (unit_MD @ unit_MD.T)[title_M[:, None] != title_M]
+    return float(np.quantile(cosines, UNRELATED)) if len(cosines) else 1.0
 
 
 # -------------------------------------------------------------------------------------------------------------- near pairs
 
 
-def near_pairs(index: ShotIndex, catalog: Catalog, levels: Levels, console: Console) -> Pairs:
+def near_pairs(index: ShotIndex, catalog: Catalog, unrelated: float, console: Console) -> Pairs:
     """Return the pairs of shots of different titles that are nearer than unrelated ones: of each shot the nearest in its parts."""
     part_NP = _parts(index, len(catalog.title_N))
     count = int(part_NP.max(initial=0)) + 1
     found, said = [], time.monotonic()
     for part in range(count):
-        found.append(_pairs_of_part(index, catalog, part_NP, part, levels.unrelated))
+        found.append(_pairs_of_part(index, catalog, part_NP, part, unrelated))
         if time.monotonic() - said > PROGRESS_S:
             said = time.monotonic()
             console.say(f"compared: {part + 1} of {count} parts")
@@ -180,8 +185,16 @@ def _pairs_of_part(index: ShotIndex, catalog: Catalog, part_NP: np.ndarray, part
 # ------------------------------------------------------------------------------------------------------------------- runs
 
 
-def offsets_of_titles(catalog: Catalog, pairs: Pairs, single: float) -> Iterator[tuple[int, int, list[float]]]:
-    """Yield the pairs of titles, as numbers, with the offsets at which shots agree: several of them, or one that is very near.
+def measure_levels(catalog: Catalog, pairs: Pairs, unrelated: float) -> Levels:
+    """Return the levels of the catalog from what the shots have in other titles."""
+    best_N = np.full(len(catalog.title_N), unrelated)
+    for rows_E in (pairs.a_E, pairs.b_E):
+        np.maximum.at(best_N, rows_E, pairs.cosine_E)
+    return levels_of(unrelated, best_N)
+
+
+def offsets_of_titles(catalog: Catalog, pairs: Pairs, alone_E: np.ndarray) -> Iterator[tuple[int, int, list[float]]]:
+    """Yield the pairs of titles, as numbers, with the offsets at which shots agree: several of them, or one of ``alone_E``.
 
     A pair of shots votes for the difference of their starts and for that of their ends: a run may begin or end within a shot.
     """
@@ -189,17 +202,19 @@ def offsets_of_titles(catalog: Catalog, pairs: Pairs, single: float) -> Iterator
     offset_E = np.concatenate(
         [catalog.start_N[pairs.b_E] - catalog.start_N[pairs.a_E], catalog.end_N[pairs.b_E] - catalog.end_N[pairs.a_E]]
     )
-    cosine_E = np.tile(pairs.cosine_E, 2)
+    alone_E = np.tile(alone_E, 2)
     titles_E = catalog.title_N[a_E].astype(np.int64) * len(catalog.titles) + catalog.title_N[b_E]
     order = np.lexsort((offset_E, titles_E))
-    a_E, b_E, offset_E, cosine_E, titles_E = a_E[order], b_E[order], offset_E[order], cosine_E[order], titles_E[order]
+    a_E, b_E, offset_E, alone_E, titles_E = a_E[order], b_E[order], offset_E[order], alone_E[order], titles_E[order]
     if not len(order):
         return
     begins = np.flatnonzero(np.concatenate([[True], (np.diff(titles_E) > 0) | (np.diff(offset_E) > TOLERANCE_S)]))
-    found = []
-    for begin, end in itertools.pairwise([*begins.tolist(), len(order)]):
-        if cosine_E[begin:end].max() >= single or min(len(np.unique(a_E[begin:end])), len(np.unique(b_E[begin:end]))) > 1:
-            found.append((int(titles_E[begin]), float(np.median(offset_E[begin:end]))))
+    several = np.ones(len(begins), bool)
+    for rows_E in (a_E, b_E):
+        several &= np.minimum.reduceat(rows_E, begins) < np.maximum.reduceat(rows_E, begins)
+    chosen = np.flatnonzero(several | np.logical_or.reduceat(alone_E, begins))
+    middles = (begins + np.append(begins[1:], len(order)) - 1) // 2
+    found = zip(titles_E[begins[chosen]].tolist(), offset_E[middles[chosen]].tolist(), strict=True)
     for titles, of_titles in itertools.groupby(found, key=lambda pair: pair[0]):
         first, second = divmod(titles, len(catalog.titles))
         yield first, second, [offset for _, offset in of_titles]
@@ -214,14 +229,15 @@ def crowds(catalog: Catalog, pairs: Pairs, levels: Levels) -> np.ndarray:
     return np.bincount(distinct // len(catalog.titles), minlength=len(catalog.title_N))
 
 
-def find_repeats(
-    index: ShotIndex, catalog: Catalog, levels: Levels, min_seconds: float, console: Console
-) -> Iterator[tuple[str, str, Run]]:
-    """Yield the runs that titles share, in the order of titles and time."""
-
-    pairs = near_pairs(index, catalog, levels, console)
-    console.say(f"{len(pairs.a_E)} pairs of near shots of different titles")
+def find_repeats(index: ShotIndex, catalog: Catalog, min_seconds: float, console: Console) -> tuple[Levels, Iterator[tuple[str, str, Run]]]:
+    """Return the levels, and the runs that titles share, in the order of titles and time."""
+    unrelated = measure_unrelated(index, catalog)
+    pairs = near_pairs(index, catalog, unrelated, console)
+    levels = measure_levels(catalog, pairs, unrelated)
+    pairs = pairs.where(pairs.cosine_E >= levels.alike)
     crowd_N = crowds(catalog, pairs, levels)
+    rare_E = np.maximum(crowd_N[pairs.a_E], crowd_N[pairs.b_E]) <= MAX_CROWD
+    console.say(f"{levels.describe()}; {len(pairs.a_E)} pairs of shots are nearer than those that look alike")
 
     @functools.lru_cache(TITLES_IN_MEMORY)
     def read(title: int) -> TitleShots:
@@ -229,9 +245,12 @@ def find_repeats(
         unit_SD = unit_vectors(index.vectors(COLUMN, rows_S))[0]
         return TitleShots(catalog.start_N[rows_S], catalog.end_N[rows_S], unit_SD, crowd_N[rows_S])
 
-    for first, second, offsets in offsets_of_titles(catalog, pairs, levels.single):
-        for run in find_runs(read(first), read(second), offsets, levels, min_seconds):
-            yield catalog.titles[first], catalog.titles[second], run
+    def runs() -> Iterator[tuple[str, str, Run]]:
+        for first, second, offsets in offsets_of_titles(catalog, pairs, rare_E & (pairs.cosine_E >= levels.single)):
+            for run in find_runs(read(first), read(second), offsets, levels, min_seconds):
+                yield catalog.titles[first], catalog.titles[second], run
+
+    return levels, runs()
 
 
 # ------------------------------------------------------------------------------------------------------------------ job

@@ -23,8 +23,8 @@ import numpy as np
 TOLERANCE_S = 0.15  # boundaries that differ by less are one: a frame or two, of either rate
 MIN_PIECE_S = 0.2  # shorter pieces are where the detector puts one cut a frame or two apart
 RIVAL = 0.02  # cosine by which another shot may be less near and still be as good an explanation
-UNRELATED = 0.99  # share of the pairs of shots of different titles that are less near than any of a repeat
-NEARLY_EXACT = 0.8  # share of the way from there to equal vectors, from which one shot alone can be a repeat
+MAX_ALIKE = 0.5  # share of the way from unrelated shots to equal ones where shots that look alike end
+NEARLY_EXACT = 0.7  # share of the way from these to equal ones from which one shot alone can be a repeat
 MIN_EVIDENCE = 0.5  # of a run of several shots without its best one, which may be a logo; equal shots without rivals give 1 each
 MAX_CROWD = 3  # titles that can share a shot which stands alone
 
@@ -43,18 +43,27 @@ class TitleShots:
 class Levels:
     """Cosines that tell repeats from coincidences, from the catalog itself."""
 
-    unrelated: float  # two shots of different titles are hardly nearer
+    unrelated: float  # two shots of different titles, drawn at random, are hardly nearer
+    alike: float  # what a shot has among all other titles: what looks alike, but is not the same
     single: float  # from here on one shot alone can be a repeat
 
     def describe(self) -> str:
         """Describe them in one line."""
-        return f"cosines of unrelated shots reach {self.unrelated:.3f}; a shot alone is a repeat from {self.single:.3f}"
+        return (
+            f"cosines: {self.unrelated:.3f} of unrelated shots, {self.alike:.3f} of shots that look alike, "
+            f"from {self.single:.3f} one shot alone can be a repeat"
+        )
 
 
-def levels_of(cosines: np.ndarray) -> Levels:
-    """Return the levels of a catalog from cosines of shots of different titles that were drawn at random."""
-    unrelated = float(np.quantile(cosines, UNRELATED)) if len(cosines) else 1.0
-    return Levels(unrelated, unrelated + NEARLY_EXACT * (1 - unrelated))
+def levels_of(unrelated: float, best_N: np.ndarray) -> Levels:
+    """Return the levels of a catalog.
+
+    ``unrelated``: the cosine that random pairs hardly reach; ``best_N``: of every shot, the cosine to the nearest of other titles. Most
+    shots do not recur, so that their median is that of shots that look alike; where most do, it is bounded.
+    """
+    bound = unrelated + MAX_ALIKE * (1 - unrelated)
+    alike = min(float(np.median(best_N)), bound) if len(best_N) else bound
+    return Levels(unrelated, alike, alike + NEARLY_EXACT * (1 - alike))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +135,7 @@ def _run(a: TitleShots, b: TitleShots, overlay: Overlay, offset: float, cosine_A
     differences = np.concatenate([b.start_S[b_P] - a.start_S[a_P], b.end_S[b_P] - a.end_S[a_P]])
     agreeing = differences[np.abs(differences - offset) <= TOLERANCE_S]
     rivals_P = (cosine_AB[a_P] >= cosine_P[:, None] - RIVAL).sum(axis=1) * (cosine_AB[:, b_P] >= cosine_P - RIVAL).sum(axis=0)
-    evidence_P = (cosine_P - levels.unrelated) / (1 - levels.unrelated) / np.sqrt(rivals_P)
+    evidence_P = np.maximum(cosine_P - levels.alike, 0) / (1 - levels.alike) / np.sqrt(rivals_P)
     shots = min(len(np.unique(a_P)), len(np.unique(b_P)))
     if shots == 1:
         whole = len(agreeing) == len(differences) == 2 and cosine_P[0] >= levels.single

@@ -6,13 +6,11 @@ import pytest
 
 from benchmarks.stored_titles import commit_title, make_model
 from jobs import build_index, find_repeats
-from mediafm_ray.config.jobs import BuildIndexConfig, EmbedCatalogConfig, FindRepeatsConfig
-from mediafm_ray.config.loader import read_config
+from mediafm_ray.config.jobs import BuildIndexConfig, FindRepeatsConfig
 from mediafm_ray.derive import repeats
 from mediafm_ray.downstream.repeats import maximal_segments
 from mediafm_ray.runs.command import EXIT_BAD_INPUT, run_job
 from mediafm_ray.storage.schemas import repeats_schema
-from tests.videos import make_video
 
 MODEL = make_model("0123456789ab", video=32, audio=8, text=8)
 COPY = 0.02  # noise of a copy, where a vector's norm is 1
