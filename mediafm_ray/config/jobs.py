@@ -25,6 +25,7 @@ from mediafm_ray.config.sections import (
     ResourcesConfig,
     RunConfig,
     SearchedIndexConfig,
+    ShownRepeatsConfig,
     StoredDatasetConfig,
     TableConfig,
     TitlePageConfig,
@@ -252,6 +253,7 @@ class ExploreCatalogConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     dataset: StoredDatasetConfig = field(default_factory=StoredDatasetConfig)
     index: SearchedIndexConfig = field(default_factory=SearchedIndexConfig)
+    repeats: ShownRepeatsConfig = field(default_factory=ShownRepeatsConfig)
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)

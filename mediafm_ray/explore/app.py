@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.pages import title_content
+from mediafm_ray.derive.repeats import repeats_of
 from mediafm_ray.downstream.pages import ASSETS as TITLE_ASSETS
 from mediafm_ray.downstream.pages import clock, json_for_html, title_values, visible
 from mediafm_ray.errors import OutageError, TitleError
@@ -64,6 +65,7 @@ PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_FORM_BYTES = 2 << 20
 MAX_PAGE_BYTES = 64 << 20  # pages of titles in memory
 TITLES_A_PAGE = 100
+MAX_REPEATS = 200  # repeats on the page of a title, the longest
 MAX_OFFERED = 500  # titles that a field of the form offers
 
 
@@ -160,8 +162,11 @@ class Pages:
             raise DatasetError(f"{title_id!r} cannot be shown: {error}") from error
         data = {**values.pop("data"), "id": title_id}
         player = {"absent": absent, "replaced": replaced, "mime": mime, "unplayable": unplayable}
+        table = self.catalog.repeats
+        shared = [] if table is None else repeats_of(table, title_id, MAX_REPEATS)
         scripts = ["common.js", "title.js", "explore.js", "player.js"]
-        return self._render("player.html", id=title_id, data=Markup(json_for_html(data)), player=player, scripts=scripts, **values)
+        values |= {"data": Markup(json_for_html(data)), "player": player, "repeats": shared, "scripts": scripts}
+        return self._render("player.html", id=title_id, most_repeats=MAX_REPEATS, **values)
 
     def _shot(self, title_id: str, shot: str) -> dict[str, Any]:
         title, number = self.catalog.title(title_id), shot_number(shot)

@@ -20,6 +20,7 @@ from mediafm_ray.config.jobs import ExploreCatalogConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.pages import UNREADABLE
 from mediafm_ray.derive.reader import suggest_titles
+from mediafm_ray.derive.repeats import read_repeats
 from mediafm_ray.derive.search import check_index, check_pictures, words_encoder
 from mediafm_ray.explore.cache import BoundedCache
 from mediafm_ray.extras import MissingExtra
@@ -88,6 +89,7 @@ class Catalog:
         if self.is_other:
             self.problem = f"{config.index.uri} is of dataset version {indexed}, the dataset shown here is {self.dataset.version}"
             self.index = None
+        self.repeats = read_repeats(config.repeats.uri, self.dataset, config.storage) if config.repeats.uri else None
         self.spaces = self._open_spaces()
         self.counts = {name: index.shots(column) for name, (index, column) in self.spaces.items()}
         self.shots = self.index.shots() if self.index else 0
