@@ -28,9 +28,10 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mpg", ".ts", ".mov", ".avi")
 SIZE = (384, 216)  # width and height of the films
 RATE = 25  # frames a second of the films
 SAME_FILM = (("tears", "tos"),)  # first words of names that mean one family
-RUN_S = (3.0, 14.0)  # seconds of a run, from and to
-OWN_S = (3.0, 8.0)  # seconds of a piece between two runs
+RUN_S = (2.5, 9.0)  # seconds of a run, from and to
+OWN_S = (2.0, 5.0)  # seconds of a piece between two runs
 DRAWN_SHOT_S = (1.2, 5.0)  # seconds of a drawn shot
+TILES = 0.15  # share of the drawn shots of a film's own that all look alike
 CROP = 0.05  # of width and height
 BRIGHTER = 1.2
 OTHER_RATE = Fraction(24000, 1001)
@@ -137,14 +138,17 @@ DISTURBANCES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 # ----------------------------------------------------------------------------------------------------------------- footage
 
 
-def drawn_frames(seed: int, seconds: float, rate: Fraction) -> Iterator[np.ndarray]:
-    """Yield the frames of drawn shots: soft textures with moving shapes under a moving camera, or the tiles of the tests' videos."""
+def drawn_frames(seed: int, seconds: float, rate: Fraction, tiles: float) -> Iterator[np.ndarray]:
+    """Yield the frames of drawn shots: soft textures with moving shapes under a moving camera.
+
+    ``tiles``: share of shots that are pictures of the tests' videos instead, which all look alike.
+    """
     random = np.random.default_rng([17, seed])
     count, shot = round(seconds * rate), 0
     while count > 0:
         length = min(count, round(random.uniform(*DRAWN_SHOT_S) * rate))
         length = count if count - length < rate else length
-        yield from _tiles(random, length) if random.random() < 0.2 else _drawn_shot(random, length)
+        yield from _tiles(random, length) if random.random() < tiles else _drawn_shot(random, length)
         count -= length
         shot += 1
 
@@ -229,10 +233,11 @@ def plan_films(folders: Sequence[str], seed: int, runs: int, copies: int, unrela
     films += [Plan(f"film-{number:02}", name) for number, name in enumerate(DISTURBANCES)]
     films += [Plan(f"unrelated-{number}", "") for number in range(unrelated)]
     for_runs = names[: len(names) * 2 // 5]
-    own = {film.title_id: names[len(for_runs) + number :: len(films)] for number, film in enumerate(films)}
+    # The unrelated films come first, so that real footage is among them where there are few families.
+    own = {film.title_id: names[len(for_runs) + number :: len(films)] for number, film in enumerate(reversed(films))}
     drawn = iter(range(seed * 100_000, (seed + 1) * 100_000))
     footage = {name: _pieces(there[name], random, RUN_S) for name in names}
-    pool = [piece for name in for_runs for piece in footage[name]]
+    pool = [piece for name in for_runs for piece in footage[name][::2]]  # Two neighbours can be parts of one shot.
     real = [pool[index] for index in random.permutation(len(pool))][: runs * 2 // 3]
     shared = real + [_drawn(next(drawn), random, RUN_S) for _ in range(runs - len(real))]
     placed: dict[str, list[Piece]] = {film.title_id: [] for film in films}
@@ -281,7 +286,7 @@ def write_film(film: Plan, folder: Path) -> dict[int, tuple[float, float]]:
         for piece in film.pieces:
             begun = number
             frames = (
-                drawn_frames(piece.seed, piece.seconds, rate)
+                drawn_frames(piece.seed, piece.seconds, rate, 0.0 if piece.run >= 0 else TILES)
                 if not piece.path
                 else file_frames(piece.path, piece.start_s, piece.end_s, rate)
             )

@@ -47,7 +47,7 @@ from mediafm_ray.storage.index import IndexFacts, open_index
 from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.storage.store import StorageConfig
 
-RUNS, COPIES, UNRELATED = 12, 4, 4  # runs of a catalog, disturbed films that have each, unrelated films
+RUNS, COPIES, UNRELATED = 12, 3, 3  # runs of a catalog, disturbed films that have each, unrelated films
 MIN_OVERLAP = 0.5  # of the union
 THRESHOLDS = np.arange(0.5, 1.0, 0.01)
 SHOTS, DIMS, SHARED, EVERY = 100, 1280, 5, 10  # of the made index: shots of a title, shots of a shared run, titles that share one

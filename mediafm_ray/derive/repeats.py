@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from mediafm_ray.config.jobs import FindRepeatsConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.runner import PROGRESS_S
-from mediafm_ray.downstream.repeats import MAX_CROWD, TOLERANCE_S, Levels, Run, TitleShots, find_runs, levels_of
+from mediafm_ray.downstream.repeats import MAX_CROWD, TOLERANCE_S, Levels, Run, TitleShots, find_runs, levels_of, unrelated_level
 from mediafm_ray.downstream.similarity import unit_vectors
 from mediafm_ray.runs.report import Console
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, newest_objects
@@ -50,7 +50,6 @@ SAMPLE_A_PART = 32  # shots from which the centres are computed
 ROUNDS = 6  # of k-means
 BLOCK = 4096  # shots in memory beside those of a part
 SAMPLED = 2048  # shots whose cosines show what unrelated shots have
-UNRELATED = 0.99  # share of their pairs that are less near than any of a repeat
 NEIGHBOURS = 8  # pairs of a shot in a part, at most
 SEED = 0
 TITLES_IN_MEMORY = 256
@@ -111,8 +110,7 @@ def measure_unrelated(index: ShotIndex, catalog: Catalog) -> float:
     rows_M = np.sort(np.random.default_rng(SEED).permutation(len(catalog.title_N))[:SAMPLED])
     unit_MD, present_M = unit_vectors(index.vectors(COLUMN, rows_M))
     unit_MD, title_M = unit_MD[present_M], catalog.title_N[rows_M[present_M]]
-    cosines = (unit_MD @ unit_MD.T)[title_M[:, None] != title_M]
-    return float(np.quantile(cosines, UNRELATED)) if len(cosines) else 1.0
+    return unrelated_level((unit_MD @ unit_MD.T)[title_M[:, None] != title_M])
 
 
 # -------------------------------------------------------------------------------------------------------------- near pairs
@@ -151,7 +149,9 @@ def _parts(index: ShotIndex, shots: int) -> np.ndarray:
     for begin in range(0, shots, BLOCK):
         rows_M = np.arange(begin, min(begin + BLOCK, shots))
         cosine_MP = unit_vectors(index.vectors(COLUMN, rows_M))[0] @ centres_PD.T
-        part_NP[rows_M] = np.argsort(-cosine_MP, axis=1, kind="stable")[:, :PROBES]
+        for probe in range(PROBES):
+            part_NP[rows_M, probe] = nearest_M = np.argmax(cosine_MP, axis=1)
+            cosine_MP[np.arange(len(rows_M)), nearest_M] = -2
     return part_NP
 
 

@@ -23,6 +23,8 @@ import numpy as np
 TOLERANCE_S = 0.15  # boundaries that differ by less are one: a frame or two, of either rate
 MIN_PIECE_S = 0.2  # shorter pieces are where the detector puts one cut a frame or two apart
 RIVAL = 0.02  # cosine by which another shot may be less near and still be as good an explanation
+NORMAL_95 = 1.645  # standard deviations from the median to the 95 % quantile of a normal distribution
+DEVIATIONS = 4  # above the median, where unrelated shots end
 MAX_ALIKE = 0.5  # share of the way from unrelated shots to equal ones where shots that look alike end
 NEARLY_EXACT = 0.7  # share of the way from these to equal ones from which one shot alone can be a repeat
 MIN_EVIDENCE = 0.5  # of a run of several shots without its best one, which may be a logo; equal shots without rivals give 1 each
@@ -44,7 +46,7 @@ class Levels:
     """Cosines that tell repeats from coincidences, from the catalog itself."""
 
     unrelated: float  # two shots of different titles, drawn at random, are hardly nearer
-    alike: float  # what a shot has among all other titles: what looks alike, but is not the same
+    alike: float  # shots that look alike, but are not the same, are hardly nearer
     single: float  # from here on one shot alone can be a repeat
 
     def describe(self) -> str:
@@ -55,11 +57,21 @@ class Levels:
         )
 
 
-def levels_of(unrelated: float, best_N: np.ndarray) -> Levels:
-    """Return the levels of a catalog.
+def unrelated_level(cosines: np.ndarray) -> float:
+    """Return the cosine that unrelated shots hardly reach, from cosines of shots of different titles that were drawn at random.
 
-    ``unrelated``: the cosine that random pairs hardly reach; ``best_N``: of every shot, the cosine to the nearest of other titles. Most
-    shots do not recur, so that their median is that of shots that look alike; where most do, it is bounded.
+    The upper part of their distribution has what looks alike, and repeats. The lower half says how far the upper one would reach without.
+    """
+    if not len(cosines):
+        return 1.0
+    low, middle = (float(bound) for bound in np.quantile(cosines, [0.05, 0.5]))
+    return middle + DEVIATIONS * (middle - low) / NORMAL_95
+
+
+def levels_of(unrelated: float, best_N: np.ndarray) -> Levels:
+    """Return the levels of a catalog. ``best_N``: of every shot, the cosine to the nearest of other titles.
+
+    Most shots do not recur, so that the median of ``best_N`` is that of shots that look alike; where most do, it is bounded.
     """
     bound = unrelated + MAX_ALIKE * (1 - unrelated)
     alike = min(float(np.median(best_N)), bound) if len(best_N) else bound
@@ -118,7 +130,7 @@ def find_runs(a: TitleShots, b: TitleShots, offsets: Sequence[float], levels: Le
     found: list[Run] = []
     for offset in offsets:
         overlay = lay_over(a, b, offset)
-        gain_P = (overlay.cosine_P - levels.unrelated) * (overlay.end_P - overlay.start_P)
+        gain_P = (overlay.cosine_P - levels.alike) * (overlay.end_P - overlay.start_P)
         for first, last in maximal_segments(gain_P.tolist()):
             run = _run(a, b, overlay.where(slice(first, last + 1)), offset, cosine_AB, levels)
             if run is not None and run.end_a_s - run.start_a_s >= min_seconds:
@@ -128,7 +140,7 @@ def find_runs(a: TitleShots, b: TitleShots, offsets: Sequence[float], levels: Le
 
 def _run(a: TitleShots, b: TitleShots, overlay: Overlay, offset: float, cosine_AB: np.ndarray, levels: Levels) -> Run | None:
     """Return the run of the pieces of an overlay, or None where they can be a coincidence."""
-    overlay = overlay.where((overlay.cosine_P > levels.unrelated) & (overlay.end_P - overlay.start_P > MIN_PIECE_S))
+    overlay = overlay.where((overlay.cosine_P > levels.alike) & (overlay.end_P - overlay.start_P > MIN_PIECE_S))
     a_P, b_P, cosine_P, seconds_P = overlay.a_P, overlay.b_P, overlay.cosine_P, overlay.end_P - overlay.start_P
     if not len(a_P):
         return None
