@@ -213,18 +213,17 @@ def measure_scale(uri: Path, titles: int) -> None:
         writer.create(IndexFacts("0123456789ab", "shots", {COLUMN: DIMS}, {}))
         writer.add(made_titles(titles, writer.latest().facts))
         writer.publish()
-    index, begun = open_index(str(uri), StorageConfig()), time.monotonic()
+        print(f"index of {titles} titles made, {writer.size() / 1e9:.2f} GB", flush=True)
+    index, begun, processor = open_index(str(uri), StorageConfig()), time.monotonic(), time.process_time()
     catalog = read_catalog(index)
     table = repeats_table(index, *find_runs(index, catalog, 2.0, Console()))
-    seconds = time.monotonic() - begun
+    seconds, processor = time.monotonic() - begun, time.process_time() - processor
     gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     found = collections.Counter(
         abs(int(a[6:]) - int(b[6:])) == 1 for a, b in zip(*(table[f"title_{k}"].to_pylist() for k in "ab"), strict=True)
     )
     shared = len(range(EVERY, titles, EVERY))
-    print(
-        f"{titles} titles of {SHOTS} shots: {found[True]} of {shared} shared runs, {found[False]} others; {seconds:.0f} s, peak {gb:.2f} GB"
-    )
+    print(f"{titles} titles of {SHOTS} shots: {found[True]} of {shared} shared runs, {found[False]} others")
 
 
 def made_titles(titles: int, facts: IndexFacts) -> Iterator[pa.Table]:

@@ -51,6 +51,7 @@ ROUNDS = 6  # of k-means
 BLOCK = 4096  # shots in memory beside those of a part
 SAMPLED = 2048  # shots whose cosines show what unrelated shots have
 NEIGHBOURS = 8  # pairs of a shot in a part, at most
+MAX_OFFSETS = 32  # of two titles that are looked at, those with the most votes
 SEED = 0
 TITLES_IN_MEMORY = 256
 
@@ -198,26 +199,30 @@ def offsets_of_titles(catalog: Catalog, pairs: Pairs, alone_E: np.ndarray) -> It
 
     A pair of shots votes for the difference of their starts and for that of their ends: a run may begin or end within a shot.
     """
-    a_E, b_E = np.tile(pairs.a_E, 2), np.tile(pairs.b_E, 2)
-    offset_E = np.concatenate(
-        [catalog.start_N[pairs.b_E] - catalog.start_N[pairs.a_E], catalog.end_N[pairs.b_E] - catalog.end_N[pairs.a_E]]
-    )
-    alone_E = np.tile(alone_E, 2)
+    starts_E = catalog.start_N[pairs.b_E] - catalog.start_N[pairs.a_E]
+    ends_E = catalog.end_N[pairs.b_E] - catalog.end_N[pairs.a_E]
+    offset_E = np.concatenate([starts_E, ends_E] * 2)
+    a_E, b_E, alone_E = (np.tile(of_pair, 4) for of_pair in (pairs.a_E, pairs.b_E, alone_E))
     titles_E = catalog.title_N[a_E].astype(np.int64) * len(catalog.titles) + catalog.title_N[b_E]
-    order = np.lexsort((offset_E, titles_E))
-    a_E, b_E, offset_E, alone_E, titles_E = a_E[order], b_E[order], offset_E[order], alone_E[order], titles_E[order]
+    # Every vote is in two windows, of which each begins in the middle of another: votes that agree are together in one of them.
+    window_E = np.floor(offset_E / TOLERANCE_S).astype(np.int64) - np.repeat([0, 1], len(offset_E) // 2)
+    order = np.lexsort((offset_E, window_E, titles_E))
+    a_E, b_E, alone_E, offset_E = a_E[order], b_E[order], alone_E[order], offset_E[order]
+    window_E, titles_E = window_E[order], titles_E[order]
     if not len(order):
         return
-    begins = np.flatnonzero(np.concatenate([[True], (np.diff(titles_E) > 0) | (np.diff(offset_E) > TOLERANCE_S)]))
+    begins = np.flatnonzero(np.concatenate([[True], (np.diff(titles_E) > 0) | (np.diff(window_E) > 0)]))
+    votes = np.diff(np.append(begins, len(order)))
     several = np.ones(len(begins), bool)
     for rows_E in (a_E, b_E):
         several &= np.minimum.reduceat(rows_E, begins) < np.maximum.reduceat(rows_E, begins)
     chosen = np.flatnonzero(several | np.logical_or.reduceat(alone_E, begins))
-    middles = (begins + np.append(begins[1:], len(order)) - 1) // 2
-    found = zip(titles_E[begins[chosen]].tolist(), offset_E[middles[chosen]].tolist(), strict=True)
+    begins, votes = begins[chosen], votes[chosen]
+    order = np.lexsort((-votes, titles_E[begins]))
+    found = zip(titles_E[begins][order].tolist(), offset_E[begins + votes // 2][order].tolist(), strict=True)
     for titles, of_titles in itertools.groupby(found, key=lambda pair: pair[0]):
         first, second = divmod(titles, len(catalog.titles))
-        yield first, second, [offset for _, offset in of_titles]
+        yield first, second, [offset for _, offset in itertools.islice(of_titles, MAX_OFFSETS)]
 
 
 def crowds(catalog: Catalog, pairs: Pairs, levels: Levels) -> np.ndarray:

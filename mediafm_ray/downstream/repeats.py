@@ -25,6 +25,7 @@ MIN_PIECE_S = 0.2  # shorter pieces are where the detector puts one cut a frame 
 RIVAL = 0.02  # cosine by which another shot may be less near and still be as good an explanation
 NORMAL_95 = 1.645  # standard deviations from the median to the 95 % quantile of a normal distribution
 DEVIATIONS = 4  # above the median, where unrelated shots end
+MAX_UNRELATED = 0.95  # for titles of which all shots are nearly equal
 MAX_ALIKE = 0.5  # share of the way from unrelated shots to equal ones where shots that look alike end
 NEARLY_EXACT = 0.7  # share of the way from these to equal ones from which one shot alone can be a repeat
 MIN_EVIDENCE = 0.5  # of a run of several shots without its best one, which may be a logo; equal shots without rivals give 1 each
@@ -63,9 +64,9 @@ def unrelated_level(cosines: np.ndarray) -> float:
     The upper part of their distribution has what looks alike, and repeats. The lower half says how far the upper one would reach without.
     """
     if not len(cosines):
-        return 1.0
+        return MAX_UNRELATED
     low, middle = (float(bound) for bound in np.quantile(cosines, [0.05, 0.5]))
-    return middle + DEVIATIONS * (middle - low) / NORMAL_95
+    return min(middle + DEVIATIONS * (middle - low) / NORMAL_95, MAX_UNRELATED)
 
 
 def levels_of(unrelated: float, best_N: np.ndarray) -> Levels:
@@ -117,7 +118,7 @@ class Run:
     start_b_s: float
     end_b_s: float
     offset_s: float
-    shots: int  # pairs of shots
+    shots: int  # of the title that has fewer
     mean_cosine: float  # weighted by seconds
     min_cosine: float
     exact: bool
