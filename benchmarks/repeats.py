@@ -224,6 +224,7 @@ def measure_scale(uri: Path, titles: int) -> None:
     )
     shared = len(range(EVERY, titles, EVERY))
     print(f"{titles} titles of {SHOTS} shots: {found[True]} of {shared} shared runs, {found[False]} others")
+    print(f"{seconds:.0f} s, {processor:.0f} s of processor time, peak memory {gb:.2f} GB")
 
 
 def made_titles(titles: int, facts: IndexFacts) -> Iterator[pa.Table]:

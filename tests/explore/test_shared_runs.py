@@ -47,5 +47,5 @@ def test_a_table_that_cannot_be_shown_ends_the_start_with_the_command_to_run(roo
         write_table(pa.table({"a": [1]}), str(path))
     elif change == "no table at all":
         path.write_bytes(b"a,b\n1,2\n")
-    with pytest.raises(DatasetError, match="run mediafm repeats repeats.uri="):
+    with pytest.raises(DatasetError, match="run mediafm repeats repeats"):
         client_of(config_of(root, f"repeats.uri={path}"))
