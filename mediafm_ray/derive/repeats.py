@@ -8,6 +8,7 @@ Shapes
     P  parts of the space
     M  shots of a part
     E  pairs of near shots
+    V  votes of pairs for offsets
     D  dimension of a vector
 """
 
@@ -30,7 +31,17 @@ import pyarrow.parquet as pq
 from mediafm_ray.config.jobs import FindRepeatsConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.runner import PROGRESS_S
-from mediafm_ray.downstream.repeats import MAX_CROWD, TOLERANCE_S, Levels, Run, TitleShots, find_runs, levels_of, unrelated_level
+from mediafm_ray.downstream.repeats import (
+    MAX_CROWD,
+    MIN_EVIDENCE,
+    TOLERANCE_S,
+    Levels,
+    Run,
+    TitleShots,
+    find_runs,
+    levels_of,
+    unrelated_level,
+)
 from mediafm_ray.downstream.similarity import unit_vectors
 from mediafm_ray.runs.report import Console
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, newest_objects
@@ -194,35 +205,43 @@ def measure_levels(catalog: Catalog, pairs: Pairs, unrelated: float) -> Levels:
     return levels_of(unrelated, best_N)
 
 
-def offsets_of_titles(catalog: Catalog, pairs: Pairs, alone_E: np.ndarray) -> Iterator[tuple[int, int, list[float]]]:
+def offsets_of_titles(catalog: Catalog, pairs: Pairs, alone_E: np.ndarray, levels: Levels) -> Iterator[tuple[int, int, list[float]]]:
     """Yield the pairs of titles, as numbers, with the offsets at which shots agree: several of them, or one of ``alone_E``.
 
-    A pair of shots votes for the difference of their starts and for that of their ends: a run may begin or end within a shot.
+    A pair of shots votes for the difference of their starts and for that of their ends: a run may begin or end within a shot. The vote of a
+    shot that is near many shots of the other title is divided among them.
     """
+    titles_E = catalog.title_N[pairs.a_E].astype(np.int64) * len(catalog.titles) + catalog.title_N[pairs.b_E]
+    weight_E = (pairs.cosine_E - levels.alike) / (1 - levels.alike)
+    for rows_E, others_E in ((pairs.a_E, pairs.b_E), (pairs.b_E, pairs.a_E)):
+        keys_E = rows_E * len(catalog.titles) + catalog.title_N[others_E]
+        _, which_E, count = np.unique(keys_E, return_inverse=True, return_counts=True)
+        weight_E = weight_E / np.sqrt(count[which_E])
     starts_E = catalog.start_N[pairs.b_E] - catalog.start_N[pairs.a_E]
     ends_E = catalog.end_N[pairs.b_E] - catalog.end_N[pairs.a_E]
-    offset_E = np.concatenate([starts_E, ends_E] * 2)
-    a_E, b_E, alone_E = (np.tile(of_pair, 4) for of_pair in (pairs.a_E, pairs.b_E, alone_E))
-    titles_E = catalog.title_N[a_E].astype(np.int64) * len(catalog.titles) + catalog.title_N[b_E]
     # Every vote is in two windows, of which each begins in the middle of another: votes that agree are together in one of them.
-    window_E = np.floor(offset_E / TOLERANCE_S).astype(np.int64) - np.repeat([0, 1], len(offset_E) // 2)
-    order = np.lexsort((offset_E, window_E, titles_E))
-    a_E, b_E, alone_E, offset_E = a_E[order], b_E[order], alone_E[order], offset_E[order]
-    window_E, titles_E = window_E[order], titles_E[order]
+    offset_V = np.concatenate([starts_E, ends_E] * 2)
+    window_V = np.floor(offset_V / TOLERANCE_S).astype(np.int64) - np.repeat([0, 1], len(offset_V) // 2)
+    columns = (np.tile(of_pair, 4) for of_pair in (pairs.a_E, pairs.b_E, alone_E, titles_E, weight_E))
+    a_V, b_V, alone_V, titles_V, weight_V = columns
+    order = np.lexsort((offset_V, window_V, titles_V))
     if not len(order):
         return
-    begins = np.flatnonzero(np.concatenate([[True], (np.diff(titles_E) > 0) | (np.diff(window_E) > 0)]))
-    votes = np.diff(np.append(begins, len(order)))
-    several = np.ones(len(begins), bool)
-    for rows_E in (a_E, b_E):
-        several &= np.minimum.reduceat(rows_E, begins) < np.maximum.reduceat(rows_E, begins)
-    chosen = np.flatnonzero(several | np.logical_or.reduceat(alone_E, begins))
-    begins, votes = begins[chosen], votes[chosen]
-    order = np.lexsort((-votes, titles_E[begins]))
-    found = zip(titles_E[begins][order].tolist(), offset_E[begins + votes // 2][order].tolist(), strict=True)
-    for titles, of_titles in itertools.groupby(found, key=lambda pair: pair[0]):
-        first, second = divmod(titles, len(catalog.titles))
-        yield first, second, [offset for _, offset in itertools.islice(of_titles, MAX_OFFSETS)]
+    a_V, b_V, alone_V, titles_V, weight_V, offset_V, window_V = (
+        column[order] for column in (a_V, b_V, alone_V, titles_V, weight_V, offset_V, window_V)
+    )
+    begins = np.flatnonzero(np.concatenate([[True], (np.diff(titles_V) > 0) | (np.diff(window_V) > 0)]))
+    several = np.add.reduceat(weight_V, begins) >= MIN_EVIDENCE
+    for rows_V in (a_V, b_V):
+        several &= np.minimum.reduceat(rows_V, begins) < np.maximum.reduceat(rows_V, begins)
+    chosen = np.flatnonzero(several | np.logical_or.reduceat(alone_V, begins))
+    weights, middles = np.add.reduceat(weight_V, begins)[chosen], (begins + np.append(begins[1:], len(order)))[chosen] // 2
+    titles = titles_V[middles]
+    order = np.lexsort((-weights, titles))
+    found = zip(titles[order].tolist(), offset_V[middles[order]].tolist(), strict=True)
+    for pair, of_pair in itertools.groupby(found, key=lambda one: one[0]):
+        first, second = divmod(pair, len(catalog.titles))
+        yield first, second, [offset for _, offset in itertools.islice(of_pair, MAX_OFFSETS)]
 
 
 def crowds(catalog: Catalog, pairs: Pairs, levels: Levels) -> np.ndarray:
@@ -251,7 +270,8 @@ def find_repeats(index: ShotIndex, catalog: Catalog, min_seconds: float, console
         return TitleShots(catalog.start_N[rows_S], catalog.end_N[rows_S], unit_SD, crowd_N[rows_S])
 
     def runs() -> Iterator[tuple[str, str, Run]]:
-        for first, second, offsets in offsets_of_titles(catalog, pairs, rare_E & (pairs.cosine_E >= levels.single)):
+        alone_E = rare_E & (pairs.cosine_E >= levels.single)
+        for first, second, offsets in offsets_of_titles(catalog, pairs, alone_E, levels):
             for run in find_runs(read(first), read(second), offsets, levels, min_seconds):
                 yield catalog.titles[first], catalog.titles[second], run
 

@@ -27,7 +27,7 @@ NORMAL_95 = 1.645  # standard deviations from the median to the 95 % quantile of
 DEVIATIONS = 4  # above the median, where unrelated shots end
 MAX_UNRELATED = 0.95  # for titles of which all shots are nearly equal
 MAX_ALIKE = 0.5  # share of the way from unrelated shots to equal ones where shots that look alike end
-NEARLY_EXACT = 0.7  # share of the way from these to equal ones from which one shot alone can be a repeat
+NEARLY_EXACT = 0.55  # share of the way from these to equal ones from which one shot alone can be a repeat
 MIN_EVIDENCE = 0.5  # of a run of several shots without its best one, which may be a logo; equal shots without rivals give 1 each
 MAX_CROWD = 3  # titles that can share a shot which stands alone
 
