@@ -62,6 +62,7 @@ ROUNDS = 6  # of k-means
 BLOCK = 4096  # shots in memory beside those of a part
 SAMPLED = 2048  # shots whose cosines show what unrelated shots have
 NEIGHBOURS = 8  # pairs of a shot in a part, at most
+CROWD = 0.02  # cosine by which shots may be less near than the nearest and still be of its crowd
 MAX_OFFSETS = 32  # of two titles that are looked at, those with the most votes
 SEED = 0
 TITLES_IN_MEMORY = 256
@@ -245,11 +246,17 @@ def offsets_of_titles(catalog: Catalog, pairs: Pairs, alone_E: np.ndarray, level
 
 
 def crowds(catalog: Catalog, pairs: Pairs, levels: Levels) -> np.ndarray:
-    """Count the other titles that have nearly the same shot, (N,) int64: black frames, logos, the shots of a studio have many."""
-    same_E = pairs.cosine_E >= levels.single
-    rows_E = np.concatenate([pairs.a_E[same_E], pairs.b_E[same_E]])
-    titles_E = catalog.title_N[np.concatenate([pairs.b_E[same_E], pairs.a_E[same_E]])]
-    distinct = np.unique(rows_E * len(catalog.titles) + titles_E)
+    """Count the other titles that have nearly the same shot, (N,) int64: black frames, logos, the shots of a studio have many.
+
+    Only those count that are about as near as the nearest.
+    """
+    rows_E = np.concatenate([pairs.a_E, pairs.b_E])
+    titles_E = catalog.title_N[np.concatenate([pairs.b_E, pairs.a_E])]
+    cosine_E = np.tile(pairs.cosine_E, 2)
+    bound_N = np.full(len(catalog.title_N), levels.single)
+    np.maximum.at(bound_N, rows_E, cosine_E - CROWD)
+    same_E = cosine_E >= bound_N[rows_E]
+    distinct = np.unique(rows_E[same_E] * len(catalog.titles) + titles_E[same_E])
     return np.bincount(distinct // len(catalog.titles), minlength=len(catalog.title_N))
 
 

@@ -22,14 +22,15 @@ import numpy as np
 
 TOLERANCE_S = 0.15  # boundaries that differ by less are one: a frame or two, of either rate
 MIN_PIECE_S = 0.2  # shorter pieces are where the detector puts one cut a frame or two apart
-RIVAL = 0.02  # cosine by which another shot may be less near and still be as good an explanation
+RIVAL = 0.75  # share of the strength of a pair from which another shot explains it as well
+LITTLE_EVIDENCE = 0.15  # of a piece that could be anything
 NORMAL_95 = 1.645  # standard deviations from the median to the 95 % quantile of a normal distribution
 DEVIATIONS = 4  # above the median, where unrelated shots end
 MAX_UNRELATED = 0.95  # for titles of which all shots are nearly equal
 MAX_ALIKE = 0.5  # share of the way from unrelated shots to equal ones where shots that look alike end
 NEARLY_EXACT = 0.55  # share of the way from these to equal ones from which one shot alone can be a repeat
 MIN_EVIDENCE = 0.5  # of a run of several shots without its best one, which may be a logo; equal shots without rivals give 1 each
-MAX_CROWD = 3  # titles that can share a shot which stands alone
+MAX_CROWD = 4  # titles that can share a shot which stands alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,36 +128,39 @@ class Run:
 
 def find_runs(a: TitleShots, b: TitleShots, offsets: Sequence[float], levels: Levels, min_seconds: float) -> list[Run]:
     """Return the runs that two titles share at some offsets, in order; of runs that overlap in both titles the best."""
-    cosine_AB = a.unit_SD @ b.unit_SD.T
+    strength_AB = np.maximum(a.unit_SD @ b.unit_SD.T - levels.alike, 0) / (1 - levels.alike)
     found: list[Run] = []
     for offset in offsets:
         overlay = lay_over(a, b, offset)
+        strength_P = strength_AB[overlay.a_P, overlay.b_P]
+        rivals_P = (strength_AB[overlay.a_P] >= RIVAL * strength_P[:, None]).sum(axis=1)
+        rivals_P *= (strength_AB[:, overlay.b_P] >= RIVAL * strength_P).sum(axis=0)
+        evidence_P = strength_P / np.sqrt(rivals_P)
         gain_P = (overlay.cosine_P - levels.alike) * (overlay.end_P - overlay.start_P)
+        gain_P[(gain_P > 0) & (evidence_P < LITTLE_EVIDENCE)] = 0  # A run does not go on over what could be anything.
         for first, last in maximal_segments(gain_P.tolist()):
-            run = _run(a, b, overlay.where(slice(first, last + 1)), offset, cosine_AB, levels)
+            pieces = slice(first, last + 1)
+            run = _run(a, b, overlay.where(pieces), evidence_P[pieces], offset, levels)
             if run is not None and run.end_a_s - run.start_a_s >= min_seconds:
                 found.append(run)
     return _without_overlaps(found)
 
 
-def _run(a: TitleShots, b: TitleShots, overlay: Overlay, offset: float, cosine_AB: np.ndarray, levels: Levels) -> Run | None:
+def _run(a: TitleShots, b: TitleShots, overlay: Overlay, evidence_P: np.ndarray, offset: float, levels: Levels) -> Run | None:
     """Return the run of the pieces of an overlay, or None where they can be a coincidence."""
-    overlay = overlay.where((overlay.cosine_P > levels.alike) & (overlay.end_P - overlay.start_P > MIN_PIECE_S))
+    chosen_P = (overlay.cosine_P > levels.alike) & (overlay.end_P - overlay.start_P > MIN_PIECE_S)
+    overlay, evidence_P = overlay.where(chosen_P), evidence_P[chosen_P]
     a_P, b_P, cosine_P, seconds_P = overlay.a_P, overlay.b_P, overlay.cosine_P, overlay.end_P - overlay.start_P
     if not len(a_P):
         return None
-    differences = np.concatenate([b.start_S[b_P] - a.start_S[a_P], b.end_S[b_P] - a.end_S[a_P]])
-    agreeing = differences[np.abs(differences - offset) <= TOLERANCE_S]
-    rivals_P = (cosine_AB[a_P] >= cosine_P[:, None] - RIVAL).sum(axis=1) * (cosine_AB[:, b_P] >= cosine_P - RIVAL).sum(axis=0)
-    evidence_P = np.maximum(cosine_P - levels.alike, 0) / (1 - levels.alike) / np.sqrt(rivals_P)
-    shots = min(len(np.unique(a_P)), len(np.unique(b_P)))
-    if shots == 1:
-        whole = len(agreeing) == len(differences) == 2 and cosine_P[0] >= levels.single
-        rare = max(rivals_P[0], a.crowd_S[a_P[0]], b.crowd_S[b_P[0]]) <= MAX_CROWD
-        if not (whole and rare):
-            return None
-    elif min(_without_best(evidence_P, shots_P) for shots_P in (a_P, b_P)) < MIN_EVIDENCE:
+    differences_2P = np.stack([b.start_S[b_P] - a.start_S[a_P], b.end_S[b_P] - a.end_S[a_P]])
+    agree_2P = np.abs(differences_2P - offset) <= TOLERANCE_S
+    alone_P = agree_2P.all(axis=0) & (cosine_P >= levels.single) & (evidence_P >= MIN_EVIDENCE)
+    alone_P &= np.maximum(a.crowd_S[a_P], b.crowd_S[b_P]) <= MAX_CROWD
+    if not alone_P.any() and min(_without_best(evidence_P, shots_P) for shots_P in (a_P, b_P)) < MIN_EVIDENCE:
         return None
+    shots = min(len(np.unique(a_P)), len(np.unique(b_P)))
+    agreeing = differences_2P[agree_2P]
     exact = all(np.array_equal(a.unit_SD[i], b.unit_SD[j]) for i, j in zip(a_P, b_P, strict=True))
     offset = float(np.median(agreeing)) if len(agreeing) else offset
     start_s = float(max(a.start_S[a_P[0]], b.start_S[b_P[0]] - offset))
