@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -83,14 +84,14 @@ def _recoded(frames_THWC: np.ndarray, codec: str, bits: int) -> np.ndarray:
     content = io.BytesIO()
     height, width = frames_THWC.shape[1:3]
     with av.open(content, "w", format="matroska") as container:
-        stream = container.add_stream(codec, rate=RATE)
+        stream: Any = container.add_stream(codec, rate=RATE)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, height, "yuv420p", bits
         for frame in frames_THWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
     content.seek(0)
-    with av.open(content) as container:
-        found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    with av.open(content) as reader:
+        found = [frame.to_ndarray(format="rgb24") for frame in reader.decode(video=0)]
     return np.stack((found + [found[-1]] * len(frames_THWC))[: len(frames_THWC)])
 
 
@@ -201,7 +202,7 @@ def file_frames(path: str, start_s: float, end_s: float, rate: Fraction) -> Iter
             if not wanted:
                 return
             last = frame
-    for _ in wanted:
+    for _ in wanted if last is not None else ():
         yield _fitted(last)
 
 
@@ -217,7 +218,7 @@ def families(folders: Sequence[str]) -> dict[str, list[tuple[str, float]]]:
             word = re.split(r"[^a-z]", path.stem.lower())[0]
             word = next((words[0] for words in SAME_FILM if word in words), word)
             with av.open(str(path)) as container:
-                found.setdefault(word, []).append((str(path), container.duration / av.time_base - 0.5))
+                found.setdefault(word, []).append((str(path), (container.duration or 0) / av.time_base - 0.5))
     return found
 
 

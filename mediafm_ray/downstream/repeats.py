@@ -23,7 +23,7 @@ import numpy as np
 TOLERANCE_S = 0.15  # boundaries that differ by less are one: a frame or two, of either rate
 MIN_PIECE_S = 0.2  # shorter pieces are where the detector puts one cut a frame or two apart
 RIVAL = 0.75  # share of the strength of a pair from which another shot explains it as well
-LITTLE_EVIDENCE = 0.15  # of a piece that could be anything
+MAX_RIVALS = 9  # of a pair: the product of those of its two shots, themselves included
 NORMAL_95 = 1.645  # standard deviations from the median to the 95 % quantile of a normal distribution
 DEVIATIONS = 4  # above the median, where unrelated shots end
 MAX_UNRELATED = 0.95  # for titles of which all shots are nearly equal
@@ -137,7 +137,7 @@ def find_runs(a: TitleShots, b: TitleShots, offsets: Sequence[float], levels: Le
         rivals_P *= (strength_AB[:, overlay.b_P] >= RIVAL * strength_P).sum(axis=0)
         evidence_P = strength_P / np.sqrt(rivals_P)
         gain_P = (overlay.cosine_P - levels.alike) * (overlay.end_P - overlay.start_P)
-        gain_P[(gain_P > 0) & (evidence_P < LITTLE_EVIDENCE)] = 0  # A run does not go on over what could be anything.
+        gain_P[(gain_P > 0) & (rivals_P > MAX_RIVALS)] = 0  # A run does not begin or end with what could be anything.
         for first, last in maximal_segments(gain_P.tolist()):
             pieces = slice(first, last + 1)
             run = _run(a, b, overlay.where(pieces), evidence_P[pieces], offset, levels)
