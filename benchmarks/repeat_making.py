@@ -90,7 +90,7 @@ def _recoded(frames_THWC: np.ndarray, codec: str, bits: int) -> np.ndarray:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
     content.seek(0)
-    with av.open(content) as reader:
+    with av.open(content, "r") as reader:
         found = [frame.to_ndarray(format="rgb24") for frame in reader.decode(video=0)]
     return np.stack((found + [found[-1]] * len(frames_THWC))[: len(frames_THWC)])
 
@@ -202,8 +202,8 @@ def file_frames(path: str, start_s: float, end_s: float, rate: Fraction) -> Iter
             if not wanted:
                 return
             last = frame
-    for _ in wanted if last is not None else ():
-        yield _fitted(last)
+    if last is not None:
+        yield from [_fitted(last)] * len(wanted)
 
 
 def _fitted(frame: av.VideoFrame) -> np.ndarray:
