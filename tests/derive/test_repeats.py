@@ -1,4 +1,4 @@
-"""Repeats: runs of shots that titles share, in made vectors whose truth is known, and once in made videos."""
+"""Repeats: runs of shots that titles share, in made vectors whose truth is known."""
 
 import numpy as np
 import pyarrow.parquet as pq
