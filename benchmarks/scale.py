@@ -32,6 +32,7 @@ import pyarrow as pa
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline.rows import AUDIO, FLAGS, FRAMES, SHOTS, Stage, TitleRow, to_json, vectors_cell, vectors_type
+from mediafm_ray.spec import SAMPLE_RATE
 
 ROOT = Path(__file__).parents[1]
 NAPS = {"detect_shots": 2.0, "encode_video": 0.8, "encode_audio": 0.4, "encode_text": 0.4}  # seconds a title, with --nodes
@@ -78,12 +79,12 @@ class NoDetection(_StandIn):
 
     @property
     def adds(self) -> Mapping[str, pa.DataType]:
-        return {"shots": SHOTS, "frames": FRAMES, "audio": AUDIO, "media": pa.string()}
+        return {"shots": SHOTS, "frames": FRAMES, "audio": AUDIO, "sample_rate": pa.int32(), "media": pa.string()}
 
     def result(self) -> Mapping[str, Any]:
         """See _StandIn."""
         facts = {"duration_s": 1.0, "frame_count": 25, "warnings": [], "facts": {}}
-        return {"shots": [SHOT], "frames": [[b""]], "audio": [b""], "media": to_json(facts)}
+        return {"shots": [SHOT], "frames": [[b""]], "audio": [b""], "sample_rate": SAMPLE_RATE, "media": to_json(facts)}
 
 
 class _NoEncoder(_StandIn):
@@ -111,7 +112,7 @@ class NoAudio(_NoEncoder):
     """A stand-in for EncodeAudio."""
 
     name, modality = "encode_audio", "audio"
-    takes = drops = ("audio",)
+    takes = drops = ("audio", "sample_rate")
 
 
 class NoText(_NoEncoder):

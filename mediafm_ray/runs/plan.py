@@ -21,7 +21,7 @@ from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConf
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.media.options import media_recipe
 from mediafm_ray.models import weights
-from mediafm_ray.models.encoder import encoder_dim, weights_digest
+from mediafm_ray.models.encoder import encoder_dim, encoder_sample_rate, weights_digest
 from mediafm_ray.models.fusion import fusion_recipe, spans
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig, DetectorConfig
 from mediafm_ray.pipeline.rows import PLAN_SCHEMA, plan_table
@@ -98,7 +98,7 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
         "arithmetic": NUMERICS_VERSION,
         "detector": detector_recipe(config.detector),
         "frames": recipe_of(config.frames),
-        "media": media_recipe(config.media),
+        "media": media_recipe(config.media, encoder_sample_rate(config.audio)),
         "timed_text": recipe_of(config.timed_text),
         "video": encoder_recipe(config.video, weights_digest(config.video)),
         "audio": encoder_recipe(config.audio, weights_digest(config.audio)),
