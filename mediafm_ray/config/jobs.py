@@ -229,6 +229,7 @@ class SearchShotsConfig(ConfigSection):
     filter: FilterConfig = field(default_factory=FilterConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    audio: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 
@@ -242,4 +243,5 @@ class ExploreCatalogConfig:
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    audio: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
