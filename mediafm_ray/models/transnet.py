@@ -30,12 +30,20 @@ BATCH_NORM_EPS = 1e-3
 NEIGHBOURS = 101  # K: 50 frames before, the frame itself, 50 after
 HISTOGRAM_BITS = 3  # a colour channel's bits that choose its bin: 8 * 8 * 8 = 512 bins
 PIXEL_MAX = 255.0
+MAX_INT8 = 127  # Largest integer of weights, and of inputs, which have 7 bits.
+MIN_WEIGHT = 1e-12  # A channel whose weights are all zero has a scale, too.
+RANGE_SIGMAS = 6  # Standard deviations above the mean, both known from the batch norm, at which a channel's values end.
 
 
 class DilatedLayer:
-    """Four branches of (1 x 3 x 3 spatial, 3 x 1 x 1 temporal) convolution, their batch norm folded in."""
+    """Four branches of (1 x 3 x 3 spatial, 3 x 1 x 1 temporal) convolution, their batch norm folded in.
 
-    def __init__(self, published: dict[str, Tensor], prefix: str, dtype: torch.dtype, input_scale: float = 1.0) -> None:
+    ``input_max``: the largest input, where the spatial convolutions, nine tenths of the work, are to be done in 8-bit integers.
+    """
+
+    def __init__(
+        self, published: dict[str, Tensor], prefix: str, dtype: torch.dtype, input_scale: float = 1.0, input_max: float | None = None
+    ) -> None:
         spatial = [published[f"{prefix}.Conv3D_{dilation}.layers.0.weight"][:, :, 0] for dilation in DILATIONS]
         temporal = torch.stack([published[f"{prefix}.Conv3D_{dilation}.layers.1.weight"][..., 0] for dilation in DILATIONS])
         scale = published[f"{prefix}.bn.weight"] / torch.sqrt(published[f"{prefix}.bn.running_var"] + BATCH_NORM_EPS)
@@ -43,6 +51,7 @@ class DilatedLayer:
         self.spatial_OIHW = (torch.cat(spatial) * input_scale).to(dtype).contiguous(memory_format=torch.channels_last)
         self.temporal_4OIHW = (temporal * scale.view(len(DILATIONS), -1, 1, 1, 1)).to(dtype)
         self.bias_4O = bias.view(len(DILATIONS), -1).to(dtype)
+        self.integers = None if input_max is None else Int8Convolution(self.spatial_OIHW, input_max)
 
     def __call__(self, x_BTHWC: Tensor) -> Tensor:
         """Compute windows, with zeros before and after each."""
@@ -52,7 +61,9 @@ class DilatedLayer:
     def spatial(self, x_NHWC: Tensor) -> Tensor:
         """(N, H, W, I) -> (N, S, C): the spatial convolutions of all branches, each frame alone."""
         # Channels last in memory: every permute is a view, and frames are the batch of the 2-D convolution.
-        return functional.conv2d(x_NHWC.permute(0, 3, 1, 2), self.spatial_OIHW, padding=1).permute(0, 2, 3, 1).flatten(1, 2)
+        x_NCHW = x_NHWC.permute(0, 3, 1, 2)
+        out_NCHW = self.integers(x_NCHW) if self.integers else functional.conv2d(x_NCHW, self.spatial_OIHW, padding=1)
+        return out_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
 
     def temporal(self, spatial_TSC: Tensor) -> Tensor:
         """(T, S, C) -> (T - 2 * REACH, S, O): the temporal convolutions of the frames that have all that they depend on."""
@@ -76,6 +87,34 @@ class DilatedLayer:
         return torch.cat(branches, dim=1).permute(0, 2, 3, 1)
 
 
+class Int8Convolution:
+    """A 3 x 3 convolution of 7-bit inputs, none of them negative, with 8-bit weights; (N, C, H, W) and its result are float32.
+
+    Sums of two products fit 16 bits, so integers are exact, with and without instructions for dot products of bytes (VNNI): every CPU
+    returns the same. Weights have a scale for each output channel, and inputs one, by their largest value.
+    """
+
+    def __init__(self, weight_OIHW: Tensor, input_max: float) -> None:
+        self.scale = input_max / MAX_INT8
+        self.scales_O = weight_OIHW.abs().amax(dim=(1, 2, 3)).clamp(min=MIN_WEIGHT) / MAX_INT8
+        self.zeros_O = torch.zeros(len(weight_OIHW), dtype=torch.long)
+        integers_OIHW = (weight_OIHW / self.scales_O.view(-1, 1, 1, 1)).round().to(torch.int8)
+        self.weight: Tensor = torch.ops.onednn.qconv_prepack(integers_OIHW, self.scales_O, self.scale, 0, [1, 1], [1, 1], [1, 1], 1)
+
+    def __call__(self, x_NCHW: Tensor) -> Tensor:
+        """Compute it; inputs above the largest value count as that."""
+        integers_NCHW = (x_NCHW * (1 / self.scale)).round_().clamp_(0, MAX_INT8).to(torch.uint8)
+        given = (integers_NCHW, self.scale, 0, self.weight, self.scales_O, self.zeros_O, None, [1, 1], [1, 1], [1, 1], 1)
+        result: Tensor = torch.ops.onednn.qconv2d_pointwise(*given, 1.0, 0, torch.float32, "none", [], "")
+        return result
+
+
+def int8_is_there() -> bool:
+    """Return whether this torch and this CPU have 8-bit convolutions that are faster than those in float32."""
+    there = all(hasattr(torch.ops.onednn, name) for name in ("qconv_prepack", "qconv2d_pointwise"))
+    return there and bool(torch.cpu.get_capabilities().get("avx2"))
+
+
 class Dense:
     """A fully connected layer: (..., I) -> (..., O), in the layer's own precision."""
 
@@ -94,9 +133,11 @@ class TransNetV2:
     many_hot: the frame belongs to a transition.
     Takes the published state dict; raises KeyError or RuntimeError when it is another network's. dtype is that of the convolutions and
     the large matrix product, which are nearly all of the work; what compares frames with one another stays in float32.
+    int8: whether the spatial convolutions of features are done in 8-bit integers. What their inputs reach follows from the batch norms
+    before them, without data (Nagel et al. 2019, arXiv:1906.04721, section 4.2.1).
     """
 
-    def __init__(self, published: dict[str, Tensor], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, published: dict[str, Tensor], device: torch.device, dtype: torch.dtype = torch.float32, int8: bool = False) -> None:
         published = {name: tensor.to(device) for name, tensor in published.items()}
 
         def dense(*names: str, dtype: torch.dtype = torch.float32) -> Dense:
@@ -105,13 +146,14 @@ class TransNetV2:
         self.device = device
         self.dtype = dtype
         # Pixels stay 0 ... 255, which bfloat16 holds exactly; the first layer's weights bring them to 0 ... 1.
-        self.blocks = [
-            [
-                DilatedLayer(published, f"SDDCNN.{block}.DDCNN.{layer}", dtype, 1 / PIXEL_MAX if block == layer == 0 else 1.0)
-                for layer in (0, 1)
-            ]
-            for block in range(BLOCKS)
-        ]
+        self.blocks = []
+        below: float | None = None  # The largest value of the block before.
+        for name in (f"SDDCNN.{block}.DDCNN" for block in range(BLOCKS)):
+            shortcut_C, added_C = (_largest(published, f"{name}.{layer}") for layer in (0, 1))
+            first = DilatedLayer(published, f"{name}.0", dtype, 1 / PIXEL_MAX if below is None else 1.0, below if int8 else None)
+            second = DilatedLayer(published, f"{name}.1", dtype, 1.0, float(shortcut_C.max()) if int8 else None)
+            self.blocks.append([first, second])
+            below = float((shortcut_C + added_C).max())
         self.likeness_projection = dense("frame_sim_layer.projection")
         self.likeness = dense("frame_sim_layer.fc")
         self.colour = dense("color_hist_layer.fc")
@@ -141,6 +183,11 @@ class TransNetV2:
         """(..., K), (..., K) and the last block's (..., C) -> (..., 2) probabilities."""
         colour, likeness = torch.relu(self.colour(colour_similarity)), torch.relu(self.likeness(similarity))
         return torch.sigmoid(self.heads(torch.relu(self.hidden(torch.cat([colour, likeness, x], dim=-1)))))
+
+
+def _largest(published: dict[str, Tensor], prefix: str) -> Tensor:
+    """Return the largest values of a layer's channels: where six standard deviations above the mean of the batch norm end."""
+    return published[f"{prefix}.bn.bias"] + RANGE_SIGMAS * published[f"{prefix}.bn.weight"].abs()
 
 
 def _half_size(x_NHWC: Tensor) -> Tensor:

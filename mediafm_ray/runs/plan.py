@@ -420,7 +420,8 @@ def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, mod
 def detector_recipe(config: DetectorConfig) -> dict[str, Any]:
     """The detector's part of the recipe."""
     recipe = encoder_recipe(config, weights.digest(config.weights))
-    return recipe if config.exact else {**recipe, "title": "one sequence"}  # before, a title was computed in windows of 250 frames
+    # Before, a title was computed in windows of 250 frames, and then in float32 where it is now in integers of 8 bits.
+    return recipe if config.exact else {**recipe, "title": "one sequence", "convolutions": "bfloat16 or int8"}
 
 
 def encoder_recipe(config: Any, weights_sha256: str) -> dict[str, Any]:
