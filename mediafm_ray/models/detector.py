@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,7 +203,7 @@ class _SequencePredictions:
         return predicted_2T[:, dropped:]
 
 
-def _in_turn(compute: Callable[[torch.Tensor], torch.Tensor], items: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def _in_turn(compute: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     """Workers.map for a GPU, on the calling thread: every new thread would begin with new handles of cuDNN and cuBLAS."""
     return [compute(item) for item in items]
 

@@ -16,6 +16,7 @@ Weights are named _OIHW as torch has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,9 @@ class DilatedLayer:
     def __call__(self, x_BTHWC: Tensor) -> Tensor:
         """Compute windows, with zeros before and after each."""
         B, T, H, W, _ = x_BTHWC.shape
-        return self._temporal(self.spatial(x_BTHWC.flatten(0, 1)).unflatten(0, (B, T)), padded=True).reshape(B, T, H, W, -1)
+        branches = self.spatial(x_BTHWC.flatten(0, 1)).unflatten(0, (B, T)).chunk(len(DILATIONS), dim=-1)
+        out = [self.temporal(branch, spatial_BTSC, DILATIONS[branch]) for branch, spatial_BTSC in enumerate(branches)]
+        return torch.cat(out, dim=-1).reshape(B, T, H, W, -1)
 
     def spatial(self, x_NHWC: Tensor) -> Tensor:
         """(N, H, W, I) -> (N, S, C): the spatial convolutions of all branches, each frame alone."""
@@ -65,26 +68,11 @@ class DilatedLayer:
         out_NCHW = self.integers(x_NCHW) if self.integers else functional.conv2d(x_NCHW, self.spatial_OIHW, padding=1)
         return out_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
 
-    def temporal(self, spatial_TSC: Tensor) -> Tensor:
-        """(T, S, C) -> (T - 2 * REACH, S, O): the temporal convolutions of the frames that have all that they depend on."""
-        return self._temporal(spatial_TSC.unsqueeze(0), padded=False)[0]
-
-    def _temporal(self, spatial_BTSC: Tensor, padded: bool) -> Tensor:
+    def temporal(self, branch: int, spatial_BTSC: Tensor, padding: int = 0) -> Tensor:
+        """(B, T, S, C) of one branch -> (B, T', S, O): its temporal convolution, with so many frames of zeros before and after."""
+        weight_OIHW, bias_O, dilation = self.temporal_4OIHW[branch], self.bias_4O[branch], (DILATIONS[branch], 1)
         spatial_BCTS = spatial_BTSC.permute(0, 3, 1, 2)
-        T = spatial_BCTS.shape[2]
-        branches = [
-            functional.conv2d(
-                branch_BCTS if padded else branch_BCTS[:, :, REACH - dilation : T - REACH + dilation],
-                weight_OIHW,
-                bias_O,
-                padding=(dilation if padded else 0, 0),
-                dilation=(dilation, 1),
-            )
-            for dilation, branch_BCTS, weight_OIHW, bias_O in zip(
-                DILATIONS, spatial_BCTS.chunk(len(DILATIONS), dim=1), self.temporal_4OIHW, self.bias_4O, strict=True
-            )
-        ]
-        return torch.cat(branches, dim=1).permute(0, 2, 3, 1)
+        return functional.conv2d(spatial_BCTS, weight_OIHW, bias_O, padding=(padding, 0), dilation=dilation).permute(0, 2, 3, 1)
 
 
 class Int8Convolution:
@@ -222,7 +210,7 @@ def _colour_histograms(frames_NHWC: Tensor) -> Tensor:
 # ------------------------------------------------------------------------- a title as one sequence: every frame computed once
 
 END_FRAMES = 21  # A title goes on by these at both ends in the comparison with neighbours, and then by zeros; windows repeat 25 frames.
-Map = Callable[[Callable[[Tensor], Tensor], Iterable[Tensor]], list[Tensor]]
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 
 
 class _LayerSequence:
@@ -237,11 +225,20 @@ class _LayerSequence:
         spatial = run(self.layer.spatial, x_NHWC.split(piece))
         before_TSC = spatial[0][:1].expand(REACH, -1, -1) if self.tail_TSC is None else self.tail_TSC
         after = [spatial[-1][-1:].expand(REACH, -1, -1)] if is_last else []
-        known_TSC = torch.cat([before_TSC, *spatial, *after])
-        self.tail_TSC = known_TSC[-2 * REACH :].clone()
-        count = len(known_TSC) - 2 * REACH
-        parts = [known_TSC[start : min(start + piece, count) + 2 * REACH] for start in range(0, count, piece)]
-        return torch.cat(run(lambda part_TSC: self.layer.temporal(part_TSC).relu_(), parts)).unflatten(1, x_NHWC.shape[1:3])
+        known = [before_TSC, *spatial, *after]
+        self.tail_TSC = torch.cat([part_TSC[-2 * REACH :] for part_TSC in known[-2:]])[-2 * REACH :]
+        count, (_, S, _) = sum(map(len, known)) - 2 * REACH, before_TSC.shape
+        out_TSO = before_TSC.new_empty(count, S, self.layer.bias_4O.numel())
+
+        def compute(branch: int) -> None:
+            # Only this branch's channels, side by side: convolutions would copy a part of all channels again.
+            taken_TSC = torch.cat([part_TSC.chunk(len(DILATIONS), dim=-1)[branch] for part_TSC in known])
+            unused = REACH - DILATIONS[branch]  # Frames at both ends.
+            result_1TSO = self.layer.temporal(branch, taken_TSC[unused : len(taken_TSC) - unused].unsqueeze(0))
+            out_TSO.chunk(len(DILATIONS), dim=-1)[branch].copy_(result_1TSO[0].relu_())
+
+        run(compute, range(len(DILATIONS)))
+        return out_TSO.unflatten(1, x_NHWC.shape[1:3])
 
 
 class _BlockSequence:
