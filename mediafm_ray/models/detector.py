@@ -76,7 +76,7 @@ class ShotDetector:
 
     config.exact: windows and float32 as in the published predict_frames. Otherwise every frame is computed once, and the convolutions
     are done in bfloat16 where the processor has instructions for it, in 8-bit integers on other x86 processors, in float32 elsewhere;
-    probabilities differ by less than 0.1.
+    probabilities differ by less than 0.15.
     On a CPU every piece of work is computed by one thread: probabilities depend neither on other titles nor on the number of threads.
 
     Raises weights.WeightsError when the weights are not there or are not TransNet V2's, ValueError for a device that is not there or a
