@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale [--titles 20000] [--kill]     a catalog through the job: driver seconds a title, memory over time
     python -m benchmarks.scale --nodes [--titles 150]         one simulated node against two, stage times simulated by sleeping
+    python -m benchmarks.scale --actors 100 [--nap 10]        100 detectors that sleep 10 s a title: how many of them one driver feeds
 
 The plan, the graph, the commits and the report are the job's own; only shot detection and the three encoders are replaced, by stages that
 give every title one shot with fixed vectors at once (or, with --nodes, after a nap). With --kill the driver is killed by SIGKILL when
@@ -32,11 +33,15 @@ import pyarrow as pa
 from mediafm_ray.config.jobs import EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline.rows import AUDIO, FLAGS, FRAMES, SHOTS, Stage, TitleRow, to_json, vectors_cell, vectors_type
+from mediafm_ray.spec import SAMPLE_RATE
 
 ROOT = Path(__file__).parents[1]
 NAPS = {"detect_shots": 2.0, "encode_video": 0.8, "encode_audio": 0.4, "encode_text": 0.4}  # seconds a title, with --nodes
 STEADY = (0.4, 0.9)  # the titles between which the time is taken, with --nodes
 NODE_CPUS = 4  # logical, of a simulated node
+DETECTORS_PER_NODE = 64  # of a simulated node, with --actors
+STEADY_S = 60.0  # For so long all detectors of --actors have work, without what precedes it.
+FILM_BYTES = 64 << 20  # Size of a title that travels alone.
 SAMPLE_EVERY_S = 2.0
 DIMS = {"video": 1280, "audio": 192, "text": 384}  # of the offline profile, whose plan is used
 SHOT = {
@@ -59,7 +64,7 @@ class _StandIn(Stage):
     """A stage that does nothing, immediately or after a sleep."""
 
     def __init__(self, *arguments: Any):
-        self.nap_s = NAPS[self.name] if os.environ.get("BENCHMARK_NAPS") else 0.0
+        self.nap_s = json.loads(os.environ.get("BENCHMARK_NAPS", "{}")).get(self.name, 0.0)
 
     def process(self, row: TitleRow) -> Mapping[str, Any]:
         time.sleep(self.nap_s)
@@ -78,12 +83,12 @@ class NoDetection(_StandIn):
 
     @property
     def adds(self) -> Mapping[str, pa.DataType]:
-        return {"shots": SHOTS, "frames": FRAMES, "audio": AUDIO, "media": pa.string()}
+        return {"shots": SHOTS, "frames": FRAMES, "audio": AUDIO, "sample_rate": pa.int32(), "media": pa.string()}
 
     def result(self) -> Mapping[str, Any]:
         """See _StandIn."""
         facts = {"duration_s": 1.0, "frame_count": 25, "warnings": [], "facts": {}}
-        return {"shots": [SHOT], "frames": [[b""]], "audio": [b""], "media": to_json(facts)}
+        return {"shots": [SHOT], "frames": [[b""]], "audio": [b""], "sample_rate": SAMPLE_RATE, "media": to_json(facts)}
 
 
 class _NoEncoder(_StandIn):
@@ -111,7 +116,7 @@ class NoAudio(_NoEncoder):
     """A stand-in for EncodeAudio."""
 
     name, modality = "encode_audio", "audio"
-    takes = drops = ("audio",)
+    takes = drops = ("audio", "sample_rate")
 
 
 class NoText(_NoEncoder):
@@ -135,6 +140,8 @@ def main() -> None:
     parser.add_argument("--titles", type=int, default=0, help="20,000, or 150 with --nodes")
     parser.add_argument("--kill", action="store_true", help="kill the driver in the middle, and run again")
     parser.add_argument("--nodes", action="store_true", help="compare one simulated node with two")
+    parser.add_argument("--actors", type=int, help="so many detectors, which sleep")
+    parser.add_argument("--nap", type=float, default=10.0, help="seconds that a detector of --actors sleeps for a title")
     parser.add_argument("--job", nargs=2, metavar=("CATALOG", "OUTPUT"), help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()
     if arguments.job:
@@ -144,6 +151,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.nodes:
             compare_nodes(Path(folder), arguments.titles or 150)
+        elif arguments.actors:
+            feed_actors(Path(folder), arguments.actors, arguments.nap, overrides)
         else:
             run_catalog(Path(folder), arguments.titles or 20_000, arguments.kill, overrides)
 
@@ -242,13 +251,15 @@ def say(sample: Mapping[str, Any]) -> None:
 # -------------------------------------------------------------------------------------------------------- a catalog
 
 
-def make_catalog(folder: Path, titles: int) -> Path:
-    """Write tiny files, which are never opened."""
+def make_catalog(folder: Path, titles: int, size: int = 0) -> Path:
+    """Write tiny files, which are never opened, or files of a size without content."""
     videos = folder / "videos"
     for number in range(titles):
         path = videos / f"{number % 100:02d}" / f"title{number:06d}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(str(number).encode())
+        if size:
+            os.truncate(path, size)
     return videos
 
 
@@ -326,7 +337,7 @@ def compare_nodes(folder: Path, titles: int) -> None:
     What counts is the time between two titles in the middle: the processes of all nodes start on the cores of this machine, and what
     that takes is no matter of nodes.
     """
-    os.environ["BENCHMARK_NAPS"] = "1"  # the nodes' processes have this environment, not the driver's
+    os.environ["BENCHMARK_NAPS"] = json.dumps(NAPS)  # the nodes' processes have this environment, not the driver's
     catalog = make_catalog(folder, titles)
     first, last = (int(titles * share) for share in STEADY)
     seconds = {}
@@ -340,26 +351,54 @@ def compare_nodes(folder: Path, titles: int) -> None:
 
 def run_on_nodes(catalog: Path, output: Path, nodes: int) -> list[float]:
     """Return the times in seconds at which titles ended on a cluster of a number of nodes and a head without work."""
-    from ray.cluster_utils import Cluster
-
     # a node takes two detectors and one of each encoder
     pool = {"detect_shots": 2, "encode_video": 1, "encode_audio": 1, "encode_text": 1}
     overrides = [f"resources.{stage}.{bound}_actors={count * nodes}" for stage, count in pool.items() for bound in ("max", "min")]
     overrides += [f"resources.{stage}.num_cpus=0.7" for stage in pool]
+    samples = run_on_cluster(catalog, output, [NODE_CPUS] * nodes, overrides)
+    return next(one["moments_s"] for one in samples if "moments_s" in one)
+
+
+def run_on_cluster(catalog: Path, output: Path, cpus: list[int], overrides: list[str]) -> list[dict[str, Any]]:
+    """Run the job on a cluster of nodes with these numbers of CPUs and a head without work; return what it reports of itself."""
+    from ray.cluster_utils import Cluster
+
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 200 << 20})
     try:
-        for _ in range(nodes):
-            cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=200 << 20)
+        for count in cpus:
+            cluster.add_node(num_cpus=count, object_store_memory=200 << 20)
         environment = {**os.environ, "RAY_ADDRESS": cluster.address}
         command = job_command(catalog, output, overrides)
-        done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     finally:
         cluster.shutdown()
-    facts: dict[str, Any] = {}
-    for line in done.stderr.splitlines():
-        if line.startswith("{"):
-            facts.update(json.loads(line))
-    return facts["moments_s"]
+    if done.returncode:
+        raise SystemExit(f"the job ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+
+
+def feed_actors(folder: Path, actors: int, nap_s: float, overrides: list[str]) -> None:
+    """Run films through detectors that sleep; print the titles a second, the share of their time that detectors have work, the driver's."""
+    os.environ["BENCHMARK_NAPS"] = json.dumps({"detect_shots": nap_s})
+    titles = round(actors * (STEADY_S / nap_s + 4))  # The first and the last nap of a detector, and starts of different length.
+    catalog = make_catalog(folder, titles, FILM_BYTES)
+    whole = [f"resources.detect_shots.{bound}_actors={actors}" for bound in ("min", "max")]
+    whole += [f"resources.{stage}.num_cpus=0.01" for stage in ("encode_video", "encode_audio", "encode_text")]
+    nodes = -(-actors // DETECTORS_PER_NODE)
+    samples = run_on_cluster(
+        catalog, folder / "out", [DETECTORS_PER_NODE + 2] * nodes, ["resources.detect_shots.num_cpus=1", *whole, *overrides]
+    )
+    moments_s = next(one["moments_s"] for one in samples if "moments_s" in one)
+    first, last = (int(titles * share) for share in STEADY)
+    rate = (last - first) / (moments_s[last] - moments_s[first])
+    timed = [one for one in samples if "elapsed_s" in one and moments_s[first] <= one["elapsed_s"] <= moments_s[last]]
+    spent_s, elapsed_s = (timed[-1][key] - timed[0][key] for key in ("driver_s", "elapsed_s"))
+    print(
+        f"{actors} detectors on {nodes} simulated node(s), {nap_s:g} s a title: {rate:.2f} titles/s of {actors / nap_s:.2f} possible "
+        f"({rate * nap_s / actors:.0%}); driver {spent_s / elapsed_s:.0%} of a core, {spent_s / elapsed_s / rate * 1e3:.1f} ms a title, "
+        f"{max(one['driver_mb'] for one in samples if 'driver_mb' in one):.0f} MB; first title after {moments_s[0]:.0f} s; "
+        f"load {os.getloadavg()[0]:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from mediafm_ray.storage.dataset import Output
 from mediafm_ray.storage.lease import Lease, held
 from mediafm_ray.storage.names import lease_folder
 from mediafm_ray.storage.store import Store
+from mediafm_ray.text import counted
 
 MINUTE = 60  # seconds
 LEASE_LOST = "the lease was lost"
@@ -90,7 +91,7 @@ def delete(backfill: Backfill, config: BackfillCatalogConfig, console: Console) 
     if not config.backfill.delete_missing or not backfill.missing.objects:
         return 0
     deleted = delete_missing(backfill.missing, Output(config.output.uri, backfill.plan.model.dataset_version, config.storage))
-    console.say(f"deleted {deleted} objects of {len(backfill.missing.titles)} titles that are gone from the catalog")
+    console.say(f"deleted {counted(deleted, 'object')} of {counted(len(backfill.missing.titles), 'title')} gone from the catalog")
     return deleted
 
 

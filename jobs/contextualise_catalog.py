@@ -23,6 +23,7 @@ from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.runs.stored import make_stored_plan, prepare_stored_output
 from mediafm_ray.storage.store import Store
+from mediafm_ray.text import counted
 
 LOGS = ("contextualise-summary.json", "contextualise.log", "contextualise-titles.jsonl")  # beside the files of mediafm embed
 
@@ -43,11 +44,11 @@ def main(config: ContextualiseCatalogConfig) -> int:
 def log_plan(plan: Plan, console: Console) -> None:
     """Log the plan of a run."""
     console.say(
-        f"dataset version {plan.model.dataset_version}, checkpoint {plan.checkpoint}: {plan.titles} titles with committed shots, "
-        f"{plan.done} contextualised before, {plan.pending.num_rows} to compute"
+        f"dataset version {plan.model.dataset_version}, checkpoint {plan.checkpoint}: {counted(plan.titles, 'title')} with committed "
+        f"shots, {plan.done} contextualised before, {plan.pending.num_rows} to compute"
     )
     if plan.failed_before:
-        console.say(f"{plan.failed_before} titles failed before and are skipped (run.retry_failed=false)")
+        console.say(f"{counted(plan.failed_before, 'title')} failed before, skipped (run.retry_failed=false)")
     if plan.left:
         console.say(f"{plan.left} more are left for later runs (run.max_titles)")
 

@@ -36,7 +36,7 @@ def main(config: DescribeTitlesConfig) -> int:
         tally = derive_titles(plan, lambda title: describe_title(dataset, vectors, title, config.scenes), config.run, console)
         if tally.ok + plan.done:
             show_titles(plan, config, console)
-        return finish(plan, tally, "rows", config.run, console)
+        return finish(plan, tally, "row", config.run, console)
 
 
 def show_titles(plan: DerivedPlan, config: DescribeTitlesConfig, console: Console) -> None:

@@ -22,6 +22,7 @@ from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.schemas import embedding_array
 from mediafm_ray.storage.tables import write_table
+from mediafm_ray.text import counted
 
 
 def main(config: EmbedClipsConfig) -> int:
@@ -38,7 +39,10 @@ def main(config: EmbedClipsConfig) -> int:
     vectors_ND = clip_vectors(source, clips, config.clips.uri, [config.clips.kind])[config.clips.kind]
     write_table(clips.append_column("embedding", embedding_array(vectors_ND)), config.table.uri, config.storage)
     titles = len(clips["title_id"].unique())
-    console.say(f"{len(clips)} clips of {titles} titles, {config.clips.kind}, {vectors_ND.shape[1]} dimensions: {config.table.uri}")
+    console.say(
+        f"{counted(len(clips), 'clip')} of {counted(titles, 'title')}, {config.clips.kind}, "
+        f"{vectors_ND.shape[1]} dimensions: {config.table.uri}"
+    )
     return EXIT_OK
 
 

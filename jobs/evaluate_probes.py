@@ -30,7 +30,7 @@ from mediafm_ray.runs.command import EXIT_OK, run_job
 from mediafm_ray.runs.report import Console
 from mediafm_ray.runs.stored import open_dataset
 from mediafm_ray.storage.tables import TableError, write_object
-from mediafm_ray.text import public_line
+from mediafm_ray.text import counted, public_line
 
 NO_LABELS = (*CLIP_COLUMNS, "clip_id")  # columns that identify the clip
 
@@ -48,7 +48,7 @@ def main(config: EvaluateProbesConfig) -> int:
     labels = read_labels(clips, groups_N, config, console)
     kind = "score" if labels.is_ranking else f"{len(labels.names)} labels"
     groups = f"{groups_N.max() + 1} {'titles' if not config.labels.group else f'groups by {config.labels.group}'}"
-    console.say(f"dataset version {dataset.version}: {len(clips)} clips of {groups}, {kind}")
+    console.say(f"dataset version {dataset.version}: {counted(len(clips), 'clip')} of {groups}, {kind}")
     features = clip_vectors(source, clips, config.labels.uri, config.labels.inputs)
     baseline = config.labels.baseline if config.labels.baseline in features else config.labels.inputs[0]
     results = evaluate(features, labels, groups_N, baseline, config.probes)

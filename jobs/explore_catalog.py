@@ -12,7 +12,7 @@ Exit code 0: ended by Ctrl-C; 2: a bad configuration or output, or the port is t
 
 from __future__ import annotations
 
-import contextlib
+import signal
 import socket
 import sys
 
@@ -21,7 +21,7 @@ from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.config.sections import ExploreConfig
 from mediafm_ray.extras import need
 from mediafm_ray.runs.command import EXIT_OK, run_job
-from mediafm_ray.text import public_line
+from mediafm_ray.text import counted, public_line
 
 KEEP_ALIVE_S = 75  # A client that pauses between two requests shall not meet a connection that is just being closed.
 
@@ -48,7 +48,9 @@ def main(config: ExploreCatalogConfig) -> int:
     name = f"[{host}]" if ":" in host else host
     address = f"http://{name}:{listening.getsockname()[1]}/{f'?token={token}' if token else ''}"
     listening.listen()  # Before the address is printed: whoever opens it at once waits instead of being refused.
-    print(f"{len(catalog.objects)} titles, {catalog.shots} shots that can be searched: open {address} (Ctrl-C ends it)", flush=True)
+    print(
+        f"{counted(len(catalog.objects), 'title')}, {counted(catalog.shots, 'shot')} to search: open {address} (Ctrl-C ends it)", flush=True
+    )
     options = uvicorn.Config(
         app,
         log_level="warning",
@@ -58,8 +60,14 @@ def main(config: ExploreCatalogConfig) -> int:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=3,
     )
-    with listening, contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has ended the connections.
-        uvicorn.Server(options).run(sockets=[listening])
+    with listening:
+        try:
+            uvicorn.Server(options).run(sockets=[listening])
+        except KeyboardInterrupt:  # uvicorn raises it again after it has ended the connections.
+            pass
+        except SystemExit as ending:  # As it does with SIGTERM: a server that is told to end has no work left.
+            if ending.code != signal.SIGTERM:
+                raise
     return EXIT_OK
 
 

@@ -6,8 +6,9 @@
     mediafm search --config mediafm index.uri=index/ query="a red car" by=video
 
 Prints a table, or one JSON object. mediafm index writes the index. by=all compares the contextual or fused vectors of the index,
-by=video, audio or text those of one encoder. Words are compared with the text of a shot (by=text) or, where the video encoder is CLIP
-or SigLIP, with its pictures (by=video); they need the profile that the catalog was embedded with.
+by=video, audio or text those of one encoder. Words are compared with the text of a shot (by=text), where the video encoder is CLIP
+or SigLIP with its pictures (by=video), and where the audio encoder is CLAP with its sound (by=audio); they need the profile that the
+catalog was embedded with.
 The shot or clip of the query is not among the results.
 Exit code 0: success, even if nothing was found; 2: a bad configuration or index, or an unknown title.
 """

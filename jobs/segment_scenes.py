@@ -32,7 +32,7 @@ def main(config: SegmentScenesConfig) -> int:
     console.say(plan.describe(vectors))
     with working():
         tally = derive_titles(plan, lambda title: segment_title(dataset, vectors, title, config.scenes), config.run, console)
-        return finish(plan, tally, "scenes", config.run, console)
+        return finish(plan, tally, "scene", config.run, console)
 
 
 if __name__ == "__main__":

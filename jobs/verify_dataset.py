@@ -27,7 +27,7 @@ from mediafm_ray.storage.lease import Lease, held
 from mediafm_ray.storage.names import compaction_lease_folder, lease_folder
 from mediafm_ray.storage.store import StorageError, Store
 from mediafm_ray.storage.verify import Finding, check_model, check_title, list_titles
-from mediafm_ray.text import public_line
+from mediafm_ray.text import counted, public_line
 
 LEASE_S = 600
 PROGRESS_S = 10  # seconds between progress lines
@@ -75,7 +75,7 @@ def verify(version: str, config: VerifyDatasetConfig, console: Console) -> int:
                 console.say(progress(count, objects, said - begun))
     seconds = time.monotonic() - begun
     console.say(
-        f"dataset version {version}: {count['objects']} objects checked, {count['bytes'] / 1e6:.1f} MB in {seconds:.1f} s, "
+        f"dataset version {version}: {counted(count['objects'], 'object')} checked, {count['bytes'] / 1e6:.1f} MB in {seconds:.1f} s, "
         f"{count['broken']} broken, {count['deleted']} deleted"
     )
     return count["broken"]

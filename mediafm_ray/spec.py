@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 
-SAMPLE_RATE = 16_000  # Hz, mono int16; the input of all audio encoders
+SAMPLE_RATE = 16_000  # Hz, mono int16; the sound of a title, unless its audio encoder takes another rate
 DETECTOR_HEIGHT = 27  # pixels, as in the training of TransNet V2
 DETECTOR_WIDTH = 48  # pixels
 MAX_SHOTS_PER_WINDOW = 512  # shots in the attention window of the contextualiser (MediaFM)
@@ -206,7 +206,7 @@ class ShotMedia:
     start_s: float
     end_s: float
     frames: Sequence[bytes | memoryview]  # JPEG, evenly spread over the shot, in order
-    audio: bytes | memoryview  # 16 kHz mono int16 little-endian; empty if the title has no audio
+    audio: bytes | memoryview  # mono int16 little-endian at the reader's rate; empty if the title has no audio
     text: str = ""  # plain text spoken or shown during the shot; empty if there is none
     language: str = ""
     thumbnail: bytes = b""  # a small JPEG of the middle frame, for people

@@ -24,6 +24,11 @@ WEB = ("http", "https")
 CLOSING = "'`)]},.;:\\"  # A text may have these characters after an address.
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count and a noun, in the plural unless the count is one."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def public_uri(uri: str) -> str:
     """Return a URI without its secrets: user, password and the query of a signed link. A local path is returned unchanged."""
     scheme, separator, _ = uri.partition("://")

@@ -232,6 +232,7 @@ class SearchShotsConfig(ConfigSection):
     filter: FilterConfig = field(default_factory=FilterConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    audio: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 
@@ -257,4 +258,5 @@ class ExploreCatalogConfig:
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    audio: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)

@@ -42,6 +42,7 @@ from mediafm_ray.storage.index import (
 )
 from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.storage.names import SHOTS, decode_title, encode_title, object_key
+from mediafm_ray.text import counted
 
 MB = 10**6
 SHOT_COLUMNS = tuple(name for name in ROW_COLUMNS if name != "title_id")  # columns of ``shots``
@@ -72,7 +73,7 @@ class IndexPlan:
         there = self.titles - len(self.add)
         changed = f", {len(self.superseded)} of them changed" if self.superseded else ""
         todo = f"{len(self.add)} to add{changed}, {len(self.remove)} to remove"
-        return f"{self.facts.describe()}: {self.titles} titles, {there} in the index, {todo}"
+        return f"{self.facts.describe()}: {counted(self.titles, 'title')}, {there} in the index, {todo}"
 
 
 def facts_of(dataset: EmbeddingDataset, vectors: str, parts: Sequence[str]) -> IndexFacts:
@@ -259,8 +260,10 @@ def finish_build(writer: IndexWriter, added: TitleCounts, removed: int, config: 
         writer.publish()
         writer.prune_versions(config.index.keep_hours)
     console.say()
-    console.say(f"  {added.ok} titles added with {added.rows} shots, {removed} removed, {len(added.failures)} failed")
-    console.say(f"  index    {writer.uri}, version {index.version}: {shots} shots, {writer.size() / MB:.1f} MB with older versions")
+    console.say(f"  {counted(added.ok, 'title')} added with {counted(added.rows, 'shot')}, {removed} removed, {len(added.failures)} failed")
+    console.say(
+        f"  index    {writer.uri}, version {index.version}: {counted(shots, 'shot')}, {writer.size() / MB:.1f} MB with older versions"
+    )
     if not shots:
         console.say("  nothing is published: the index has no shots")
     log_failures(added.failures, console)

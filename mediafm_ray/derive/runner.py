@@ -29,7 +29,7 @@ from mediafm_ray.runs.report import MAX_FAILURES_SHOWN, Console
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, newest_objects
 from mediafm_ray.storage.names import SHOTS, decode_title, matching_object, object_key
 from mediafm_ray.storage.schemas import encode_parquet
-from mediafm_ray.text import public_line
+from mediafm_ray.text import counted, public_line
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 5.0  # seconds between progress lines
@@ -67,7 +67,7 @@ class DerivedPlan:
         """Describe the plan in one line."""
         later = f", {self.left} left for later" if self.left else ""
         return (
-            f"{self.target}, from {made_from} of dataset version {self.dataset.version}: {self.titles} titles, "
+            f"{self.target}, from {made_from} of dataset version {self.dataset.version}: {counted(self.titles, 'title')}, "
             f"{self.done} committed before, {len(self.pending)} to do{later}"
         )
 
@@ -215,10 +215,13 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], threads: 
                 future.cancel()
 
 
-def finish(plan: DerivedPlan, counts: TitleCounts, rows: str, config: DerivedRunConfig, console: Console) -> int:
-    """Log the summary of a run and return its exit code. ``rows``: name of the dataset's rows, such as ``scenes``."""
+def finish(plan: DerivedPlan, counts: TitleCounts, row: str, config: DerivedRunConfig, console: Console) -> int:
+    """Log the summary of a run and return its exit code. ``row``: name of a row of the dataset, such as ``scene``."""
     console.say()
-    console.say(f"  {counts.ok} titles done with {counts.rows} {rows}, {len(counts.failures)} failed; {plan.done} were done before")
+    console.say(
+        f"  {counted(counts.ok, 'title')} done with {counted(counts.rows, row)}, {len(counts.failures)} failed; "
+        f"{plan.done} were done before"
+    )
     console.say(f"  dataset  {plan.dataset.output.store.uri}/{plan.target}")
     log_failures(counts.failures, console)
     return EXIT_FAILED_TITLES if len(counts.failures) > config.max_failed_fraction * counts.planned else EXIT_OK

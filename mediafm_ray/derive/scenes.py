@@ -13,6 +13,7 @@ from mediafm_ray.spec import recipe_of
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.names import SCENES, derived
 from mediafm_ray.storage.schemas import scenes_schema
+from mediafm_ray.text import counted
 
 NUMERICS_VERSION = 1  # Raise it with a change of the code that changes the scenes: it is part of the dataset's name.
 
@@ -49,4 +50,4 @@ def segment_title(dataset: EmbeddingDataset, vectors: str, pending: PendingTitle
         "score": scenes.score_K,
     }
     facts = facts_of_title(dataset, title, vectors, scenes_recipe(config))
-    return Derived(table_of(columns, scenes_schema()), facts, f"{len(scenes)} scenes of {len(title.start_S)} shots")
+    return Derived(table_of(columns, scenes_schema()), facts, f"{counted(len(scenes), 'scene')} of {counted(len(title.start_S), 'shot')}")

@@ -22,14 +22,16 @@ from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.config.sections import FilterConfig, SearchedIndexConfig
 from mediafm_ray.derive.reader import suggest_titles
 from mediafm_ray.downstream.clips import clip_overlaps, pool_overlaps
-from mediafm_ray.models.encoder import build_text_encoder, weights_digest
-from mediafm_ray.models.options import TextEncoderConfig, VideoEncoderConfig
+from mediafm_ray.models.encoder import EncoderConfig, build_text_encoder, weights_digest
+from mediafm_ray.models.options import AudioEncoderConfig, TextEncoderConfig, VideoEncoderConfig
 from mediafm_ray.runs.plan import encoder_recipe
 from mediafm_ray.storage.dataset import DatasetError
 from mediafm_ray.storage.index import EMBEDDING, IndexFacts, NoIndex, ShotFilter, ShotIndex, modality_of, part_column, vectors_or_zero
 from mediafm_ray.text import escape_controls_in_json, public_uri
 
 ALL = "all"  # all modalities: the fused or contextual vector
+# modality -> encoder that has a text tower, words of a message
+WITH_WORDS = {"video": ("clip", "pictures were"), "audio": ("clap", "sound was")}
 SHOT_PATTERN = re.compile(r"(?P<title>.+):(?P<index>\d+)")
 CLIP_PATTERN = re.compile(r"(?P<title>.+):(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)")
 TEXT_WIDTH = 60  # characters of a shot's text in a table
@@ -68,7 +70,7 @@ def make_query(index: ShotIndex, config: SearchShotsConfig) -> Query:
         raise ConfigError(f"one of shot=TITLE:INDEX, clip=TITLE:START-END and query=WORDS is required; {given}")
     if config.query:
         by = config.by or "text"
-        return words_query(index, config.query, by, words_encoder(index, by, config.text, config.video))
+        return words_query(index, config.query, by, words_encoder(index, by, config.text, config.video, config.audio))
     column = column_of(index, config.by or ALL)
     if config.shot:
         match = SHOT_PATTERN.fullmatch(config.shot)
@@ -138,36 +140,39 @@ def words_query(index: ShotIndex, words: str, by: str, encoder: Any) -> Query:
     return Query({"query": words, "by": by}, column_of(index, by), encoded.embeddings_SD[0])
 
 
-def words_encoder(index: ShotIndex, by: str, text: TextEncoderConfig, video: VideoEncoderConfig) -> Any:
-    """Load the encoder of words into the space of an index's text or video vectors. Raises ConfigError, WeightsError."""
-    if by not in ("text", "video"):
+def words_encoder(index: ShotIndex, by: str, text: TextEncoderConfig, video: VideoEncoderConfig, audio: AudioEncoderConfig) -> Any:
+    """Load the encoder of words into the space of an index's text, video or audio vectors. Raises ConfigError, WeightsError."""
+    if by not in ("text", *WITH_WORDS):
         raise ConfigError(
-            f"by={by}: words are compared with the text of shots (by=text) or, with CLIP as video encoder, with their pictures (by=video)"
+            f"by={by}: words are compared with the text of shots (by=text), with CLIP as video encoder with their pictures (by=video), and "
+            "with CLAP as audio encoder with their sound (by=audio)"
         )
     column = column_of(index, by)
     if by == "text":
         _check_encoder(index.facts, "text", text)
         encoder: Any = build_text_encoder(text)
     else:
-        check_pictures(index, video)
-        from mediafm_ray.models.clip_text import ClipTextEncoder
+        config = video if by == "video" else audio
+        check_has_words(index, by, config)
+        from mediafm_ray.models.text_tower import TextTower
 
-        encoder = ClipTextEncoder(video)
+        encoder = TextTower(config)
     if encoder.dim != index.facts.dims[column]:
         raise ConfigError(f"by={by}: the encoder gives {encoder.dim} dimensions, the index has {index.facts.dims[column]}")
     return encoder
 
 
-def check_pictures(index: ShotIndex, video: VideoEncoderConfig) -> None:
-    """Check that the pictures of an index were encoded by the configured CLIP or SigLIP. Raises ConfigError with what they are."""
-    column_of(index, "video")
-    recorded = index.facts.recipe.get("video", {}).get("encoder")
-    if recorded != "clip":
-        raise ConfigError(f"by=video: the index's pictures were encoded by {recorded}, which has no text encoder: use by=text")
-    _check_encoder(index.facts, "video", video)
+def check_has_words(index: ShotIndex, modality: str, config: VideoEncoderConfig | AudioEncoderConfig) -> None:
+    """Check that the vectors of a modality are of the configured encoder and that it has a text tower. Raises ConfigError otherwise."""
+    column_of(index, modality)
+    recorded = index.facts.recipe.get(modality, {}).get("encoder")
+    encoder, encoded = WITH_WORDS[modality]
+    if recorded not in (encoder, None):
+        raise ConfigError(f"by={modality}: the index's {encoded} encoded by {recorded}, which has no text encoder: use by=text")
+    _check_encoder(index.facts, modality, config)
 
 
-def _check_encoder(facts: IndexFacts, modality: str, config: TextEncoderConfig | VideoEncoderConfig) -> None:
+def _check_encoder(facts: IndexFacts, modality: str, config: EncoderConfig) -> None:
     """Check that the configured encoder is that of the index, whose vectors others cannot match. Raises ConfigError with the difference."""
     recorded = facts.recipe.get(modality)
     if recorded is None:

@@ -24,7 +24,7 @@ from mediafm_ray.errors import TitleError
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.names import TITLES, derived
 from mediafm_ray.storage.schemas import embedding_array, embedding_type, embedding_values, titles_schema
-from mediafm_ray.text import public_line
+from mediafm_ray.text import counted, public_line
 
 NUMERICS_VERSION = 1  # Raise it with a change of the code that changes the rows: it is part of the dataset's name.
 TEXT_COLUMNS = ("text", "has_audio", "has_text")  # columns of ``shots``
@@ -67,7 +67,7 @@ def describe_title(dataset: EmbeddingDataset, vectors: str, pending: PendingTitl
         "cls_embedding": pa.nulls(1, embedding_type(len(pooled_D))) if title.cls_D is None else embedding_array(title.cls_D[None]),
     }
     table, facts = table_of(columns, titles_schema(len(pooled_D))), facts_of_title(dataset, title, vectors, titles_recipe(config))
-    return Derived(table, facts, f"{minutes * 60:.1f} s, {len(seconds_S)} shots, {scenes} scenes")
+    return Derived(table, facts, f"{minutes * 60:.1f} s, {counted(len(seconds_S), 'shot')}, {counted(scenes, 'scene')}")
 
 
 # ------------------------------------------------------------------------------------------------------- nearest titles

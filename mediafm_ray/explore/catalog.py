@@ -21,7 +21,7 @@ from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.derive.pages import UNREADABLE
 from mediafm_ray.derive.reader import suggest_titles
 from mediafm_ray.derive.repeats import read_repeats
-from mediafm_ray.derive.search import check_index, check_pictures, words_encoder
+from mediafm_ray.derive.search import WITH_WORDS, check_has_words, check_index, words_encoder
 from mediafm_ray.explore.cache import BoundedCache
 from mediafm_ray.extras import MissingExtra
 from mediafm_ray.models.encoder import build_video_encoder
@@ -139,12 +139,12 @@ class Catalog:
 
     def _open_words(self) -> Words:
         words = Words()
-        for by in ("text", "video"):
+        for by in ("text", *WITH_WORDS):
             if self.index is None or by not in self.spaces:
                 words.reasons[by] = self.problem or self.missing(by)
                 continue
             try:
-                words.encoders[by] = words_encoder(self.index, by, self.config.text, self.config.video)
+                words.encoders[by] = words_encoder(self.index, by, self.config.text, self.config.video, self.config.audio)
             except NO_QUERY as error:
                 words.reasons[by] = str(error)
         return words
@@ -154,7 +154,7 @@ class Catalog:
         if self.index is None or "video" not in self.spaces:
             return self.problem or self.missing("video")
         try:
-            check_pictures(self.index, self.config.video)
+            check_has_words(self.index, "video", self.config.video)
         except NO_QUERY as error:
             return str(error)
         return ""

@@ -34,7 +34,7 @@ from mediafm_ray.media.source import file_name
 from mediafm_ray.media.wire import BufferedChannel, Channel, WireError
 from mediafm_ray.spec import ShotSpan, TimedTextSource, Title
 
-MIN_SOUND_BYTES = 1 << 16  # bytes in a piece of sound, two seconds: a message for each audio packet costs both processes time
+MIN_SOUND_BYTES = 1 << 16  # bytes in a piece of sound, two seconds at 16 kHz: a message for each audio packet costs both processes time
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STDERR = 2  # where FFmpeg writes; the parent opened it as a file for appending
 
@@ -129,6 +129,7 @@ def _read(header: dict[str, Any], channel: Channel) -> dict[str, Any]:
         to_parent,
         DecoderLog(STDERR),
         header["not_on_card"],
+        header["sample_rate"],
     )
     to_parent.send_sound()
     return end

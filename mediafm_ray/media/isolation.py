@@ -71,8 +71,9 @@ class IsolatedReader:
     The child decodes; the detector runs here. The child decodes up to reader.READ_AHEAD_BLOCKS blocks ahead of the detector.
     """
 
-    def __init__(self, frames: FramesConfig, timed_text: TimedTextConfig, media: MediaConfig):
-        self.frames, self.timed_text, self.media = frames, timed_text, media
+    def __init__(self, frames: FramesConfig, timed_text: TimedTextConfig, media: MediaConfig, sample_rate: int = SAMPLE_RATE):
+        """``sample_rate``: of the sound of the titles."""
+        self.frames, self.timed_text, self.media, self.sample_rate = frames, timed_text, media, sample_rate
         self.process: subprocess.Popen[bytes] | None = None
         self.channel: Channel | None = None
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the reader)
@@ -144,6 +145,7 @@ class IsolatedReader:
                 "timed_text": asdict(self.timed_text),
                 "media": asdict(self.media),
                 "not_on_card": not_on_card,
+                "sample_rate": self.sample_rate,
             },
         )
         return self.channel
@@ -164,7 +166,7 @@ class IsolatedReader:
 
     def _converse(self, title: Title, detector: ShotStream, not_on_card: str) -> TitleMedia:
         channel = self._ask("read", title, not_on_card)
-        assembly = _Assembly(self.media.max_hours)
+        assembly = _Assembly(self.media.max_hours, self.sample_rate)
         name, frame_count = file_name(title.video), 0
         while True:
             header, parts = channel.receive()
@@ -283,15 +285,16 @@ class _Assembly:
     Raises ValueError for input of the child that would cost disk or memory without limit, or that could not be stored.
     """
 
-    def __init__(self, max_hours: float) -> None:
+    def __init__(self, max_hours: float, sample_rate: int) -> None:
         self.max_s = 2 * max_hours * 3600 + MAX_LEAD_S  # sound may begin long before the first picture
+        self.sample_rate = sample_rate
         self.shots: list[ShotMedia] = []
         self.frames, self.samples = Spool(), Spool()
         self.frame_offsets = [0]
 
     def sound(self, samples: bytes) -> None:
         self.samples.append(samples)
-        if self.samples.size > self.max_s * SAMPLE_RATE * BYTES_PER_SAMPLE:
+        if self.samples.size > self.max_s * self.sample_rate * BYTES_PER_SAMPLE:
             raise ValueError("too much sound")
 
     def shot(self, span: ShotSpan, start_s: float, end_s: float, frames: list[bytes], thumbnail: bytes) -> None:
@@ -310,7 +313,7 @@ class _Assembly:
         if not 0 <= duration_s <= self.max_s:
             raise ValueError("the duration is not finite or too long")
         json.dumps([frame_count, facts], allow_nan=False, ensure_ascii=False).encode()  # raises for values that could not be stored
-        ends = [round(shot.end_s * SAMPLE_RATE) * BYTES_PER_SAMPLE if header["has_sound"] else 0 for shot in self.shots]
+        ends = [round(shot.end_s * self.sample_rate) * BYTES_PER_SAMPLE if header["has_sound"] else 0 for shot in self.shots]
         self.samples.fill(ends[-1] if ends else 0)
         frames, audio = self.frames.packed(self.frame_offsets), self.samples.packed([0, *ends])
         first = 0

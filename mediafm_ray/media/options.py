@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mediafm_ray.spec import ConfigSection, recipe, recipe_of, resource
+from mediafm_ray.spec import SAMPLE_RATE, ConfigSection, recipe, recipe_of, resource
 
 DECODERS = ("cpu", "cuda", "auto")
 
@@ -74,10 +74,11 @@ class MediaConfig(ConfigSection):
     )
 
 
-def media_recipe(media: MediaConfig) -> dict[str, Any]:
-    """Return the settings that change the numbers.
+def media_recipe(media: MediaConfig, sample_rate: int) -> dict[str, Any]:
+    """Return the settings that change the numbers, and the rate of the sound if it is not the usual one.
 
     A card scales pictures differently from a CPU, and the titles that it takes depend on the machine, so all settings that allow
     a card make one dataset version.
     """
-    return recipe_of(media) | ({"on_card": True} if media.decoder != "cpu" else {})
+    on_card = {"on_card": True} if media.decoder != "cpu" else {}
+    return recipe_of(media) | on_card | ({"sample_rate": sample_rate} if sample_rate != SAMPLE_RATE else {})

@@ -1,7 +1,7 @@
 """One pass over a title: packets in, small pictures, sound, cues and the frames of settled shots out.
 
     container -> packets -> video frames -> detector's pictures -> (detector, in the parent) -> settled spans -> a shot's frames
-                         -> audio frames -> 16 kHz mono samples
+                         -> audio frames -> mono samples
                          -> cues         -> text of shots
 
 Time. The zero of a title's time line is its first picture; where the sound starts more than ``MAX_SOUND_LEAD_S`` before
@@ -77,19 +77,20 @@ def read_title(
     exchange: Exchange,
     log: DecoderLog | None = None,
     not_on_card: str = "",
+    sample_rate: int = SAMPLE_RATE,
 ) -> dict[str, Any]:
     """Read one title; return what is known at its end: texts, languages, duration_s, frame_count, has_sound, warnings, facts.
 
     ``log`` is what FFmpeg writes; without it, concealed errors go unnoticed. ``not_on_card`` is the reason why a card that was tried
-    before must not decode the title. Raises TitleError with a reason for people, and CardError where a card that has begun the title
-    cannot go on: all results are then void.
+    before must not decode the title; ``sample_rate`` is that of the sound. Raises TitleError with a reason for people, and CardError where
+    a card that has begun the title cannot go on: all results are then void.
     """
     name = source.file_name(title.video)
     with source.open_bytes(title.video, media) as stream:
         cut_off = source.is_cut_off(stream)
         container = source.open_container(stream, name, media)
         try:
-            return _Pass(container, name, cut_off, title, frames, timed_text_config, media, exchange, log).run(not_on_card)
+            return _Pass(container, name, cut_off, title, frames, timed_text_config, media, exchange, log, sample_rate).run(not_on_card)
         finally:
             container.close()
 
@@ -108,7 +109,9 @@ class _Pass:
         media: MediaConfig,
         exchange: Exchange,
         log: DecoderLog | None,
+        sample_rate: int,
     ):
+        self.sample_rate = sample_rate
         self.container, self.name, self.cut_off, self.title = container, name, cut_off, title
         self.frames, self.timed_text_config, self.media, self.exchange = frames, timed_text_config, media, exchange
         self.warnings: list[str] = []
@@ -245,7 +248,7 @@ class _Pass:
                 f"the first {late_s:.2f} s of the video cannot be decoded (it starts in the middle of a group of pictures)"
             )
         if self.decoder.audio is not None and self.track is None:
-            self.track = sound.SoundTrack(first_s + self.zero * self.tick, self.media.max_hours)
+            self.track = sound.SoundTrack(first_s + self.zero * self.tick, self.media.max_hours, self.sample_rate)
         for frame in waiting:
             self._sound(frame)
 
@@ -295,7 +298,7 @@ class _Pass:
             start_s = _start_of(self.waiting_sound) or Fraction(0)  # far apart, so the start of the picture no longer matters
             declared = self.video.start_time
             zero_s = declared * self.tick if declared is not None and declared * self.tick - start_s < MAX_SOUND_LEAD_S else start_s
-            self.track = sound.SoundTrack(zero_s, self.media.max_hours)
+            self.track = sound.SoundTrack(zero_s, self.media.max_hours, self.sample_rate)
             waiting, self.waiting_sound = self.waiting_sound, []
             for one in waiting:
                 self._sound(one)
@@ -348,7 +351,10 @@ class _Pass:
         """Return the share of the picture that is lost or damaged, and add warnings. Raises TitleError beyond ``max_damage``."""
         missing = self._missing_end_ticks()
         silences = [
-            (self.zero + round(Fraction(start, SAMPLE_RATE) / self.tick), self.zero + round(Fraction(end, SAMPLE_RATE) / self.tick))
+            (
+                self.zero + round(Fraction(start, self.sample_rate) / self.tick),
+                self.zero + round(Fraction(end, self.sample_rate) / self.tick),
+            )
             for start, end in (self.track.silences if self.track is not None else ())
         ]
         broadcast = self.container.format.name in BROADCAST_FORMATS
@@ -396,7 +402,7 @@ class _Pass:
         if self.video.duration and self.video.start_time is not None and self.first_pts is not None:
             end_s += float((self.first_pts - self.video.start_time) * self.tick)  # both are relative to the declared start
         elif self.track is not None:  # the container's duration includes the sound
-            end_s = max(end_s, self.track.written / SAMPLE_RATE)
+            end_s = max(end_s, self.track.written / self.sample_rate)
         missing_s = declared_s - end_s
         if self.cut_off and missing_s > 0:
             self.damage.note("the file is cut off")

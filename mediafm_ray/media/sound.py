@@ -1,6 +1,6 @@
-"""The audio of a title: 16 kHz mono int16 on the title's own time line, without holes.
+"""The audio of a title: mono int16 on the title's own time line, without holes, at 16 kHz unless the audio encoder takes another rate.
 
-Sample n is heard at n / 16000 s after the title's zero. Time stamps decide: a gap becomes silence, an overlap is cut,
+Sample n is heard at n / rate s after the title's zero. Time stamps decide: a gap becomes silence, an overlap is cut,
 sound before the zero is dropped; jitter below ``RESYNC_S`` is left alone, so sound and picture differ by less.
 Channels are mixed as FFmpeg's resampler does it by default (ITU-R BS.775: centre and front full, surround -3 dB, no LFE,
 scaled so that nothing clips).
@@ -19,15 +19,16 @@ from mediafm_ray.spec import SAMPLE_RATE
 RESYNC_S = 0.010  # time stamps that differ from the running count by more than this are followed
 JUMP_BACK_S = 1.0  # a time stamp this far before the count starts a new count
 MAX_SILENCES = 1000  # gaps that are recorded
-SILENCE_PIECE = SAMPLE_RATE * 60  # samples of silence in one piece
+SILENCE_PIECE = 960_000  # samples of silence in one piece
 
 
 class SoundTrack:
     """Converts decoded audio frames, in order, to samples of the time line."""
 
-    def __init__(self, zero_s: Fraction, max_hours: float):
+    def __init__(self, zero_s: Fraction, max_hours: float, rate: int = SAMPLE_RATE):
         self.zero_s = zero_s  # the title's zero on the container's clock
-        self.limit = round(max_hours * 3600 * SAMPLE_RATE)
+        self.rate = rate  # samples a second of the time line
+        self.limit = round(max_hours * 3600 * rate)
         self.jumps = 0  # time stamps that were not followed
         self.unusable = 0  # frames that could not be converted
         self.written = 0  # samples returned so far: the position on the time line
@@ -43,25 +44,25 @@ class SoundTrack:
         pieces: list[np.ndarray] = []
         position = self.expected
         if frame.pts is not None and frame.time_base is not None:
-            position = (frame.pts * frame.time_base - self.zero_s) * SAMPLE_RATE
-            if self.started and self.expected - position > JUMP_BACK_S * SAMPLE_RATE:  # the recording was joined here
+            position = (frame.pts * frame.time_base - self.zero_s) * self.rate
+            if self.started and self.expected - position > JUMP_BACK_S * self.rate:  # the recording was joined here
                 self.jumps += 1
-                self.zero_s -= (self.expected - position) / SAMPLE_RATE
+                self.zero_s -= (self.expected - position) / self.rate
                 position = self.expected
             elif position > self.limit:
                 self.jumps += 1
                 position = self.expected
         layout = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if not self.started or abs(position - self.expected) > RESYNC_S * SAMPLE_RATE or layout != self.layout:
+        if not self.started or abs(position - self.expected) > RESYNC_S * self.rate or layout != self.layout:
             pieces += self._flush()
-            if self.started and position - self.expected > RESYNC_S * SAMPLE_RATE and len(self.silences) < MAX_SILENCES:
+            if self.started and position - self.expected > RESYNC_S * self.rate and len(self.silences) < MAX_SILENCES:
                 self.silences.append((round(self.expected), round(position)))
             pieces += self._go_to(round(position))
             self.expected = position
             self.started, self.layout = True, layout
-            self.resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+            self.resampler = av.AudioResampler(format="s16", layout="mono", rate=self.rate)
         assert self.resampler is not None
-        self.expected += Fraction(frame.samples * SAMPLE_RATE, frame.sample_rate)
+        self.expected += Fraction(frame.samples * self.rate, frame.sample_rate)
         frame.pts = None  # the resampler must count samples, not repair time stamps: that is done here
         try:
             pieces += self._take(self.resampler.resample(frame))

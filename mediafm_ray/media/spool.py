@@ -13,7 +13,7 @@ from mediafm_ray.spec import Packed
 class Spool:
     """Collects byte strings and returns them as one ``Packed``. The file is removed with its last reference.
 
-    It lies in the folder of temporary files (TMPDIR): about 120 MB an hour of sound, and what the stored frames take.
+    It lies in the folder of temporary files (TMPDIR): about 120 MB an hour of sound at 16 kHz, and what the stored frames take.
     """
 
     def __init__(self) -> None:

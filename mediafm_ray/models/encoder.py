@@ -19,12 +19,14 @@ import numpy as np
 from mediafm_ray.extras import need
 from mediafm_ray.models import weights
 from mediafm_ray.models.options import AudioEncoderConfig, TextEncoderConfig, VideoEncoderConfig
-from mediafm_ray.spec import digest_of
+from mediafm_ray.spec import SAMPLE_RATE, digest_of
 from mediafm_ray.text import PublicError
 
 EncoderConfig = VideoEncoderConfig | AudioEncoderConfig | TextEncoderConfig
 EFFICIENTNET_LITE0_DIM = 1280  # channels of the last convolution
 LOG_MEL_DIM = 192  # three statistics of 64 mel bands
+CLAP_SAMPLE_RATE = 48_000  # Hz; the default of CLAP's feature extractor
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8_000, 192_000  # Hz
 
 
 class ApiError(PublicError):
@@ -73,7 +75,10 @@ class AudioEncoder(Protocol):
     dim: int
 
     def encode(self, shots: Sequence[bytes]) -> Encoded:
-        """Encode the 16 kHz mono int16 little-endian samples of each shot. A shot without samples is absent; a silent one is not."""
+        """Encode the mono int16 little-endian samples of each shot, at ``encoder_sample_rate``.
+
+        A shot without samples is absent; a silent one is not.
+        """
         ...
 
 
@@ -96,6 +101,7 @@ class _Implementation:
     dim: Callable[[Any], int]
     has_weights: bool = True
     extra: str = ""  # the extra of the package that the module needs
+    sample_rate: Callable[[Any], int] = lambda config: SAMPLE_RATE  # of the sound that an audio encoder takes
 
 
 def _number_in_config(address: str, *paths: tuple[str, ...]) -> int:
@@ -122,12 +128,26 @@ def _clip_dim(config: VideoEncoderConfig) -> int:
     return _number_in_config(config.weights, ("vision_config", key), (key,))
 
 
+def _clap_sample_rate(config: AudioEncoderConfig) -> int:
+    """Return the rate in the checkpoint's preprocessor_config.json. It must be divisible by 10, because levels of sound last 0.1 s."""
+    rate = weights.read_preprocessor(config.weights).get("sampling_rate", CLAP_SAMPLE_RATE)
+    if not isinstance(rate, int) or rate % 10 or not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+        raise weights.WeightsError(
+            f"the {weights.PREPROCESSOR} of {config.weights} gives the sampling_rate {rate}: it must be a whole number of Hz from "
+            f"{MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} that is divisible by 10"
+        )
+    return rate
+
+
 VIDEO_ENCODERS: Mapping[str, _Implementation] = {
     "clip": _Implementation("clip", "ClipEncoder", _clip_dim),
     "efficientnet_lite0": _Implementation("efficientnet_lite", "EfficientNetLiteEncoder", lambda config: EFFICIENTNET_LITE0_DIM),
 }
 AUDIO_ENCODERS: Mapping[str, _Implementation] = {
     "wav2vec2": _Implementation("wav2vec2", "Wav2Vec2Encoder", _hidden_size),
+    "clap": _Implementation(
+        "clap", "ClapEncoder", lambda config: _number_in_config(config.weights, ("projection_dim",)), sample_rate=_clap_sample_rate
+    ),
     "log_mel": _Implementation("log_mel", "LogMelEncoder", lambda config: LOG_MEL_DIM, has_weights=False),
 }
 TEXT_ENCODERS: Mapping[str, _Implementation] = {
@@ -162,6 +182,11 @@ def build_text_encoder(config: TextEncoderConfig, allowance: Any = None) -> Text
 def encoder_dim(config: EncoderConfig) -> int:
     """Return the dimension of the configured encoder, without importing torch."""
     return _find(config).dim(config)
+
+
+def encoder_sample_rate(config: AudioEncoderConfig) -> int:
+    """Return the samples a second that the configured encoder takes, without importing torch. Raises WeightsError if that is not known."""
+    return _find(config).sample_rate(config)
 
 
 def weights_digest(config: EncoderConfig) -> str:

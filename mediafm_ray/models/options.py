@@ -65,11 +65,15 @@ class VideoEncoderConfig(ConfigSection):
 class AudioEncoderConfig(ConfigSection):
     """The encoder of a shot's audio."""
 
-    encoder: str = recipe("log_mel", "audio encoder: log_mel (statistics, no weights), wav2vec2 (any wav2vec2, HuBERT or WavLM checkpoint)")
+    encoder: str = recipe(
+        "log_mel",
+        "audio encoder: log_mel (statistics, no weights), wav2vec2 (any wav2vec2, HuBERT or WavLM checkpoint), clap (any CLAP checkpoint "
+        "without fusion)",
+    )
     weights: str = resource("", "weights, if the encoder has any: hub:OWNER/NAME@COMMIT, s3://BUCKET/FOLDER or a path")
     layer: int = recipe(-1, "hidden layer whose mean over time is the embedding: -1 = the last, 0 = before the first (wav2vec2)", min=-1)
     chunk_seconds: float = recipe(20.0, "longer shots are divided into equal chunks of at most this length, whose mean is taken (wav2vec2)")
-    precision: str = recipe("float32", "arithmetic of the network; bfloat16 for wav2vec2 on GPUs", choices=PRECISION_NAMES)
+    precision: str = recipe("float32", "arithmetic of the network; bfloat16 for wav2vec2 and clap on GPUs", choices=PRECISION_NAMES)
     micro_batch: int = resource(0, "chunks in one forward pass on a GPU; 0 = as many as fit", min=0)
     device: str = resource("cpu", DEVICE)
     threads: int = resource(0, THREADS, min=0)

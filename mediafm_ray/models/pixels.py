@@ -32,14 +32,13 @@ from torch import Tensor
 from mediafm_ray.models.encoder import Encoded
 from mediafm_ray.models.loading import MicroBatches, Workers, open_device
 from mediafm_ray.models.options import VideoEncoderConfig
-from mediafm_ray.models.weights import WeightsError, read_json
+from mediafm_ray.models.weights import PREPROCESSOR, WeightsError, read_preprocessor
 
 # Pillow reuses the memory of this many blocks (pictures). By default it reuses none: then the system allocates every picture's pages
 # again while Python is locked, and decoding takes twice as long.
 MAX_REUSED_BLOCKS = 32
 Image.core.set_blocks_max(MAX_REUSED_BLOCKS)
 PRECISION_BITS = 22  # Pillow's integer weights have 32 bits, less 8 of a pixel and 2 of headroom.
-PREPROCESSOR = "preprocessor_config.json"
 
 
 def _cubic(x: float) -> float:
@@ -82,10 +81,7 @@ class PixelRecipe:
 
 def read_pixel_recipe(folder: Path) -> PixelRecipe:
     """Return the recipe of a checkpoint. Raises WeightsError if its file is missing or asks for an unsupported step."""
-    path = folder / PREPROCESSOR
-    if not path.is_file():
-        raise WeightsError(f"no {PREPROCESSOR} in {folder}: the checkpoint must describe the preparation of its pixels")
-    config = read_json(path)
+    config = read_preprocessor(str(folder))
     try:
         for step in ("do_resize", "do_rescale", "do_normalize"):
             if not config.get(step, True):
@@ -109,7 +105,7 @@ def read_pixel_recipe(folder: Path) -> PixelRecipe:
         if crop is None and isinstance(size, int):
             raise ValueError("there is no crop, so frames of different shapes would not get one size")
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be followed: {error!r}") from error
+        raise WeightsError(f"{folder / PREPROCESSOR} cannot be followed: {error!r}") from error
     scale = float(config.get("rescale_factor", 1 / 255))
     return PixelRecipe(size, crop, resample, scale, mean, deviation)
 

@@ -20,9 +20,12 @@ from transformers import (
     BertConfig,
     BertModel,
     BertTokenizer,
+    ClapConfig,
+    ClapModel,
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    RobertaTokenizer,
     SiglipConfig,
     SiglipModel,
     Wav2Vec2Config,
@@ -61,8 +64,22 @@ WAV2VEC2_SAMPLES = {
     "sampling_rate": 16000,
     "feature_extractor_type": "Wav2Vec2FeatureExtractor",
 }
+CLAP_SOUND = {"patch_embeds_hidden_size": 16, "hidden_size": 32, "depths": [2, 2], "num_attention_heads": [2, 4], "spec_size": 128}
+CLAP_SAMPLES = {
+    "feature_size": 64,
+    "sampling_rate": 48000,
+    "hop_length": 480,
+    "fft_window_size": 1024,
+    "max_length_s": 2,
+    "frequency_min": 0,
+    "frequency_max": 14000,
+    "padding": "repeatpad",
+    "truncation": "rand_trunc",
+    "feature_extractor_type": "ClapFeatureExtractor",
+}
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'"
 CLIP_SPECIALS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+CLAP_SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 SPECIAL_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -99,6 +116,17 @@ def make_wav2vec2(folder: Path, **changes: Any) -> None:
     (folder / "preprocessor_config.json").write_text(
         json.dumps({**extractor, "feature_extractor_type": "Wav2Vec2FeatureExtractor"}, indent=1)
     )
+
+
+def make_clap(folder: Path, **changes: Any) -> None:
+    """Write a whole CLAP model with text tower and tokenizer, like published checkpoints without fusion, for pieces of sound of 2 s."""
+    pieces = [*CLAP_SPECIALS, "\u0120", *LETTERS]  # U+0120 is a space.
+    text = {**TEXT, "vocab_size": len(pieces), "max_position_embeddings": 66}
+    shape = ClapConfig(text_config=text, audio_config={**CLAP_SOUND, **changes}, projection_dim=DIM)
+    save_seeded(folder, lambda: ClapModel(shape))
+    write_json(folder / "preprocessor_config.json", CLAP_SAMPLES)
+    ids = {piece: number for number, piece in enumerate(pieces)}
+    RobertaTokenizer(vocab=ids, merges=[], model_max_length=64).save_pretrained(folder)
 
 
 def make_bert(folder: Path) -> None:

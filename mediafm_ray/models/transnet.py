@@ -16,6 +16,7 @@ Weights are named _OIHW as torch has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +31,20 @@ BATCH_NORM_EPS = 1e-3
 NEIGHBOURS = 101  # K: 50 frames before, the frame itself, 50 after
 HISTOGRAM_BITS = 3  # a colour channel's bits that choose its bin: 8 * 8 * 8 = 512 bins
 PIXEL_MAX = 255.0
+MAX_INT8 = 127  # Largest integer of weights, and of inputs, which have 7 bits.
+MIN_WEIGHT = 1e-12  # A channel whose weights are all zero has a scale, too.
+RANGE_SIGMAS = 6  # Standard deviations above the mean, both known from the batch norm, at which a channel's values end.
 
 
 class DilatedLayer:
-    """Four branches of (1 x 3 x 3 spatial, 3 x 1 x 1 temporal) convolution, their batch norm folded in."""
+    """Four branches of (1 x 3 x 3 spatial, 3 x 1 x 1 temporal) convolution, their batch norm folded in.
 
-    def __init__(self, published: dict[str, Tensor], prefix: str, dtype: torch.dtype, input_scale: float = 1.0) -> None:
+    ``input_max``: the largest input, where the spatial convolutions, nine tenths of the work, are to be done in 8-bit integers.
+    """
+
+    def __init__(
+        self, published: dict[str, Tensor], prefix: str, dtype: torch.dtype, input_scale: float = 1.0, input_max: float | None = None
+    ) -> None:
         spatial = [published[f"{prefix}.Conv3D_{dilation}.layers.0.weight"][:, :, 0] for dilation in DILATIONS]
         temporal = torch.stack([published[f"{prefix}.Conv3D_{dilation}.layers.1.weight"][..., 0] for dilation in DILATIONS])
         scale = published[f"{prefix}.bn.weight"] / torch.sqrt(published[f"{prefix}.bn.running_var"] + BATCH_NORM_EPS)
@@ -43,37 +52,55 @@ class DilatedLayer:
         self.spatial_OIHW = (torch.cat(spatial) * input_scale).to(dtype).contiguous(memory_format=torch.channels_last)
         self.temporal_4OIHW = (temporal * scale.view(len(DILATIONS), -1, 1, 1, 1)).to(dtype)
         self.bias_4O = bias.view(len(DILATIONS), -1).to(dtype)
+        self.integers = None if input_max is None else Int8Convolution(self.spatial_OIHW, input_max)
 
     def __call__(self, x_BTHWC: Tensor) -> Tensor:
         """Compute windows, with zeros before and after each."""
         B, T, H, W, _ = x_BTHWC.shape
-        return self._temporal(self.spatial(x_BTHWC.flatten(0, 1)).unflatten(0, (B, T)), padded=True).reshape(B, T, H, W, -1)
+        branches = self.spatial(x_BTHWC.flatten(0, 1)).unflatten(0, (B, T)).chunk(len(DILATIONS), dim=-1)
+        out = [self.temporal(branch, spatial_BTSC, DILATIONS[branch]) for branch, spatial_BTSC in enumerate(branches)]
+        return torch.cat(out, dim=-1).reshape(B, T, H, W, -1)
 
     def spatial(self, x_NHWC: Tensor) -> Tensor:
         """(N, H, W, I) -> (N, S, C): the spatial convolutions of all branches, each frame alone."""
         # Channels last in memory: every permute is a view, and frames are the batch of the 2-D convolution.
-        return functional.conv2d(x_NHWC.permute(0, 3, 1, 2), self.spatial_OIHW, padding=1).permute(0, 2, 3, 1).flatten(1, 2)
+        x_NCHW = x_NHWC.permute(0, 3, 1, 2)
+        out_NCHW = self.integers(x_NCHW) if self.integers else functional.conv2d(x_NCHW, self.spatial_OIHW, padding=1)
+        return out_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
 
-    def temporal(self, spatial_TSC: Tensor) -> Tensor:
-        """(T, S, C) -> (T - 2 * REACH, S, O): the temporal convolutions of the frames that have all that they depend on."""
-        return self._temporal(spatial_TSC.unsqueeze(0), padded=False)[0]
-
-    def _temporal(self, spatial_BTSC: Tensor, padded: bool) -> Tensor:
+    def temporal(self, branch: int, spatial_BTSC: Tensor, padding: int = 0) -> Tensor:
+        """(B, T, S, C) of one branch -> (B, T', S, O): its temporal convolution, with so many frames of zeros before and after."""
+        weight_OIHW, bias_O, dilation = self.temporal_4OIHW[branch], self.bias_4O[branch], (DILATIONS[branch], 1)
         spatial_BCTS = spatial_BTSC.permute(0, 3, 1, 2)
-        T = spatial_BCTS.shape[2]
-        branches = [
-            functional.conv2d(
-                branch_BCTS if padded else branch_BCTS[:, :, REACH - dilation : T - REACH + dilation],
-                weight_OIHW,
-                bias_O,
-                padding=(dilation if padded else 0, 0),
-                dilation=(dilation, 1),
-            )
-            for dilation, branch_BCTS, weight_OIHW, bias_O in zip(
-                DILATIONS, spatial_BCTS.chunk(len(DILATIONS), dim=1), self.temporal_4OIHW, self.bias_4O, strict=True
-            )
-        ]
-        return torch.cat(branches, dim=1).permute(0, 2, 3, 1)
+        return functional.conv2d(spatial_BCTS, weight_OIHW, bias_O, padding=(padding, 0), dilation=dilation).permute(0, 2, 3, 1)
+
+
+class Int8Convolution:
+    """A 3 x 3 convolution of 7-bit inputs, none of them negative, with 8-bit weights; (N, C, H, W) and its result are float32.
+
+    Sums of two products fit 16 bits, so integers are exact, with and without instructions for dot products of bytes (VNNI): every CPU
+    returns the same. Weights have a scale for each output channel, and inputs one, by their largest value.
+    """
+
+    def __init__(self, weight_OIHW: Tensor, input_max: float) -> None:
+        self.scale = input_max / MAX_INT8
+        self.scales_O = weight_OIHW.abs().amax(dim=(1, 2, 3)).clamp(min=MIN_WEIGHT) / MAX_INT8
+        self.zeros_O = torch.zeros(len(weight_OIHW), dtype=torch.long)
+        integers_OIHW = (weight_OIHW / self.scales_O.view(-1, 1, 1, 1)).round().to(torch.int8)
+        self.weight: Tensor = torch.ops.onednn.qconv_prepack(integers_OIHW, self.scales_O, self.scale, 0, [1, 1], [1, 1], [1, 1], 1)
+
+    def __call__(self, x_NCHW: Tensor) -> Tensor:
+        """Compute it; inputs above the largest value count as that."""
+        integers_NCHW = (x_NCHW * (1 / self.scale)).round_().clamp_(0, MAX_INT8).to(torch.uint8)
+        given = (integers_NCHW, self.scale, 0, self.weight, self.scales_O, self.zeros_O, None, [1, 1], [1, 1], [1, 1], 1)
+        result: Tensor = torch.ops.onednn.qconv2d_pointwise(*given, 1.0, 0, torch.float32, "none", [], "")
+        return result
+
+
+def int8_is_there() -> bool:
+    """Return whether this torch and this CPU have 8-bit convolutions that are faster than those in float32."""
+    there = all(hasattr(torch.ops.onednn, name) for name in ("qconv_prepack", "qconv2d_pointwise"))
+    return there and bool(torch.cpu.get_capabilities().get("avx2"))
 
 
 class Dense:
@@ -94,9 +121,11 @@ class TransNetV2:
     many_hot: the frame belongs to a transition.
     Takes the published state dict; raises KeyError or RuntimeError when it is another network's. dtype is that of the convolutions and
     the large matrix product, which are nearly all of the work; what compares frames with one another stays in float32.
+    int8: whether the spatial convolutions of features are done in 8-bit integers. What their inputs reach follows from the batch norms
+    before them, without data (Nagel et al. 2019, arXiv:1906.04721, section 4.2.1).
     """
 
-    def __init__(self, published: dict[str, Tensor], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, published: dict[str, Tensor], device: torch.device, dtype: torch.dtype = torch.float32, int8: bool = False) -> None:
         published = {name: tensor.to(device) for name, tensor in published.items()}
 
         def dense(*names: str, dtype: torch.dtype = torch.float32) -> Dense:
@@ -105,13 +134,14 @@ class TransNetV2:
         self.device = device
         self.dtype = dtype
         # Pixels stay 0 ... 255, which bfloat16 holds exactly; the first layer's weights bring them to 0 ... 1.
-        self.blocks = [
-            [
-                DilatedLayer(published, f"SDDCNN.{block}.DDCNN.{layer}", dtype, 1 / PIXEL_MAX if block == layer == 0 else 1.0)
-                for layer in (0, 1)
-            ]
-            for block in range(BLOCKS)
-        ]
+        self.blocks = []
+        below: float | None = None  # The largest value of the block before.
+        for name in (f"SDDCNN.{block}.DDCNN" for block in range(BLOCKS)):
+            shortcut_C, added_C = (_largest(published, f"{name}.{layer}") for layer in (0, 1))
+            first = DilatedLayer(published, f"{name}.0", dtype, 1 / PIXEL_MAX if below is None else 1.0, below if int8 else None)
+            second = DilatedLayer(published, f"{name}.1", dtype, 1.0, float(shortcut_C.max()) if int8 else None)
+            self.blocks.append([first, second])
+            below = float((shortcut_C + added_C).max())
         self.likeness_projection = dense("frame_sim_layer.projection")
         self.likeness = dense("frame_sim_layer.fc")
         self.colour = dense("color_hist_layer.fc")
@@ -141,6 +171,11 @@ class TransNetV2:
         """(..., K), (..., K) and the last block's (..., C) -> (..., 2) probabilities."""
         colour, likeness = torch.relu(self.colour(colour_similarity)), torch.relu(self.likeness(similarity))
         return torch.sigmoid(self.heads(torch.relu(self.hidden(torch.cat([colour, likeness, x], dim=-1)))))
+
+
+def _largest(published: dict[str, Tensor], prefix: str) -> Tensor:
+    """Return the largest values of a layer's channels: where six standard deviations above the mean of the batch norm end."""
+    return published[f"{prefix}.bn.bias"] + RANGE_SIGMAS * published[f"{prefix}.bn.weight"].abs()
 
 
 def _half_size(x_NHWC: Tensor) -> Tensor:
@@ -175,7 +210,7 @@ def _colour_histograms(frames_NHWC: Tensor) -> Tensor:
 # ------------------------------------------------------------------------- a title as one sequence: every frame computed once
 
 END_FRAMES = 21  # A title goes on by these at both ends in the comparison with neighbours, and then by zeros; windows repeat 25 frames.
-Map = Callable[[Callable[[Tensor], Tensor], Iterable[Tensor]], list[Tensor]]
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 
 
 class _LayerSequence:
@@ -190,11 +225,20 @@ class _LayerSequence:
         spatial = run(self.layer.spatial, x_NHWC.split(piece))
         before_TSC = spatial[0][:1].expand(REACH, -1, -1) if self.tail_TSC is None else self.tail_TSC
         after = [spatial[-1][-1:].expand(REACH, -1, -1)] if is_last else []
-        known_TSC = torch.cat([before_TSC, *spatial, *after])
-        self.tail_TSC = known_TSC[-2 * REACH :].clone()
-        count = len(known_TSC) - 2 * REACH
-        parts = [known_TSC[start : min(start + piece, count) + 2 * REACH] for start in range(0, count, piece)]
-        return torch.cat(run(lambda part_TSC: self.layer.temporal(part_TSC).relu_(), parts)).unflatten(1, x_NHWC.shape[1:3])
+        known = [before_TSC, *spatial, *after]
+        self.tail_TSC = torch.cat([part_TSC[-2 * REACH :] for part_TSC in known[-2:]])[-2 * REACH :]
+        count, (_, S, _) = sum(map(len, known)) - 2 * REACH, before_TSC.shape
+        out_TSO = before_TSC.new_empty(count, S, self.layer.bias_4O.numel())
+
+        def compute(branch: int) -> None:
+            # Only this branch's channels, side by side: convolutions would copy a part of all channels again.
+            taken_TSC = torch.cat([part_TSC.chunk(len(DILATIONS), dim=-1)[branch] for part_TSC in known])
+            unused = REACH - DILATIONS[branch]  # Frames at both ends.
+            result_1TSO = self.layer.temporal(branch, taken_TSC[unused : len(taken_TSC) - unused].unsqueeze(0))
+            out_TSO.chunk(len(DILATIONS), dim=-1)[branch].copy_(result_1TSO[0].relu_())
+
+        run(compute, range(len(DILATIONS)))
+        return out_TSO.unflatten(1, x_NHWC.shape[1:3])
 
 
 class _BlockSequence:

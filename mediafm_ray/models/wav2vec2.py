@@ -250,9 +250,7 @@ def _positions_by_products(model: Any) -> None:
 
 def _asks_to_normalise(folder: Path) -> bool:
     """Return do_normalize of the checkpoint's feature extractor. Raises WeightsError if it is missing or has another sampling rate."""
-    if not (folder / "preprocessor_config.json").is_file():
-        raise weights.WeightsError(f"no preprocessor_config.json in {folder}: the checkpoint must describe the preparation of its samples")
-    config = weights.read_json(folder / "preprocessor_config.json")
+    config = weights.read_preprocessor(str(folder))
     if config.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
         raise weights.WeightsError(f"the checkpoint {folder} takes {config['sampling_rate']} Hz; shots have {SAMPLE_RATE} Hz")
     return bool(config.get("do_normalize", True))

@@ -55,6 +55,7 @@ MAX_LISTING_PAUSES_S = (0.5, 1.0, 2.0, 4.0)  # Before each retry of a listing.
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*/config.json")
 SAFE_TENSORS = ("*.safetensors",)
 TORCH_TENSORS = ("pytorch_model*.bin",)  # These are used if there are no safetensors.
+PREPROCESSOR = "preprocessor_config.json"
 
 
 class WeightsError(PublicError):
@@ -147,6 +148,17 @@ def read_config(address: str) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise WeightsError(f"{path} is not the config of a transformers model: it is not a JSON object")
+    return config
+
+
+def read_preprocessor(address: str) -> dict[str, Any]:
+    """Return the preprocessor_config.json of a transformers checkpoint. Raises WeightsError if it is missing or not JSON."""
+    path = resolve(address) / PREPROCESSOR
+    if not path.is_file():
+        raise WeightsError(f"no {PREPROCESSOR} in {address}: the checkpoint must describe the preparation of its input")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} does not describe the preparation of a model's input: it is not a JSON object")
     return config
 
 

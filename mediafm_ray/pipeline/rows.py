@@ -56,7 +56,7 @@ SHOTS = pa.list_(
     )
 )
 FRAMES = pa.list_(pa.list_(pa.large_binary()))  # JPEG files of each shot.
-AUDIO = pa.list_(pa.large_binary())  # 16 kHz mono int16 little-endian samples of each shot.
+AUDIO = pa.list_(pa.large_binary())  # Mono int16 little-endian samples of each shot; their rate is the column ``sample_rate``.
 FLAGS = pa.list_(pa.bool_())
 NORMS = pa.list_(pa.float32())
 

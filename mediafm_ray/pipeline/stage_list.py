@@ -20,6 +20,7 @@ from mediafm_ray.pipeline.contextualise_stored import ContextualiseStored
 from mediafm_ray.pipeline.rows import Stage
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs.plan import Plan
+from mediafm_ray.spec import SAMPLE_RATE
 
 CORES_PER_DETECTOR, CORES_PER_ACTOR = 2, 8  # They decide the number of actors where max_actors is 0.
 
@@ -105,7 +106,8 @@ def recipe_steps(plan: Plan, config: EmbedCatalogConfig, budget: stages.TitleBud
     ``budget`` decides whether the run takes another title; ``allowance`` holds the limits of the embeddings API that all actors share.
     """
     resources, fused_dim = config.resources, plan.model.dims["fused"]
-    reading = (config.frames, config.timed_text, config.media, config.storage, budget)
+    sample_rate = plan.model.recipe.get("media", {}).get("sample_rate", SAMPLE_RATE)
+    reading = (config.frames, config.timed_text, config.media, config.storage, budget, sample_rate)
     contextualise = [Step(stages.Contextualise, resources.contextualise, config.contextualiser, (fused_dim,))] if plan.checkpoint else []
     return [
         Step(stages.DetectShots, resources.detect_shots, config.detector, reading),

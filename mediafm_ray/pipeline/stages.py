@@ -16,7 +16,13 @@ import pyarrow as pa
 from mediafm_ray.errors import CardError
 from mediafm_ray.media.loudness import audio_levels
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
-from mediafm_ray.models.encoder import BudgetExceeded, build_audio_encoder, build_text_encoder, build_video_encoder
+from mediafm_ray.models.encoder import (
+    BudgetExceeded,
+    build_audio_encoder,
+    build_text_encoder,
+    build_video_encoder,
+    encoder_sample_rate,
+)
 from mediafm_ray.models.fusion import fuse
 from mediafm_ray.models.options import (
     AudioEncoderConfig,
@@ -42,7 +48,7 @@ from mediafm_ray.pipeline.rows import (
     vectors_cell,
     vectors_type,
 )
-from mediafm_ray.spec import MODALITIES
+from mediafm_ray.spec import MODALITIES, SAMPLE_RATE
 from mediafm_ray.storage.store import StorageConfig, fsspec_options
 
 CAP_REACHED = "max_cost_usd"  # The limit that ended the budget of a run.
@@ -78,18 +84,19 @@ class DetectShots(Stage):
         media: MediaConfig,
         storage: StorageConfig,
         budget: TitleBudget | None = None,
+        sample_rate: int = SAMPLE_RATE,
     ):
-        """``budget`` decides whether the run takes another title; without it, all are taken."""
+        """``budget`` decides whether the run takes another title; without it, all are taken. ``sample_rate``: of the sound."""
         from mediafm_ray.media.isolation import IsolatedReader
         from mediafm_ray.models.detector import ShotDetector
 
         self.detector = ShotDetector(detector)
         self.media, self.storage, self.budget = media, storage, budget
-        self.reader = IsolatedReader(frames, timed_text, media)
+        self.reader = IsolatedReader(frames, timed_text, media, sample_rate)
 
     @property
     def adds(self) -> Mapping[str, pa.DataType]:
-        return {"shots": SHOTS, "frames": FRAMES, "audio": AUDIO, "media": pa.string()}
+        return {"shots": SHOTS, "frames": FRAMES, "audio": AUDIO, "sample_rate": pa.int32(), "media": pa.string()}
 
     def process(self, row: TitleRow) -> Mapping[str, Any] | None:
         title = row.title()
@@ -112,7 +119,7 @@ class DetectShots(Stage):
                 "text": shot.text,
                 "language": shot.language,
                 "thumbnail": shot.thumbnail,
-                "audio_levels": audio_levels(np.frombuffer(shot.audio, "<i2")),
+                "audio_levels": audio_levels(np.frombuffer(shot.audio, "<i2"), self.reader.sample_rate),
             }
             for shot in media.shots
         ]
@@ -129,6 +136,7 @@ class DetectShots(Stage):
             "shots": shots,
             "frames": nested_cell(packed_array(media.frames), [len(shot.frames) for shot in media.shots]),
             "audio": list_cell(packed_array(media.audio)),
+            "sample_rate": self.reader.sample_rate,
             "media": to_json(facts),
         }
 
@@ -187,13 +195,18 @@ class EncodeAudio(EncodeShots):
 
     name = "encode_audio"
     modality = "audio"
-    takes = drops = ("audio",)
+    takes = drops = ("audio", "sample_rate")
 
     def __init__(self, config: AudioEncoderConfig):
-        self.encoder = build_audio_encoder(config)
+        self.encoder, self.sample_rate = build_audio_encoder(config), encoder_sample_rate(config)
 
     def shots(self, row: TitleRow) -> Sequence[Any]:
         """Return the int16 samples of each shot."""
+        if row["sample_rate"] != self.sample_rate:
+            raise ValueError(
+                f"its sound has {row['sample_rate']} Hz and the audio encoder takes {self.sample_rate} Hz: "
+                "audio.weights must be the same checkpoint on every machine"
+            )
         return list(row.byte_strings("audio"))
 
 

@@ -44,7 +44,7 @@ from mediafm_ray.storage.dataset import Model, Output, parse_failure
 from mediafm_ray.storage.names import SHOTS, encode_title
 from mediafm_ray.storage.partitions import SortedTables
 from mediafm_ray.storage.store import ObjectInfo, Store
-from mediafm_ray.text import public_line
+from mediafm_ray.text import counted, public_line
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +98,8 @@ class Hours:
 
     def __str__(self) -> str:
         unknown = self.seconds.null_count
-        how = [f"of {self.estimated} titles estimated from bytes"] if self.estimated else []
-        how += [f"of {unknown} titles unknown"] if unknown else []
+        how = [f"of {counted(self.estimated, 'title')} estimated from bytes"] if self.estimated else []
+        how += [f"of {counted(unknown, 'title')} unknown"] if unknown else []
         if not self.known:
             return "unknown hours of video"
         return f"{_span(self.total_s)} of video" + (f" ({', '.join(how)})" if how else "")
@@ -371,7 +371,12 @@ def describe(backfill: Backfill, config: BackfillCatalogConfig) -> str:
         rows += [("passed over", sum(backfill.passed_over.values()))]
         rows += [(f"  {MEANING[reason]}", count) for reason, count in backfill.passed_over.items()]
     if backfill.missing.titles:
-        rows += [("gone from the catalog", f"{len(backfill.missing.titles)} titles, {len(backfill.missing.objects)} objects")]
+        rows += [
+            (
+                "gone from the catalog",
+                f"{counted(len(backfill.missing.titles), 'title')}, {counted(len(backfill.missing.objects), 'object')}",
+            )
+        ]
     width = max(len(name) for name, _ in rows)
     lines = [f"dataset version {plan.model.dataset_version}", *(f"  {name:<{width}}  {value}" for name, value in rows)]
     if STALE in backfill.passed_over:
@@ -387,7 +392,7 @@ def describe(backfill: Backfill, config: BackfillCatalogConfig) -> str:
         limits += [f"backfill.max_video_hours={wanted.max_video_hours:g}"] if wanted.max_video_hours else []
         limits += [f"backfill.max_wall_minutes={wanted.max_wall_minutes:g}"] if wanted.max_wall_minutes else []
         within = f"; within {', '.join(limits)}" if limits else ""
-        lines.append(f"this run: {plan.pending.num_rows} titles, {backfill.hours}, {first}{within}")
+        lines.append(f"this run: {counted(plan.pending.num_rows, 'title')}, {backfill.hours}, {first}{within}")
     return "\n".join(lines)
 
 

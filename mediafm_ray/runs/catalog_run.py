@@ -14,7 +14,7 @@ from mediafm_ray.runs.plan import Plan
 from mediafm_ray.runs.report import Console, RunResult, reason_of, summary, summary_table
 from mediafm_ray.runs.run_log import RunLog
 from mediafm_ray.storage.errors import StorageError
-from mediafm_ray.text import public_line
+from mediafm_ray.text import counted, public_line
 
 MAX_TITLES_SHOWN = 5
 
@@ -42,11 +42,11 @@ def run(plan: Plan, console: Console, work: Callable[[RunResult], None]) -> RunR
 def log_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
     """Log the plan of a run."""
     console.say(
-        f"dataset version {plan.model.dataset_version}: {plan.titles} titles in the catalog, {plan.done} committed before, "
+        f"dataset version {plan.model.dataset_version}: {counted(plan.titles, 'title')} in the catalog, {plan.done} committed before, "
         f"{plan.pending.num_rows} to compute"
     )
     if plan.failed_before:
-        console.say(f"{plan.failed_before} titles failed before and are passed over (run.retry_failed=false)")
+        console.say(f"{counted(plan.failed_before, 'title')} failed before, passed over (run.retry_failed=false)")
     if plan.only_contextual:
         console.say(
             f"{plan.only_contextual} of them lack only this checkpoint's contextual embeddings, and are computed again from their videos; "
@@ -55,7 +55,7 @@ def log_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
         )
     if plan.without_context:
         console.say(
-            f"{plan.without_context} titles were embedded without context; to add it, without a video: "
+            f"{counted(plan.without_context, 'title')} embedded without context; to add it, without a video: "
             f"mediafm contextualise output.uri={config.output.uri} dataset.version={plan.model.dataset_version}"
         )
     log_passed_over(plan, console)
@@ -66,11 +66,11 @@ def log_plan(plan: Plan, config: EmbedCatalogConfig, console: Console) -> None:
 def log_passed_over(plan: Plan, console: Console) -> None:
     """Log titles that are passed over, because their rows are bad or their sources cannot be compared with the committed ones."""
     if plan.bad_rows:
-        console.say(f"warning: {len(plan.bad_rows)} problems of the catalog; their titles are recorded as failures; the first:")
+        console.say(f"warning: {counted(len(plan.bad_rows), 'problem')} of the catalog; their titles are recorded as failures; the first:")
         for row in plan.bad_rows[:MAX_TITLES_SHOWN]:
             console.say(public_line(f"  {row}"))
     if plan.unknown:
-        console.say(f"warning: {len(plan.unknown)} titles are passed over, because their sources cannot be looked at; the first:")
+        console.say(f"warning: {counted(len(plan.unknown), 'title')} passed over, because their sources cannot be looked at; the first:")
         for title_id, reason in plan.unknown[:MAX_TITLES_SHOWN]:
             console.say(public_line(f"  {title_id}: {reason}"))
 
@@ -95,10 +95,10 @@ def report(
         return EXIT_ABORTED
     if result.aborted:
         hint = "; run the same command again" if result.retry_helps else ""
-        console.say(f"error: the run ended early, {result.lost} titles were not done: {result.aborted}{hint}")
+        console.say(f"error: the run ended early, {counted(result.lost, 'title')} not done: {result.aborted}{hint}")
         return EXIT_ABORTED
     if result.lost:
-        console.say(f"error: {result.lost} titles were planned and never came back; run the same command again")
+        console.say(f"error: {counted(result.lost, 'title')} planned and never came back; run the same command again")
         return EXIT_FAILED_TITLES
     fraction = config.run.max_failed_fraction
     not_tried = len(plan.unknown) + plan.given_up + len(plan.bad_titles)

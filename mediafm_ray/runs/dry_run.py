@@ -9,11 +9,12 @@ from mediafm_ray.pipeline.rows import TitleRow
 from mediafm_ray.pipeline.stages import media_options, metadata_text
 from mediafm_ray.runs.plan import Plan
 from mediafm_ray.spec import Title
+from mediafm_ray.text import counted
 
 
 def describe_cost(plan: Plan, config: EmbedCatalogConfig) -> str:
     """Return a line with the texts, requests, tokens and price of the pending titles at the embeddings API."""
-    pending = f"dry run: {plan.pending.num_rows} titles would be computed"
+    pending = f"dry run: {counted(plan.pending.num_rows, 'title')} would be computed"
     if config.text.encoder != "openai":
         return f"{pending}; text is embedded on this machine or cluster and costs nothing at the embeddings API"
     from mediafm_ray.models.text_api import estimate

@@ -21,7 +21,7 @@ from mediafm_ray.config.jobs import ContextualiseCatalogConfig, EmbedCatalogConf
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.media.options import media_recipe
 from mediafm_ray.models import weights
-from mediafm_ray.models.encoder import encoder_dim, weights_digest
+from mediafm_ray.models.encoder import encoder_dim, encoder_sample_rate, weights_digest
 from mediafm_ray.models.fusion import fusion_recipe, spans
 from mediafm_ray.models.options import BUILTIN_NEIGHBOURS, ContextualiserConfig, DetectorConfig
 from mediafm_ray.pipeline.rows import PLAN_SCHEMA, plan_table
@@ -98,7 +98,7 @@ def describe_model(config: EmbedCatalogConfig) -> Model:
         "arithmetic": NUMERICS_VERSION,
         "detector": detector_recipe(config.detector),
         "frames": recipe_of(config.frames),
-        "media": media_recipe(config.media),
+        "media": media_recipe(config.media, encoder_sample_rate(config.audio)),
         "timed_text": recipe_of(config.timed_text),
         "video": encoder_recipe(config.video, weights_digest(config.video)),
         "audio": encoder_recipe(config.audio, weights_digest(config.audio)),
@@ -420,7 +420,8 @@ def checkpoint_name(config: EmbedCatalogConfig | ContextualiseCatalogConfig, mod
 def detector_recipe(config: DetectorConfig) -> dict[str, Any]:
     """The detector's part of the recipe."""
     recipe = encoder_recipe(config, weights.digest(config.weights))
-    return recipe if config.exact else {**recipe, "title": "one sequence"}  # before, a title was computed in windows of 250 frames
+    # Before, a title was computed in windows of 250 frames, and then in float32 where it is now in integers of 8 bits.
+    return recipe if config.exact else {**recipe, "title": "one sequence", "convolutions": "bfloat16 or int8"}
 
 
 def encoder_recipe(config: Any, weights_sha256: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mediafm_ray.pipeline.rows import FAILED
 from mediafm_ray.runs.metrics import Metrics
 from mediafm_ray.runs.plan import IN_CATALOG, WITH_SHOTS, Plan
 from mediafm_ray.storage.store import Store
-from mediafm_ray.text import escape_controls_in_json, public_line, public_lines, public_uri
+from mediafm_ray.text import counted, escape_controls_in_json, public_line, public_lines, public_uri
 
 SUMMARY = "run-summary.json"
 LOG = "run.log"
@@ -185,7 +185,7 @@ def progress_line(title: Mapping[str, Any], result: RunResult, elapsed_s: float)
     pace = f"{result.video_s / max(elapsed_s, 1e-9):.2f} video-h/h, {clock(left_s)} left, {result.failed} failed"
     if title["outcome"] == FAILED:
         return f"{count} FAILED {title['title_id']}: {title['error']['stage']}: {title['error']['message']} | {pace}"
-    return f"{count} ok     {title['title_id']}: {title['shot_count']} shots, {title['duration_s']:.1f} s of video | {pace}"
+    return f"{count} ok     {title['title_id']}: {counted(title['shot_count'], 'shot')}, {title['duration_s']:.1f} s of video | {pace}"
 
 
 def title_record(title: Mapping[str, Any], result: RunResult) -> dict[str, Any]:

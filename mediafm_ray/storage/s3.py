@@ -394,7 +394,8 @@ def _client(config: StorageConfig) -> Any:
     session = botocore.session.Session()
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
     client = session.create_client("s3", endpoint_url=config.endpoint_url or None, config=Config(**options))
-    client.meta.events.register("before-parse.s3.ListObjectsV2", _parse_contents)
+    # By this name it comes before botocore's own for before-parse.s3.*, which parses the whole body to see whether it is an error.
+    client.meta.events.register("before-parse.*.ListObjectsV2", _parse_contents)
     return client
 
 

@@ -214,7 +214,7 @@ def test_a_title_that_cannot_be_read_is_that_titles_failure_and_keeps_its_older_
     assert build(output, index) == 1
     printed = capsys.readouterr().out
     assert "FAILED film: shots/" in printed
-    assert "1 titles added with 6 shots, 0 removed, 1 failed" in printed
+    assert "1 title added with 6 shots, 0 removed, 1 failed" in printed
     assert "failures:\n  film: shots/" in printed
     assert sum(row["title_id"] == "film" for row in contents(index)) == 12
     assert build(output, index, "run.max_failed_fraction=1") == 0
@@ -282,7 +282,7 @@ def test_an_index_in_a_bucket(request, output, tmp_path, capsys, monkeypatch, s3
     assert found(capsys, uri, "shot=film:4", endpoint, "index.exact=true")[0] == places[:10]
     commit(output, "film", 7, seed=1)
     assert build(output, uri, *options) == 0
-    assert "1 titles added with 7 shots, 1 removed, 0 failed" in capsys.readouterr().out
+    assert "1 title added with 7 shots, 1 removed, 0 failed" in capsys.readouterr().out
     assert search(uri, "shot=film:11", endpoint) == 2
     assert "'film' has no shot 11: it has 7" in capsys.readouterr().err
     assert search(f"{uri}/nowhere", "shot=film:4", endpoint) == 2

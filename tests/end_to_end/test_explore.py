@@ -58,8 +58,8 @@ def server(tmp_path_factory):
         assert time.monotonic() < deadline, said
     assert found, said
     yield found[1]
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 0
+    process.send_signal(signal.SIGTERM)
+    assert (process.communicate(timeout=30)[0], process.returncode) == ("", 0)
 
 
 @pytest.fixture

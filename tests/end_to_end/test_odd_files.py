@@ -104,5 +104,5 @@ def test_what_ends_the_work_early_is_in_the_log_and_not_on_the_terminal(places, 
     done = run_unforeseen("embed_catalog", "EmbedCatalogConfig", "embed", *places)
     assert done.returncode == 3, done.stderr
     assert done.stderr == ""
-    assert "the run ended early, 1 titles were not done: RecursionError: it goes round and round" in done.stdout
+    assert "the run ended early, 1 title not done: RecursionError: it goes round and round" in done.stdout
     assert "Traceback (most recent call last)" in (tmp_path / "out" / "run.log").read_text()

@@ -93,7 +93,7 @@ def stalled(kind, tmp_path, output):
         if kind == "threads":
             assert server.asked.wait(60)
         else:
-            while "titles in the catalog" not in process.stdout.readline():
+            while "in the catalog" not in process.stdout.readline():
                 pass
         time.sleep(0.3)
         yield process

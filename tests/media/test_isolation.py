@@ -17,7 +17,7 @@ import pytest
 
 from mediafm_ray.errors import TitleError
 from mediafm_ray.media import child
-from mediafm_ray.media.isolation import IsolatedReader
+from mediafm_ray.media.isolation import MAX_LEAD_S, IsolatedReader, _Assembly
 from mediafm_ray.media.options import FramesConfig, MediaConfig, TimedTextConfig
 from mediafm_ray.spec import TimedTextSource, Title, recipe_of
 from tests.videos import KnownCuts, flat, make_video
@@ -80,6 +80,14 @@ def test_crash_is_the_titles_error_and_the_next_title_is_read(long_video, blow):
         assert reader.read(Title("a", str(long_video.path)), KnownCuts([])).frame_count == 600
     finally:
         reader.close()
+
+
+@pytest.mark.parametrize("rate", [16_000, 48_000])
+def test_sound_beyond_the_longest_title_is_refused_in_seconds_whatever_its_rate(rate):
+    assembly = _Assembly(1 / 3600, rate)
+    assembly.sound(bytes(2 * rate * (2 + round(MAX_LEAD_S))))
+    with pytest.raises(ValueError, match="too much sound"):
+        assembly.sound(bytes(2))
 
 
 def test_hang_ends_after_the_timeout(long_video):

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from mediafm_ray.media.loudness import BLOCK_LEVELS, LEVEL_SAMPLES, LOWEST_LEVEL, audio_levels
+from mediafm_ray.media.loudness import BLOCK_LEVELS, LEVELS_PER_SECOND, LOWEST_LEVEL, audio_levels
 from mediafm_ray.spec import SAMPLE_RATE
+
+LEVEL_SAMPLES = SAMPLE_RATE // LEVELS_PER_SECOND
 
 
 def sine(amplitude, seconds=0.5, frequency=440):
@@ -23,10 +25,11 @@ def test_silence_and_full_scale_are_the_ends_of_the_range():
     assert levels.tolist() == [LOWEST_LEVEL]
 
 
-def test_each_level_is_of_its_own_tenth_of_a_second_whatever_the_length():
-    loud, soft = np.full(LEVEL_SAMPLES, 8192, np.int16), np.full(LEVEL_SAMPLES, 1024, np.int16)  # -12 and -30 dBFS
-    assert audio_levels(np.concatenate([loud, soft, loud[:7]])).tolist() == [-12, -30, -12]
-    assert audio_levels(np.zeros(0, np.int16)).tolist() == []
+@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
+def test_each_level_is_of_its_own_tenth_of_a_second_whatever_the_length(rate):
+    loud, soft = np.full(rate // 10, 8192, np.int16), np.full(rate // 10, 1024, np.int16)  # -12 and -30 dBFS
+    assert audio_levels(np.concatenate([loud, soft, loud[:7]]), rate).tolist() == [-12, -30, -12]
+    assert audio_levels(np.zeros(0, np.int16), rate).tolist() == []
     blocks = np.tile(np.concatenate([loud, soft]), BLOCK_LEVELS)[:-1]
-    assert audio_levels(blocks).tolist() == [-12, -30] * BLOCK_LEVELS
-    assert audio_levels(blocks).dtype == np.int8
+    assert audio_levels(blocks, rate).tolist() == [-12, -30] * BLOCK_LEVELS
+    assert audio_levels(blocks, rate).dtype == np.int8

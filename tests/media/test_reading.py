@@ -168,6 +168,29 @@ def test_sound_long_before_the_first_picture_is_part_of_the_title(tmp_path, read
     assert onsets_in(b"".join(shot.audio for shot in media.shots)) == pytest.approx([1.0, 3.0], abs=0.02)
 
 
+def test_sound_at_another_rate_is_on_the_same_time_line(tmp_path, reader, read, monkeypatch):
+    """With silence before the sound, a hole in it and an end before the picture's; the rest of the title is what it is at 16 kHz."""
+    small = {"size": (96, 64), "options": {"preset": "ultrafast"}}
+    made = make_video(tmp_path / "whole.mkv", [30, 70], clicks=[0.25, 2.5], sound_s=3.0, sound_start_s=0.5, **small)
+    with av.open(str(made.path)) as whole, av.open(str(tmp_path / "hole.mkv"), "w") as hole:
+        targets = {stream.index: hole.add_stream_from_template(stream) for stream in whole.streams}
+        for packet in whole.demux():
+            if packet.size and not (packet.stream.type == "audio" and 1.5 < packet.pts * packet.time_base < 2.5):
+                packet.stream = targets[packet.stream_index]
+                hole.mux(packet)
+    found = {}
+    for rate in (SAMPLE_RATE, 44_100, 48_000):
+        monkeypatch.setattr(reader, "sample_rate", rate)
+        media = found[rate] = read(tmp_path / "hole.mkv", made.cuts)
+        lengths = [len(shot.audio) // 2 for shot in media.shots]
+        assert lengths == [round(shot.end_s * rate) - round(shot.start_s * rate) for shot in media.shots]
+        assert onsets_in(b"".join(shot.audio for shot in media.shots), rate) == pytest.approx([0.75, 3.0], abs=0.02)
+        assert media.facts == found[SAMPLE_RATE].facts
+        assert media.facts["sound_gaps"] == 1
+        assert media.warnings == found[SAMPLE_RATE].warnings
+        assert media.frames == found[SAMPLE_RATE].frames
+
+
 def test_title_without_sound_has_none(tmp_path, read):
     made = make_video(tmp_path / "silent.mp4", [20])
     assert [bytes(shot.audio) for shot in read(made.path).shots] == [b""]

@@ -87,6 +87,7 @@ CASES: dict[str, tuple[tuple[str, list[Any], list[bool]], dict[str, Any]]] = {
     "siglip": (VIDEO, {"encoder": "clip", "weights": "{root}/siglip"}),
     "log_mel": (AUDIO, {"encoder": "log_mel"}),
     "wav2vec2": (AUDIO, {"encoder": "wav2vec2", "weights": "{root}/audio", "chunk_seconds": 3.0}),
+    "clap": (AUDIO, {"encoder": "clap", "weights": "{root}/clap"}),
     "MiniLM": (TEXT, {"encoder": "sentence_transformer"}),
     "BERT": (TEXT, {"encoder": "sentence_transformer", "weights": "{root}/text"}),
     "openai": (TEXT, {"encoder": "openai", "base_url": "{server}", "model": "own-model", "dimensions": 64}),
@@ -99,6 +100,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     tiny.main(folder)
     tiny.make_siglip(folder / "siglip")
+    tiny.make_clap(folder / "clap")
     return folder
 
 

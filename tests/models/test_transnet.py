@@ -15,6 +15,7 @@ import torch
 from mediafm_ray.models import weights
 from mediafm_ray.models.detector import ShotDetector
 from mediafm_ray.models.options import DetectorConfig
+from mediafm_ray.models.transnet import Int8Convolution, int8_is_there
 
 # Runs in its own process: the constructor of the published package changes torch's global state.
 REFERENCE_PROGRAM = """
@@ -69,14 +70,36 @@ def test_exact_predictions_are_the_published_ones(tmp_path: Path, detector: Shot
     np.testing.assert_allclose(np.stack(detector.predict_frames(frames_THWC)), reference_2T, atol=1e-3)
 
 
-def test_a_title_in_one_sequence_has_the_probabilities_of_one_window_of_the_published_network(tmp_path: Path) -> None:
+def test_a_title_in_one_sequence_has_the_probabilities_of_one_window_of_the_published_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Away from the ends, beyond which a sequence goes on and a window has zeros."""
     frames_THWC = real_frames(240)
     expected_2T = published(tmp_path, ONE_WINDOW_PROGRAM, frames_THWC)[:, 98:-98]
-    fast = ShotDetector(DetectorConfig())
     assert expected_2T.max() > 0.9
-    atol = 1e-3 if fast.network.dtype == torch.float32 else 0.05
-    np.testing.assert_allclose(np.stack(fast.predict_frames(frames_THWC))[:, 98:-98], expected_2T, atol=atol)
+    as_usual = ShotDetector(DetectorConfig())
+    np.testing.assert_allclose(np.stack(as_usual.predict_frames(frames_THWC))[:, 98:-98], expected_2T, atol=0.05)
+    monkeypatch.setattr("mediafm_ray.models.detector.fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("mediafm_ray.models.detector.int8_is_there", lambda: False)
+    in_float32 = ShotDetector(DetectorConfig())
+    np.testing.assert_allclose(np.stack(in_float32.predict_frames(frames_THWC))[:, 98:-98], expected_2T, atol=1e-3)
+
+
+@pytest.mark.skipif(not int8_is_there(), reason="this CPU has no 8-bit convolutions")
+@pytest.mark.parametrize("frames", [1, 25])
+@pytest.mark.parametrize("largest", [True, False], ids=["largest sums", "any"])
+def test_convolutions_in_integers_are_exact(largest: bool, frames: int) -> None:
+    """Also where pairs of products are as large as they can be, which overflows in kernels for CPUs without VNNI."""
+    generator = torch.Generator().manual_seed(5)
+    weight_OIHW = torch.randint(-127, 128, (128, 64, 3, 3), generator=generator).float()
+    x_NCHW = torch.randint(0, 128, (frames, 64, 13, 24), generator=generator).float().to(memory_format=torch.channels_last)
+    if largest:
+        weight_OIHW, x_NCHW = weight_OIHW.sign() * 127, torch.full_like(x_NCHW, 127)
+    weight_OIHW[:, 0, 0, 0] = 127  # Every output channel has the scale 1.
+    expected_NCHW = torch.nn.functional.conv2d(x_NCHW.double(), weight_OIHW.double(), padding=1).float()
+    found_NCHW = Int8Convolution(weight_OIHW, 127.0)(x_NCHW + torch.rand(x_NCHW.shape, generator=generator) * 0.4)
+    assert torch.equal(found_NCHW, expected_NCHW)
+    assert found_NCHW.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 72])

@@ -349,7 +349,7 @@ def test_hours_come_from_the_catalog_then_from_stored_facts_then_from_bytes(conf
     tabled = changed(dry, catalog={"uri": str(table)})
     hours = plan_backfill(tabled).hours
     assert hours.expected_s == pytest.approx({"a": 7200, "e": 3600}), "the catalog's own seconds a byte"
-    assert "3.0 h of video (of 1 titles estimated from bytes, of 1 titles unknown)" in str(hours)
+    assert "3.0 h of video (of 1 title estimated from bytes, of 1 title unknown)" in str(hours)
 
 
 @pytest.mark.parametrize("value", ["soon", -1, float("nan"), [3], 10**400])

@@ -108,5 +108,5 @@ def test_a_configuration_fault_in_the_middle_of_a_run_gets_a_summary_and_no_advi
     with RunLog(console, Store(str(tmp_path))) as log:
         assert report(plan, result, 1.0, config, console, log) == EXIT_ABORTED
     assert stream.getvalue().splitlines()[-1] == (
-        "error: the run ended early, 2 titles were not done: stage encode_video: device 'cuda': this process sees 0 CUDA devices"
+        "error: the run ended early, 2 titles not done: stage encode_video: device 'cuda': this process sees 0 CUDA devices"
     )
