@@ -350,11 +350,9 @@ class _Pass:
     def _verdict(self) -> float:
         """Return the share of the picture that is lost or damaged, and add warnings. Raises TitleError beyond ``max_damage``."""
         missing = self._missing_end_ticks()
+        ticks = Fraction(1, self.sample_rate) / self.tick  # of a sample
         silences = [
-            (
-                self.zero + round(Fraction(start, self.sample_rate) / self.tick),
-                self.zero + round(Fraction(end, self.sample_rate) / self.tick),
-            )
+            (self.zero + round(start * ticks), self.zero + round(end * ticks))
             for start, end in (self.track.silences if self.track is not None else ())
         ]
         broadcast = self.container.format.name in BROADCAST_FORMATS
