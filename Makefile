@@ -13,8 +13,7 @@ demo: $(READY)
 	$(BIN)/mediafm demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/end_to_end --numprocesses 3 --dist loadfile
-	$(BIN)/python -m pytest -m "not slow" tests/end_to_end
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 3 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest
