@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale [--titles 20000] [--kill]     a catalog through the job: driver seconds a title, memory over time
     python -m benchmarks.scale --nodes [--titles 150]         one simulated node against two, stage times simulated by sleeping
-    python -m benchmarks.scale --actors 100 [--nap 10]        100 detectors that sleep 10 s a title: how many of them one driver feeds
+    python -m benchmarks.scale --actors 24 [--nap 10]         24 detectors that sleep 10 s a title: how many of them one driver feeds
 
 The plan, the graph, the commits and the report are the job's own; only shot detection and the three encoders are replaced, by stages that
 give every title one shot with fixed vectors at once (or, with --nodes, after a nap). With --kill the driver is killed by SIGKILL when

@@ -15,12 +15,16 @@ Weights are named _OIHW as torch has them.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+log = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------- the network: frames -> probabilities
 
@@ -97,10 +101,23 @@ class Int8Convolution:
         return result
 
 
+@functools.cache
 def int8_is_there() -> bool:
-    """Return whether this torch and this CPU have 8-bit convolutions that are faster than those in float32."""
-    there = all(hasattr(torch.ops.onednn, name) for name in ("qconv_prepack", "qconv2d_pointwise"))
-    return there and bool(torch.cpu.get_capabilities().get("avx2"))
+    """Return whether this CPU has 8-bit convolutions that are faster than those in float32, and this torch exact ones.
+
+    They are the operators of torch.compile, no public API: a version of torch may lack them or change them.
+    """
+    if not torch.cpu.get_capabilities().get("avx2"):
+        return False
+    largest_1CHW = torch.full((1, 64, 3, 3), float(MAX_INT8)).contiguous(memory_format=torch.channels_last)
+    try:
+        found_1OHW = Int8Convolution(largest_1CHW.expand(32, -1, -1, -1), MAX_INT8)(largest_1CHW)
+    except (AttributeError, RuntimeError, TypeError) as problem:
+        log.warning(
+            "detection computes in float32 and takes longer: torch %s has other 8-bit convolutions (%s)", torch.__version__, problem
+        )
+        return False
+    return float(found_1OHW[0, 0, 1, 1]) == float(largest_1CHW.square().sum())
 
 
 class Dense:

@@ -85,6 +85,17 @@ def test_a_title_in_one_sequence_has_the_probabilities_of_one_window_of_the_publ
     np.testing.assert_allclose(np.stack(in_float32.predict_frames(frames_THWC))[:, 98:-98], expected_2T, atol=1e-3)
 
 
+def test_a_torch_with_other_operators_detects_in_float32(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def changed(*arguments: object) -> None:
+        raise RuntimeError("onednn::qconv_prepack() is missing value for argument 'layout'")
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr("mediafm_ray.models.transnet.Int8Convolution", changed)
+    assert not int8_is_there.__wrapped__()
+    assert "detection computes in float32" in caplog.text
+    assert "missing value for argument 'layout'" in caplog.text
+
+
 @pytest.mark.skipif(not int8_is_there(), reason="this CPU has no 8-bit convolutions")
 @pytest.mark.parametrize("frames", [1, 25])
 @pytest.mark.parametrize("largest", [True, False], ids=["largest sums", "any"])
