@@ -1,5 +1,5 @@
 # make demo   the whole program on real footage, with no network beyond the package index, no key, no GPU
-# make test   the tests; make test-slow the long ones too
+# make test   the tests; make test-runs the whole runs of jobs, make test-slow all of both and the long ones
 # make lint   ruff and mypy
 # make docs   docs/configuration.md, from the dataclasses
 PYTHON ?= python3
@@ -7,13 +7,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format docs environment clean
+.PHONY: demo test test-runs test-slow lint format docs environment clean
 
 demo: $(READY)
 	$(BIN)/mediafm demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not whole_run" --numprocesses 3 --dist loadfile
+
+test-runs: $(READY)
+	$(BIN)/python -m pytest -m "whole_run and not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest

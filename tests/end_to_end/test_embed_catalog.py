@@ -188,6 +188,7 @@ def test_a_removed_object_is_computed_again_and_only_its_title(undisturbed, vide
     assert objects(output) == before
 
 
+@pytest.mark.whole_run
 def test_a_killed_driver_and_a_rerun_give_the_same_bytes(undisturbed, videos, checkpoint, tmp_path):
     output = tmp_path / "out"
     assert embed_and_kill(videos, output, checkpoint, after_objects=1) == -9
@@ -233,6 +234,7 @@ def make_audio_only(path):
             container.mux(packet)
 
 
+@pytest.mark.whole_run
 def test_bad_titles_are_recorded_and_the_others_done(mixed):
     _, output, first = mixed
     assert first.returncode == 1, first.stdout + first.stderr
@@ -252,6 +254,7 @@ def test_bad_titles_are_recorded_and_the_others_done(mixed):
     assert not list(output.rglob(".partial*"))
 
 
+@pytest.mark.whole_run
 def test_a_subtitle_in_another_encoding_is_text_with_a_warning(mixed):
     _, output, first = mixed
     dataset = EmbeddingDataset(str(output))
@@ -292,6 +295,7 @@ def test_bad_configuration_exits_with_2_before_anything_starts(videos, tmp_path,
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
+@pytest.mark.whole_run
 def test_weights_that_no_actor_can_load_exit_with_2_and_one_line(videos, tmp_path):
     weights = tmp_path / "weights.pth"
     weights.write_text("not weights")

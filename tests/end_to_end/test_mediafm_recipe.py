@@ -45,6 +45,7 @@ def videos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.whole_run
 def test_the_recipe_runs_with_its_profile_and_a_key(videos, weights, embeddings, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     output = tmp_path / "out"
