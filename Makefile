@@ -13,10 +13,11 @@ demo: $(READY)
 	$(BIN)/mediafm demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not whole_run" --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not whole_run" --ignore tests/end_to_end --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not whole_run" tests/end_to_end
 
 test-runs: $(READY)
-	$(BIN)/python -m pytest -m "whole_run and not slow" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "whole_run and not slow"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest
