@@ -64,8 +64,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class SharedRun:
-    """The truth: two films show the same run at these seconds."""
+class Found:
+    """A run that was found."""
 
     title_a: str
     title_b: str
@@ -73,6 +73,12 @@ class SharedRun:
     end_a_s: float
     start_b_s: float
     end_b_s: float
+
+
+@dataclass(frozen=True)
+class SharedRun(Found):
+    """The truth: two films show the same run at these seconds."""
+
     label: str  # what was done to the copy
 
 

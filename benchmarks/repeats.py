@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.repeat_making import SharedRun, make_films, plan_films
+from benchmarks.repeat_making import Found, SharedRun, make_films, plan_films
 from benchmarks.search import World, rows_of
 from jobs import build_index, find_repeats
 from mediafm_ray.config.jobs import BuildIndexConfig, EmbedCatalogConfig, FindRepeatsConfig
@@ -51,18 +51,6 @@ RUNS, COPIES, UNRELATED = 12, 3, 3  # runs of a catalog, disturbed films that ha
 MIN_OVERLAP = 0.5  # of the union
 THRESHOLDS = np.arange(0.5, 1.0, 0.01)
 SHOTS, DIMS, SHARED, EVERY = 100, 1280, 5, 10  # of the made index: shots of a title, shots of a shared run, titles that share one
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A run that was found."""
-
-    title_a: str
-    title_b: str
-    start_a_s: float
-    end_a_s: float
-    start_b_s: float
-    end_b_s: float
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@
 Serves pages at http://127.0.0.1:8642/ until Ctrl-C, to this machine only. At another explore.host visitors need a token, which is in the
 printed address. mediafm index writes the index; without one, titles can be seen and played but not searched. Words need the profile
 that the catalog was embedded with. Videos are read from wherever they were when they were embedded, by ranges, and are never copied.
-Exit code 0: ended by Ctrl-C; 2: a bad configuration or output, or the port is taken.
+Exit code 0: ended by Ctrl-C or SIGTERM; 2: a bad configuration or output, or the port is taken.
 """
 
 from __future__ import annotations

@@ -142,24 +142,25 @@ def checkpoint_digest(address: str) -> str:
 
 def read_config(address: str) -> dict[str, Any]:
     """Return the config.json of a transformers checkpoint. Raises WeightsError if it is missing or not JSON."""
-    path = resolve(address) / "config.json"
-    if not path.is_file():
-        raise WeightsError(f"no config.json in {address}: is it the folder of a transformers checkpoint?")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path} is not the config of a transformers model: it is not a JSON object")
-    return config
+    missing = "is it the folder of a transformers checkpoint?"
+    return _read_object(address, "config.json", missing, "is not the config of a transformers model")
 
 
 def read_preprocessor(address: str) -> dict[str, Any]:
     """Return the preprocessor_config.json of a transformers checkpoint. Raises WeightsError if it is missing or not JSON."""
-    path = resolve(address) / PREPROCESSOR
+    missing = "the checkpoint must describe the preparation of its input"
+    return _read_object(address, PREPROCESSOR, missing, "does not describe the preparation of a model's input")
+
+
+def _read_object(address: str, name: str, if_missing: str, if_other: str) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint. Raises WeightsError, which goes on as given, if there is none."""
+    path = resolve(address) / name
     if not path.is_file():
-        raise WeightsError(f"no {PREPROCESSOR} in {address}: the checkpoint must describe the preparation of its input")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path} does not describe the preparation of a model's input: it is not a JSON object")
-    return config
+        raise WeightsError(f"no {name} in {address}: {if_missing}")
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} {if_other}: it is not a JSON object")
+    return content
 
 
 def read_json(path: Path) -> Any:
