@@ -22,6 +22,8 @@ from mediafm_ray.downstream.pages import (
     with_unit,
 )
 
+MAX_LISTED = 100_000  # titles in the list of a page; a browser opens so many within seconds
+
 
 @dataclass(frozen=True)
 class CatalogTitle:
@@ -55,17 +57,19 @@ class CatalogContent:
 
 
 def catalog_page(content: CatalogContent) -> str:
-    """Return the HTML file that lists a catalog's titles."""
+    """Return the HTML file that lists a catalog's titles. Of more than MAX_LISTED titles it lists those with failures or warnings first."""
     titles = sorted(content.titles, key=lambda title: title.title_id)
+    listed = sorted(titles, key=lambda title: title.failure is None and not title.warnings)[:MAX_LISTED]
+    listed.sort(key=lambda title: title.title_id)
     data = {
-        "id": [visible(cut_to(title.title_id, MAX_ID_LENGTH)) for title in titles],
-        "duration": [round(title.duration_s, 2) for title in titles],
-        "shots": [title.shots for title in titles],
-        "status": [title.status for title in titles],
-        "page": [title.page for title in titles],
-        "warnings": [[visible(cut_to(warning, MAX_MESSAGE_LENGTH)) for warning in title.warnings] for title in titles],
-        "failure": [_failure_shown(title.failure) for title in titles],
-        "picture": [base64.b64encode(title.picture).decode() for title in titles] if any(title.picture for title in titles) else [],
+        "id": [visible(cut_to(title.title_id, MAX_ID_LENGTH)) for title in listed],
+        "duration": [round(title.duration_s, 2) for title in listed],
+        "shots": [title.shots for title in listed],
+        "status": [title.status for title in listed],
+        "page": [title.page for title in listed],
+        "warnings": [[visible(cut_to(warning, MAX_MESSAGE_LENGTH)) for warning in title.warnings] for title in listed],
+        "failure": [_failure_shown(title.failure) for title in listed],
+        "picture": [base64.b64encode(title.picture).decode() for title in listed] if any(title.picture for title in listed) else [],
     }
     hours = sum(title.duration_s for title in titles) / 3600
     shots = sum(title.shots for title in titles)
@@ -88,6 +92,7 @@ def catalog_page(content: CatalogContent) -> str:
         run=_run_shown(content.run, content.dataset_version),
         stages=_stages_shown((content.run or {}).get("seconds_by_stage", {})),
         count=len(titles),
+        listed=len(listed),
         some_outdated=any(title.status == OUTDATED for title in titles),
     )
 

@@ -201,3 +201,14 @@ def test_a_catalog_counts_each_title_once_and_keeps_what_it_has():
     text = " ".join(" ".join(reader.text).split())
     assert "Titles 3 Failed 1 With warnings 1 Hours of video 0.05 Shots 90 Shots a minute 30.0" in text
     assert "There is no run-summary.json" in text
+
+
+def test_a_large_catalog_lists_what_needs_a_look_and_counts_all(monkeypatch):
+    monkeypatch.setattr("mediafm_ray.downstream.catalog_pages.MAX_LISTED", 3)
+    failed = CatalogTitle("d", failure={"stage": "detect_shots", "type": "TitleError", "message": "empty file"})
+    titles = [CatalogTitle("a", 60.0, 30), CatalogTitle("b", 60.0, 30), CatalogTitle("c", 60.0, 30, warnings=("odd",)), failed]
+    reader = Reader(catalog_page(CatalogContent("out", "0123456789ab", titles)))
+    assert reader.data["id"] == ["a", "c", "d"]
+    text = " ".join(" ".join(reader.text).split())
+    assert "Titles 4 Failed 1 With warnings 1" in text
+    assert "3 of 4 titles are listed here" in text

@@ -270,9 +270,11 @@ def test_the_catalog_is_sorted_filtered_and_leads_to_the_titles(pages, visit):
     assert shots == sorted(shots, reverse=True)
     assert page.get_attribute("th:has([data-sort=shots])", "aria-sort") == "descending"
     page.click(f"#rows a:has-text('{PLAIN}')")
+    page.wait_for_url("**/titles/*.html")
     page.wait_for_function("performance.getEntriesByName('ready').length > 0")
     assert page.text_content("h1") == PLAIN
     page.click("text=All titles")
+    page.wait_for_url("**/index.html")
     assert page.locator("#titles").count() == 1
 
 
@@ -288,9 +290,9 @@ def test_a_catalog_of_20_000_titles_stays_usable(tmp_path, visit):
     assert page.text_content("#found") == "19,951 to 20,000 of 20,000"
     assert page.is_disabled("#next")
     page.select_option("#status", "failed")
-    assert page.text_content("#found") == "1 to 50 of 2,000 (20,000 in all)"
+    assert page.text_content("#found") == "1 to 50 of 2,000 (20,000 listed)"
     page.fill("#find", "episode 13.mp4")  # in the reason of one
-    assert page.text_content("#found") == "1 to 1 of 1 (20,000 in all)"
+    assert page.text_content("#found") == "1 to 1 of 1 (20,000 listed)"
     page.fill("#find", "nowhere")
     assert page.text_content("#found") == "no title fits"
 

@@ -31,7 +31,7 @@ function show(page) {
   const begin = state.page * PER_PAGE, shown = state.order.slice(begin, begin + PER_PAGE);
   byId("rows").replaceChildren(...shown.map(rowOf));
   const count = (number) => number.toLocaleString("en");
-  byId("found").textContent = state.order.length ? `${count(begin + 1)} to ${count(begin + shown.length)} of ${count(state.order.length)}${state.order.length < TITLES ? ` (${count(TITLES)} in all)` : ""}` : "no title fits";
+  byId("found").textContent = state.order.length ? `${count(begin + 1)} to ${count(begin + shown.length)} of ${count(state.order.length)}${state.order.length < TITLES ? ` (${count(TITLES)} listed)` : ""}` : "no title fits";
   byId("first").disabled = byId("previous").disabled = state.page === 0;
   byId("last").disabled = byId("next").disabled = state.page === pages - 1;
 }
