@@ -11,7 +11,7 @@ import pytest
 from mediafm_ray.derive import indexing
 from mediafm_ray.storage import lease
 from mediafm_ray.storage.dataset import EmbeddingDataset
-from mediafm_ray.storage.index import EMBEDDING, NoIndex, open_index
+from mediafm_ray.storage.index import EMBEDDING, NoIndex, SearchParams, open_index
 from mediafm_ray.storage.index_writer import IndexWriter
 from mediafm_ray.storage.store import StorageConfig
 from tests.searchable import MODEL, TITLES, build, commit, contents, expected, found, search, vectors_of
@@ -104,6 +104,22 @@ def test_a_vector_index_keeps_its_recall_through_changes(large_output, tmp_path,
     assert found(capsys, index, "shot=new:0", "filter.titles=[new]", "count=100")[0] == [
         place for place in expected(vectors_of("new", 60)[0], titles=now)[0] if place[0] == "new" and place[1]
     ]
+
+
+@pytest.mark.parametrize(("best", "chosen"), [(1.0, (16, 8)), (0.9, (128, 32))], ids=["reached", "out of reach"])
+def test_partitions_and_candidates_are_no_more_than_the_recall_needs(large_output, tmp_path, capsys, monkeypatch, best, chosen):
+    """Recall here is what the partitions allow, less where candidates lack."""
+
+    def recall(index, column, queries_QD, true_cosine_QK, setting):
+        partitions = min(setting.nprobes / 16, 1) if best == 1.0 else setting.nprobes / 128
+        return best * partitions * (1.0 if setting.refine >= chosen[1] else 0.9)
+
+    monkeypatch.setattr(indexing, "measured_recall", recall)
+    monkeypatch.setattr(IndexWriter, "train", lambda writer, column: SearchParams(720, 1000))
+    assert build(large_output, tmp_path / "index", *LARGE, "index.parts=[]") == 0
+    setting = open_index(str(tmp_path / "index"), StorageConfig()).settings[EMBEDDING]
+    assert (setting.nprobes, setting.refine, setting.recall) == (*chosen, best)
+    assert f"{chosen[0]} of 1000 partitions searched, {19 * chosen[1]} candidates compared exactly" in capsys.readouterr().out
 
 
 def test_a_catalog_that_outgrows_its_vector_index_or_shrinks_gets_another_or_none(large_output, tmp_path, capsys):
