@@ -198,11 +198,14 @@ class Stage(ABC):
         measured = self.__dict__.setdefault("_measured", {})
         measured[name] = measured.get(name, 0.0) + value
 
-    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any] | None]:
-        """Return what ``process`` gives for each of several titles, in order; override it where one call for all of them costs less."""
+    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any] | Exception | None]:
+        """Return what ``process`` gives for each of several titles, in order; override it where one call for all of them costs less.
+
+        An exception among them is that title's error. One that is raised makes every title be processed alone.
+        """
         return [self.process(row) for row in rows]
 
-    def _together(self, rows: Sequence[TitleRow]) -> dict[int, tuple[Mapping[str, Any] | None, float]]:
+    def _together(self, rows: Sequence[TitleRow]) -> dict[int, tuple[Mapping[str, Any] | Exception | None, float]]:
         """Return the results of one call by the identity of the rows, with equal shares of its seconds; empty where the call failed."""
         start = time.perf_counter()
         try:
@@ -213,7 +216,7 @@ class Stage(ABC):
         share_s = (time.perf_counter() - start) / len(rows)
         return {id(row): (one, share_s) for row, one in zip(rows, added, strict=True)}
 
-    def _one(self, row: TitleRow, done: tuple[Mapping[str, Any] | None, float] | None) -> pa.Table:
+    def _one(self, row: TitleRow, done: tuple[Mapping[str, Any] | Exception | None, float] | None) -> pa.Table:
         table, seconds = row.table, 0.0
         cells: dict[str, pa.Array] = {}
         if row["outcome"] != OK:
@@ -221,6 +224,8 @@ class Stage(ABC):
         start = time.perf_counter()
         try:
             added, seconds = done or (self.process(row), 0.0)
+            if isinstance(added, Exception):
+                raise added
             if added is None:
                 table = skipped(table)
             elif set(added) != set(self.adds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,8 @@ from mediafm_ray.storage.store import StorageConfig
 from mediafm_ray.storage.stored_shots import FACTS
 from mediafm_ray.text import public_line, public_uri
 
+THREADS = 8  # titles of a group that are written at once
+
 
 class WriteTitle(Stage):
     """Step 7: write one object in each dataset for a finished title, a failure record for a failed one; only their results remain.
@@ -28,6 +31,7 @@ class WriteTitle(Stage):
     """
 
     name = "write"
+    supports_batching = True  # Writing mostly waits: for the disk, or for the three requests that a title takes on object storage.
     takes = ("title_id", "source", "video", "superseded", "shots", "media", "has_video", "has_audio", "has_text", "fused_embeddings")
     adds: ClassVar[Mapping[str, pa.DataType]] = {
         "shot_count": pa.int64(),
@@ -54,6 +58,18 @@ class WriteTitle(Stage):
             "warnings": media["warnings"] + remove_superseded(self.output, own, [*row["superseded"], matching_object(own, FAILURES)]),
             "bytes_written": sum(map(len, files.values())),
         }
+
+    def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any] | Exception]:
+        """Write several titles at once, each as ``process`` does."""
+
+        def attempt(row: TitleRow) -> Mapping[str, Any] | Exception:
+            try:
+                return self.process(row)
+            except Exception as error:  # The others have been written.
+                return error
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(attempt, rows))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Commit every finished title and record every failed one; return rows that say how each ended."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import threading
 import time
 import traceback
 from contextlib import nullcontext
@@ -313,6 +314,29 @@ def test_a_superseded_object_that_cannot_be_removed_is_a_warning(config):
     (result,) = stage(row).to_pylist()
     assert result["error"] is None
     assert any("not yours" in warning for warning in result["warnings"])
+
+
+def test_titles_of_a_group_are_written_at_once_and_one_that_cannot_be_fails_alone(config):
+    plan = make_plan(config)
+    stage = WriteTitle(config.output.uri, plan.model, "", config.storage)
+    rows = [encoded(plan.pending.slice(index, 1), plan.model) for index in range(plan.pending.num_rows)]
+    titles = Fuse(plan.model.dims["fused"], config.fusion)(pa.concat_tables(rows))
+    real, all_here, asked = stage.output.store.write, threading.Barrier(titles.num_rows), []
+
+    def write(name, content):
+        asked.append(name)
+        if name.startswith("shots/"):
+            all_here.wait(timeout=30)  # It breaks where one title waits for another.
+            if "/b@" in name:
+                raise PermissionError("not this one")
+        real(name, content)
+
+    stage.output.store.write = write
+    done = {row["title_id"]: row for row in stage(titles).to_pylist()}
+    assert {title_id: row["outcome"] for title_id, row in done.items()} == {"a": "ok", "b": "failed", "c": "ok"}
+    assert "not this one" in done["b"]["error"]["message"]
+    assert [name.split("/")[0] for name in asked].count("shots") == 3
+    assert {title for title, _ in Output(config.output.uri, plan.model.dataset_version).list("shots")} == {"a", "c"}
 
 
 def test_a_title_that_lacks_only_contextual_embeddings_is_counted(config, tmp_path):
