@@ -14,7 +14,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not whole_run" --ignore tests/end_to_end --numprocesses 3 --dist loadfile
-	$(BIN)/python -m pytest -m "not slow and not whole_run" tests/end_to_end
+	$(BIN)/python -m pytest -m "not slow and not whole_run" tests/end_to_end --numprocesses 2 --dist loadfile
 
 test-runs: $(READY)
 	$(BIN)/python -m pytest -m "whole_run and not slow"

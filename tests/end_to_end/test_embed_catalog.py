@@ -284,7 +284,7 @@ def test_a_rerun_tries_failed_titles_again_and_counts_them(mixed):
         (["detector.weights=/no/weights.pth"], "/no/weights.pth"),
         (["video.encoder=vgg"], "vgg"),
         (["contextualiser.checkpoint=/no/checkpoint"], "/no/checkpoint"),
-        (["resources.detect_shots.num_cpus=512"], "num_cpus"),
+        pytest.param(["resources.detect_shots.num_cpus=512"], "num_cpus", marks=pytest.mark.whole_run),  # Ray has to start for it.
     ],
 )
 def test_bad_configuration_exits_with_2_before_anything_starts(videos, tmp_path, overrides, part):

@@ -247,7 +247,7 @@ def fast() -> ShotDetector:
     return ShotDetector(DetectorConfig(exact=False, threads=1))
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_edits_of_real_shots_are_found_and_flashes_are_not(exact: bool, edited: np.ndarray) -> None:
     shots = ShotDetector(DetectorConfig(exact=exact)).detect(edited)
     extents = [(shot.boundary_kind, shot.transition_start_frame, shot.transition_end_frame) for shot in shots[1:]]
@@ -266,7 +266,7 @@ def test_a_stream_gives_what_the_whole_gives_with_transitions_of_all_kinds(fast:
         assert shots + stream.finish() == whole
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_number_of_threads_does_not_change_a_bit(exact: bool, edited: np.ndarray) -> None:
     frames_THWC = edited[:101] if exact else edited  # more than one window or chunk
     one, two = (ShotDetector(DetectorConfig(exact=exact, threads=threads)).predict_frames(frames_THWC) for threads in (1, 2))

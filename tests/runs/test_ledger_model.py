@@ -55,7 +55,7 @@ COMPACT = "compaction"
 MAX_CALLS = 14  # of the store by one job, about
 
 SETTINGS = settings(
-    max_examples=50, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+    max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
 )
 LONG = settings(SETTINGS, max_examples=int(os.environ.get("LEDGER_EXAMPLES", "1000")), stateful_step_count=50, derandomize=False)
 
