@@ -7,7 +7,6 @@ import gc
 import math
 import operator
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from mediafm_ray.storage.catalog_rows import BadRow
 from mediafm_ray.storage.dataset import Model, Output, dataset_versions, record_failure
 from mediafm_ray.storage.listing import Kept, Listing, keep_listing, read_listing
 from mediafm_ray.storage.names import FAILURES, SHOTS, contextual, object_name
-from mediafm_ray.storage.partitions import Partitions, SortedTables
+from mediafm_ray.storage.partitions import Partitions, SortedTables, scratch_folder
 from mediafm_ray.storage.store import ObjectInfo, StorageError
 from mediafm_ray.text import public_line
 
@@ -271,8 +270,7 @@ def survey(config: EmbedCatalogConfig, model: Model | None = None, with_others: 
     checkpoint = checkpoint_name(config, model)
     output = Output(config.output.uri, model.dataset_version, config.storage)
     output.store.check_readable()
-    with few_collections(), tempfile.TemporaryDirectory(prefix="mediafm-plan-") as folder:
-        scratch = Path(folder)
+    with few_collections(), scratch_folder("plan") as scratch:
         listed = {dataset: keep_listing(output, dataset, scratch, config.run.shard_numbers) for dataset in output.datasets()}
         versions = dataset_versions(config.output.uri, config.storage) if with_others else []
         others = [Output(config.output.uri, version, config.storage) for version in versions if version != model.dataset_version]

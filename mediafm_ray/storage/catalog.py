@@ -20,7 +20,6 @@ import json
 import logging
 import operator
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +44,7 @@ from mediafm_ray.storage.catalog_rows import (
 )
 from mediafm_ray.storage.errors import DENIED, StorageError, code_of, explain, is_transient
 from mediafm_ray.storage.names import encode_title, shard_of
-from mediafm_ray.storage.partitions import Partitions
+from mediafm_ray.storage.partitions import Partitions, scratch_folder
 from mediafm_ray.storage.s3 import S3Objects, with_short_timeouts
 from mediafm_ray.storage.store import LOOK_UP_THREADS, Store, absolute, join, scheme_of
 from mediafm_ray.text import PublicError
@@ -117,8 +116,8 @@ class Catalog:
 
 def read_catalog(uri: str, config: StorageConfig | None = None, skipped: list[BadRow] | None = None) -> list[Entry]:
     """Return all titles of a catalog in the order of their ids; see ``open_catalog``."""
-    with tempfile.TemporaryDirectory() as folder:
-        return open_catalog(uri, config or StorageConfig(), Path(folder), skipped).entries(range(SHARDS))
+    with scratch_folder("catalog") as scratch:
+        return open_catalog(uri, config or StorageConfig(), scratch, skipped).entries(range(SHARDS))
 
 
 def open_catalog(uri: str, config: StorageConfig, scratch: Path, skipped: list[BadRow] | None = None) -> Catalog:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +37,7 @@ from mediafm_ray.storage.dataset import EmbeddingDataset, dataset_schema
 from mediafm_ray.storage.lease import Lease, LeaseLost
 from mediafm_ray.storage.merged import MergedFile, MergedTitle, MergedWriter
 from mediafm_ray.storage.names import object_key, object_name
+from mediafm_ray.storage.partitions import scratch_folder
 from mediafm_ray.storage.schemas import read_facts
 from mediafm_ray.storage.store import ObjectInfo, StorageError, Store
 from mediafm_ray.text import PublicError
@@ -144,7 +144,7 @@ def _write(
     present = old.titles if old else {}
     since = lease.store_time()
     titles = sorted({*present, *due} - dropped)
-    with tempfile.TemporaryDirectory(prefix="mediafm-compact-") as folder:
+    with scratch_folder("compact") as folder:
         path = os.path.join(folder, "titles.parquet")
         with MergedWriter(path, schema) as writer:
             fresh = read_ahead(lambda info: _read_object(dataset, name, info, schema), [due[title] for title in titles if title in due])

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import pickle
+import shutil
+import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +25,7 @@ MAX_ROWS_IN_MEMORY = 200_000  # Rows of all partitions together that wait in mem
 ITEMS_PER_PICKLE = 1000  # Items of a file that are read together.
 ROWS_PER_TABLE = 100_000  # Rows of a sorted table that are in memory at once.
 RANK = "rank"  # Column with the place of a row in the order.
+ABANDONED_AFTER_S = 3600.0  # A younger folder may belong to a process that has not locked it yet.
 
 Item = TypeVar("Item")
 
@@ -81,6 +88,34 @@ class Partitions(Generic[Item]):
 
     def _path(self, partition: int) -> Path:
         return self.folder / f"{self.name}-{partition}"
+
+
+@contextlib.contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """Provide a temporary folder, which its process keeps locked. Remove those of the same purpose that killed processes have left."""
+    prefix = f"mediafm-{purpose}-"
+    _remove_abandoned(prefix)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # A file system without locks: then nobody can lock it to remove it, either.
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield Path(folder)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_abandoned(prefix: str) -> None:
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):  # It is another user's, in use, or just being removed.
+            if time.time() - folder.stat().st_mtime < ABANDONED_AFTER_S:
+                continue
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
 
 
 def full(path: Path, error: OSError) -> StorageError:

@@ -5,6 +5,9 @@ import hashlib
 import json
 import os
 import random
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
@@ -26,7 +29,7 @@ from mediafm_ray.storage.catalog import CatalogError
 from mediafm_ray.storage.dataset import Output
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.names import encode_title, object_name
-from mediafm_ray.storage.partitions import Partitions, SortedTables
+from mediafm_ray.storage.partitions import Partitions, SortedTables, scratch_folder
 from tests.datasets import MODEL
 
 CHECKPOINT, CONTEXT = "0123456789ab", "contextual-0123456789ab"
@@ -449,3 +452,23 @@ def test_videos_in_a_bucket_are_looked_up_with_few_requests(tmp_path, monkeypatc
     assert set(made.pending["expected_bytes"].to_pylist()) == {1}
     of_videos = [query for query in requests if query.get("prefix", "").startswith("videos/")]
     assert len(of_videos) <= 12, "not one for each shard"
+
+
+def test_temporary_folders_of_killed_processes_are_removed_and_those_in_use_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = "import time\nfrom mediafm_ray.storage.partitions import scratch_folder\nwith scratch_folder('plan') as folder:\n"
+    program += "    (folder / 'rows-0').write_bytes(b'x')\n    print(folder, flush=True)\n    time.sleep(60)"
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    processes = [subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    folders = [Path(process.stdout.readline().strip()) for process in processes]
+    processes[0].kill()
+    processes[0].wait()
+    with scratch_folder("plan") as own:  # The folders are young: a process may be about to lock its own.
+        assert all(folder.is_dir() for folder in [own, *folders])
+    for folder in folders:
+        os.utime(folder, (NOW, NOW))
+    with scratch_folder("plan") as own:
+        assert [folder.is_dir() for folder in folders] == [False, True]
+    processes[1].kill()
+    processes[1].wait()
+    assert not own.exists()
