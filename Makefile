@@ -1,5 +1,5 @@
 # make demo   the whole program on real footage, with no network beyond the package index, no key, no GPU
-# make test   the tests; make test-runs the whole runs of jobs, make test-slow all of both and the long ones
+# make test   the tests; make test-integration whole runs of jobs and S3 servers, make test-slow all of both and the long ones
 # make lint   ruff and mypy
 # make docs   docs/configuration.md, from the dataclasses
 PYTHON ?= python3
@@ -7,17 +7,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-runs test-slow lint format docs environment clean
+.PHONY: demo test test-integration test-slow lint format docs environment clean
 
 demo: $(READY)
 	$(BIN)/mediafm demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not whole_run" --ignore tests/end_to_end --numprocesses 3 --dist loadfile
-	$(BIN)/python -m pytest -m "not slow and not whole_run" tests/end_to_end --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not integration" --ignore tests/end_to_end --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not integration" tests/end_to_end --numprocesses 2 --dist loadfile
 
-test-runs: $(READY)
-	$(BIN)/python -m pytest -m "whole_run and not slow"
+test-integration: $(READY)
+	$(BIN)/python -m pytest -m "integration and not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest

@@ -188,7 +188,7 @@ def test_a_removed_object_is_computed_again_and_only_its_title(undisturbed, vide
     assert objects(output) == before
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_a_killed_driver_and_a_rerun_give_the_same_bytes(undisturbed, videos, checkpoint, tmp_path):
     output = tmp_path / "out"
     assert embed_and_kill(videos, output, checkpoint, after_objects=1) == -9
@@ -234,7 +234,7 @@ def make_audio_only(path):
             container.mux(packet)
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_bad_titles_are_recorded_and_the_others_done(mixed):
     _, output, first = mixed
     assert first.returncode == 1, first.stdout + first.stderr
@@ -254,7 +254,7 @@ def test_bad_titles_are_recorded_and_the_others_done(mixed):
     assert not list(output.rglob(".partial*"))
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_a_subtitle_in_another_encoding_is_text_with_a_warning(mixed):
     _, output, first = mixed
     dataset = EmbeddingDataset(str(output))
@@ -284,7 +284,7 @@ def test_a_rerun_tries_failed_titles_again_and_counts_them(mixed):
         (["detector.weights=/no/weights.pth"], "/no/weights.pth"),
         (["video.encoder=vgg"], "vgg"),
         (["contextualiser.checkpoint=/no/checkpoint"], "/no/checkpoint"),
-        pytest.param(["resources.detect_shots.num_cpus=512"], "num_cpus", marks=pytest.mark.whole_run),  # Ray has to start for it.
+        pytest.param(["resources.detect_shots.num_cpus=512"], "num_cpus", marks=pytest.mark.integration),  # Ray has to start for it.
     ],
 )
 def test_bad_configuration_exits_with_2_before_anything_starts(videos, tmp_path, overrides, part):
@@ -295,7 +295,7 @@ def test_bad_configuration_exits_with_2_before_anything_starts(videos, tmp_path,
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_weights_that_no_actor_can_load_exit_with_2_and_one_line(videos, tmp_path):
     weights = tmp_path / "weights.pth"
     weights.write_text("not weights")

@@ -45,7 +45,7 @@ def videos(tmp_path_factory):
     return folder
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_the_recipe_runs_with_its_profile_and_a_key(videos, weights, embeddings, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     output = tmp_path / "out"
@@ -77,7 +77,7 @@ def test_the_recipe_runs_with_its_profile_and_a_key(videos, weights, embeddings,
     assert KEY not in done.stdout + done.stderr
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_a_wrong_key_is_each_titles_error_and_says_what_to_do(videos, weights, embeddings, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", WRONG_KEY)
     with serving(embeddings) as server:

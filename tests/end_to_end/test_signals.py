@@ -113,7 +113,7 @@ def test_after_sigterm_the_next_run_may_begin_at_once(kind, tmp_path, output):
     assert len(list((output / "runs").iterdir())) == 2
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["main thread", "threads"])
 def test_after_sigint_too(kind, tmp_path, output):
     with stalled(kind, tmp_path, output) as process:

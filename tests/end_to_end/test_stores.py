@@ -128,7 +128,7 @@ def titles_of(place: Place, output: str = "out") -> dict[str, str]:
     return {name: name.rsplit("/", 1)[1].partition("@")[0] for name in names}
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_what_is_written_is_read_back(embedded, monkeypatch):
     place, done, cache = embedded
     assert done.returncode == 1, done.stdout + done.stderr  # of three titles one is broken

@@ -24,7 +24,7 @@ with connected(ResourcesConfig()):
 """
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_without_a_home_that_can_be_written(tmp_path):
     home = tmp_path / "a file"
     home.write_text("no folder can be made below it, whoever asks")
@@ -36,7 +36,7 @@ def test_without_a_home_that_can_be_written(tmp_path):
     assert done.stdout.split() == ["well"]
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 @pytest.mark.parametrize("fault", ["device", pytest.param("weights", marks=pytest.mark.slow)])
 def test_what_an_actor_cannot_work_with_ends_the_job_in_one_line_without_advice_to_repeat_it(tmp_path, fault):
     video = make_clip(tmp_path / "videos" / "one.mp4", [30])

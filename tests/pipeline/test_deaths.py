@@ -58,7 +58,7 @@ def plan_of(titles, size=0, duration_s=None):
     return Plan(Model("0" * 12, {}, {"fused": 1}, {}), "", plan_table(rows), len(rows), 0, 0, 0, 0, ())
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("titles_per_call", "titles", "size"),
     [

@@ -82,7 +82,7 @@ def test_a_long_title_among_short_ones_is_alone():
     assert list(graph.title_groups(pending, 1))[:4] == [(0, 2), (2, 3), (3, 5), (5, 6)]
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_a_quick_stage_does_not_run_far_ahead_of_a_slow_one(monkeypatch):
     monkeypatch.setattr(ray_compat, "MAX_QUEUED_TITLES", WAITING)
     monkeypatch.setattr(graph, "GROUPS_PER_PART", 4)

@@ -53,7 +53,7 @@ def run(pools, say=None, watch=None):
     return [block["title_id"].to_pylist() for block in graph.blocks(titles, say)]
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_what_is_needed_of_ray_is_there(pools):
     assert sorted(run(pools, watch=Canary)) == [[title] for title in sorted(TITLES)]
     assert not Canary.gone
@@ -61,7 +61,7 @@ def test_what_is_needed_of_ray_is_there(pools):
     assert re.fullmatch(r"[\d.]+", found["Address"]["IPAddress"])
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_another_version_of_ray_is_named_and_the_titles_are_done(pools, monkeypatch):
     monkeypatch.setattr(ray_compat, "IS_TESTED", False)
     monkeypatch.setattr(ray, "__version__", "2.99.0")

@@ -75,7 +75,7 @@ def scrape(url):
     return found
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_what_titles_leave_is_at_the_metrics_endpoint(endpoint):
     metrics = Metrics(partial(metric_series, dataset="0123456789ab"))
     metrics.planned(3)
@@ -109,7 +109,7 @@ def test_what_titles_leave_is_at_the_metrics_endpoint(endpoint):
         assert exported_name(name) + ("_count" if metric.kind == "histogram" else "") in shown
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_a_title_costs_the_driver_next_to_nothing(endpoint):
     metrics = Metrics(partial(metric_series, dataset="cost"))
     metrics.title(OK)

@@ -17,6 +17,8 @@ from mediafm_ray.storage.store import Store
 from tests.servers.fixtures import S3Server, free_ports
 from tests.servers.proxy import Fault, FaultProxy
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 30
 MAIN = [sys.executable, "-m", "jobs.embed_catalog"]

@@ -19,6 +19,8 @@ from mediafm_ray.storage.s3 import S3Objects
 from mediafm_ray.storage.store import Store, fsspec_options
 from tests.servers.proxy import Fault
 
+pytestmark = pytest.mark.integration
+
 ODD_NAMES = ["a b/c", "50%/%41", "plus+plus", "été ☃ 影片", "x=1&y=2", "a#b?c", "q'\"<>", "~tilde", "two::colons", "semi;colon,comma"]
 
 

@@ -271,7 +271,7 @@ def work(rank: int, workers: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.whole_run
+@pytest.mark.integration
 def test_two_workers_do_what_one_does(tmp_path):
     """Five windows: three for one worker, two for the other. Without dropout loss and gradients' norm are the same, to rounding."""
     memory = Memory()
