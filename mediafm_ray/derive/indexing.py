@@ -217,7 +217,7 @@ def _tune(writer: IndexWriter, column: str, setting: SearchParams, config: Index
         tried = dataclasses.replace(setting, nprobes=min(nprobes, setting.partitions), refine=refine, queries=len(queries_QD))
         begun = time.monotonic()
         reached = measured_recall(index, column, queries_QD, truth.cosine_QK, tried)
-        return dataclasses.replace(tried, recall=round(reached, 4)), (time.monotonic() - begun) / len(queries_QD)
+        return dataclasses.replace(tried, recall=reached), (time.monotonic() - begun) / len(queries_QD)
 
     for nprobes in EFFORTS:
         found, seconds = measured(nprobes, EFFORTS[-1])
@@ -235,7 +235,7 @@ def _tune(writer: IndexWriter, column: str, setting: SearchParams, config: Index
         f"{column}: recall@{RESULTS} {found.recall:.3f}{shortfall}, against exact search for {len(queries_QD)} shots "
         f"({effort}, {1000 * seconds:.0f} ms a search)"
     )
-    return found
+    return dataclasses.replace(found, recall=round(found.recall, 4))
 
 
 def exact_search(index: ShotIndex, column: str, queries_QD: np.ndarray, count: int) -> ExactSearch:
