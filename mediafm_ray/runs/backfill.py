@@ -15,13 +15,13 @@ and objects of titles that the catalog does not have are *missing* ones: listed,
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
 import operator
 import time
 import urllib.parse
-from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.config.loader import ConfigError
 from mediafm_ray.config.sections import BackfillConfig
 from mediafm_ray.pipeline.rows import PLAN_SCHEMA
-from mediafm_ray.runs.plan import Plan, Survey, Surveys, in_order, pending_table, shots_first, survey
+from mediafm_ray.runs.plan import PENDING_SCHEMA, Compared, Plan, Survey, Surveys, in_order, pending_table, shots_first, survey
 from mediafm_ray.runs.report import SUMMARY, RunResult
 from mediafm_ray.spec import parse_json
 from mediafm_ray.storage.catalog import Entry
@@ -148,32 +148,21 @@ def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now
         pending = surveys.pending(*ORDERS[wanted.order])
         measured = Measured(surveys) if config.run.dry_run or wanted.max_video_hours > 0 else None
         protected = {encode_title(row.name) for row in surveys.bad_rows}
-        counts: Counter[str] = Counter()
-        unknown: list[tuple[str, str]] = []
-        leftovers: list[tuple[str, ObjectInfo]] = []
-        outdone: list[tuple[str, str]] = []
+        found = Compared(PENDING_SCHEMA.empty_table())
         gone: list[tuple[str, Sequence[ObjectInfo]]] = []
         of_titles = 0
-        for there in surveys:
-            elsewhere = _elsewhere(there)
-            reasons = _classify(there, elsewhere, wanted, now)
-            counts.update(reason for _, reason in reasons)
-            for entry, reason in reasons:
-                title_id = entry.title.title_id
-                if reason == DONE:
-                    leftovers += ((title_id, info) for info in there.leftovers(entry))
-                    outdone += ((title_id, name) for name in there.outdone(entry))
-                elif reason == UNKNOWN:
-                    unknown.append((title_id, entry.unknown))
-            pending.add(pending_table(there, [entry for entry, reason in reasons if reason in planned], elsewhere))
+        for part in surveys.each(functools.partial(_compare, wanted, now, planned, protected, measured is not None)):
+            pending.add(part.pending)
+            found.take(part)
+            gone += part.gone
+            of_titles += part.of_titles
             if measured:
-                measured.add(there, elsewhere, [entry for entry, reason in reasons if reason == DONE])
-            gone += _missing(there, protected)
-            of_titles += len(there.objects_of_title)
+                measured.add(part.sized)
         missing = Missing.of(gone, of_titles)
         check_missing(missing, config)
         taken = pending.read(slice(wanted.max_titles or None))
         hours = _hours(taken, measured, config)
+    counts = found.counts
     plan = Plan(
         model=surveys.model,
         checkpoint=surveys.checkpoint,
@@ -183,14 +172,43 @@ def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now
         failed_before=counts[NOT_DUE] + counts[GIVEN_UP],
         left=len(pending) - taken.num_rows,
         only_contextual=pc.sum(taken["has_shots"]).as_py() or 0,
-        leftovers=tuple(in_order(leftovers)),
-        outdone=tuple(in_order(outdone)),
+        leftovers=tuple(in_order(found.leftovers)),
+        outdone=tuple(in_order(found.outdone)),
         given_up=counts[GIVEN_UP],
         bad_rows=tuple(surveys.bad_rows),
-        unknown=tuple(sorted(unknown)),
+        unknown=tuple(sorted(found.unknown)),
     )
     passed_over = {reason: counts[reason] for reason in MEANING if reason not in planned and counts[reason]}
     return Backfill(plan, {reason: counts[reason] for reason in planned if counts[reason]}, passed_over, missing, hours)
+
+
+@dataclass
+class ComparedWithAll(Compared):
+    """What a scheduled run needs of the titles and the objects of a survey."""
+
+    gone: Sequence[tuple[str, Sequence[ObjectInfo]]] = ()  # Titles that the catalog does not have.
+    of_titles: int = 0  # Number of titles that have objects.
+    sized: Sized | None = None
+
+
+def _compare(
+    wanted: BackfillConfig, now: float, planned: Sequence[str], protected: Set[str], is_measured: bool, there: Survey
+) -> ComparedWithAll:
+    """Compare the titles of a survey with all objects. ``protected``: see ``_missing``; ``is_measured``: whether to set ``sized``."""
+    elsewhere = _elsewhere(there)
+    reasons = _classify(there, elsewhere, wanted, now)
+    found = ComparedWithAll(pending_table(there, [entry for entry, reason in reasons if reason in planned], elsewhere))
+    found.counts.update(reason for _, reason in reasons)
+    for entry, reason in reasons:
+        if reason == DONE:
+            found.add_done(there, entry)
+        elif reason == UNKNOWN:
+            found.unknown.append((entry.title.title_id, entry.unknown))
+    if is_measured:
+        found.sized = Sized.of(there, elsewhere, [entry for entry, reason in reasons if reason == DONE])
+    found.gone = _missing(there, protected)
+    found.of_titles = len(there.objects_of_title)
+    return found
 
 
 def _elsewhere(there: Survey) -> Elsewhere:
@@ -279,34 +297,55 @@ def delete_missing(missing: Missing, output: Output) -> int:
 # ------------------------------------------------------------------------------------------------------------- hours
 
 
+@dataclass(frozen=True)
+class Sized:
+    """Titles of a survey from which seconds of video per byte can be told."""
+
+    size: int  # Bytes of the titles whose duration the catalog has.
+    seconds: float
+    is_in_catalog: bool  # The catalog has the duration of a title: then it decides.
+    sample: pa.Table  # SAMPLE_SCHEMA: committed titles whose durations can be read; empty where the catalog has durations.
+
+    @classmethod
+    def of(cls, there: Survey, elsewhere: Elsewhere, done: Sequence[Entry]) -> Sized:
+        """Find them. ``done``: those that are committed under this dataset version."""
+        known = [entry for entry in there.entries if entry.duration_s]
+        size, seconds = sum(entry.size for entry in known), sum(entry.duration_s or 0.0 for entry in known if entry.size)
+        if known:
+            return cls(size, seconds, True, SAMPLE_SCHEMA.empty_table())
+        version = there.model.dataset_version
+        here = [(True, entry, f"{version}/{there.wanted[0][entry.key][0].name}") for entry in done]
+        both = [*here, *((False, entry, cls._name(there, elsewhere, entry)) for entry in there.entries if entry.key in elsewhere)]
+        rows = [(is_done, entry.title.title_id, entry.size, name) for is_done, entry, name in both if entry.size]
+        return cls(0, 0.0, False, pa.Table.from_pylist([dict(zip(SAMPLE_SCHEMA.names, row, strict=True)) for row in rows], SAMPLE_SCHEMA))
+
+    @staticmethod
+    def _name(there: Survey, elsewhere: Elsewhere, entry: Entry) -> str:
+        here = there.wanted[0].get(entry.key)
+        return f"{there.model.dataset_version}/{here[0].name}" if here else elsewhere[entry.key]
+
+
 @dataclass
 class Measured:
     """Titles of the catalog from which seconds of video per byte can be told, collected shard by shard."""
 
     surveys: Surveys
-    is_in_catalog: bool = False  # The catalog has the duration of a title: then it decides.
-    size: int = 0  # Bytes of the titles whose duration the catalog has.
+    is_in_catalog: bool = False  # See Sized, as for the next two.
+    size: int = 0
     seconds: float = 0.0
-    sample: SortedTables = field(init=False)  # Committed titles whose durations can be read.
+    sample: SortedTables = field(init=False)
 
     def __post_init__(self) -> None:
         order = [(IS_DONE, "descending"), ("title_id", "ascending")]
         self.sample = SortedTables(self.surveys.scratch, "sample", SAMPLE_SCHEMA, order)
 
-    def add(self, there: Survey, elsewhere: Elsewhere, done: Sequence[Entry]) -> None:
-        """Add the titles of a survey. ``done``: those that are committed under this dataset version."""
-        for entry in there.entries:
-            if entry.duration_s:
-                self.is_in_catalog = True
-                self.size += entry.size
-                self.seconds += entry.duration_s if entry.size else 0.0
-        if self.is_in_catalog:
-            return
-        version = there.model.dataset_version
-        here = [(True, entry, f"{version}/{there.wanted[0][entry.key][0].name}") for entry in done]
-        both = [*here, *((False, entry, self._name(there, elsewhere, entry)) for entry in there.entries if entry.key in elsewhere)]
-        rows = [(is_done, entry.title.title_id, entry.size, name) for is_done, entry, name in both if entry.size]
-        self.sample.add(pa.Table.from_pylist([dict(zip(SAMPLE_SCHEMA.names, row, strict=True)) for row in rows], SAMPLE_SCHEMA))
+    def add(self, sized: Sized | None) -> None:
+        """Add the titles of a survey."""
+        if sized:
+            self.is_in_catalog |= sized.is_in_catalog
+            self.size += sized.size
+            self.seconds += sized.seconds
+            self.sample.add(sized.sample)
 
     def seconds_per_byte(self, config: BackfillCatalogConfig) -> float:
         """Return the seconds of video per byte; 0 where they are unknown."""
@@ -317,11 +356,6 @@ class Measured:
         measured = [(size, seconds) for size, seconds in found if seconds is not None]
         size = sum(size for size, _ in measured)
         return sum(seconds for _, seconds in measured) / size if size else 0.0
-
-    @staticmethod
-    def _name(there: Survey, elsewhere: Elsewhere, entry: Entry) -> str:
-        here = there.wanted[0].get(entry.key)
-        return f"{there.model.dataset_version}/{here[0].name}" if here else elsewhere[entry.key]
 
 
 def _hours(taken: pa.Table, measured: Measured | None, config: BackfillCatalogConfig) -> Hours:

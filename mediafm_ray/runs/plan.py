@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import gc
+import functools
 import math
 import operator
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from mediafm_ray.storage.listing import Kept, Listing, keep_listing, read_listin
 from mediafm_ray.storage.names import FAILURES, SHOTS, contextual, object_name
 from mediafm_ray.storage.partitions import Partitions, SortedTables, scratch_folder
 from mediafm_ray.storage.store import ObjectInfo, StorageError
+from mediafm_ray.storage.workers import Workers, few_collections
 from mediafm_ray.text import public_line
 
 NUMERICS_VERSION = 2  # Part of the dataset version: raise it with a change of the code that changes the numbers.
@@ -39,7 +40,6 @@ VERSION_DIGITS = 12  # Hex digits of a dataset version.
 BUILTIN = {"builtin": BUILTIN_NEIGHBOURS, "revision": 1}  # Raise the revision with a change that changes its numbers.
 BUILTIN_DATASET = contextual(digest_of(BUILTIN)[:VERSION_DIGITS])  # For builtin:neighbours with its default options.
 ROWS_AT_ONCE = 20_000  # Titles, or objects of a dataset, that are in memory at once, but at least those of a shard.
-OBJECTS_PER_COLLECTION = 500_000  # That may be garbage in cycles before Python looks for it.
 IN_CATALOG, WITH_SHOTS = "in_catalog", "with_committed_shots"  # The titles that a job starts from.
 CHECKPOINT_TYPES = ("mediafm_contextualiser", "mediafm_neighbour_attention")  # The model_type in the config.json of a contextualiser.
 PENDING_SCHEMA = pa.schema(  # What a plan needs of a pending title; the order of the titles is found when all are known.
@@ -166,7 +166,8 @@ class Survey:
     def others(self, entry: Entry) -> list[ObjectInfo]:
         """Return the objects of a title's other sources in the order of their removal (``shots_first``)."""
         title, source = entry.key
-        return shots_first(info for other, info in self.objects_of_title.get(title, ()) if other != source)
+        found = [info for other, info in self.objects_of_title.get(title, ()) if other != source]
+        return shots_first(found) if found else found
 
     def leftovers(self, entry: Entry) -> list[ObjectInfo]:
         """Return the objects that a finished title should no longer have: those of other sources, and records of failures.
@@ -221,39 +222,28 @@ class Surveys:
     versions: Mapping[str, Partitions[Kept]]  # Listings of the shots of other dataset versions.
     scratch: Path  # A temporary folder.
     shards: range  # Those that the run takes.
+    workers: Workers
 
-    def __iter__(self) -> Iterator[Survey]:
-        """Yield the surveys of the run's shards, of a small catalog all at once: its sources are looked up together.
+    def each(self, work: Callable[[Survey], Result]) -> Iterator[Result]:
+        """Yield ``work`` of the surveys of the run's shards in order, of a small catalog all at once: its sources are looked up together.
 
-        Raises StorageError where sources cannot be looked up.
+        ``work`` and what it returns can be pickled, because processes do it where a catalog is large. Raises StorageError where sources
+        cannot be looked up.
         """
         rows = max(self.catalog.titles, *(kept.rows for kept in [*self.listed.values(), *self.versions.values()]), 1)
         size = max(1, ROWS_AT_ONCE * SHARDS // rows)
-        for start in range(0, len(self.shards), size):
-            shards = self.shards[start : start + size]
-            listed = {dataset: read_listing(kept, shards) for dataset, kept in self.listed.items()}
-            versions = {version: read_listing(kept, shards) for version, kept in self.versions.items()}
-            yield Survey(self.catalog.entries(shards), self.model, self.checkpoint, self.output, listed, versions)
+        parts = [self.shards[start : start + size] for start in range(0, len(self.shards), size)]
+        return self.workers.map(functools.partial(_survey_of, self, work), parts, rows)
 
     def pending(self, *order: tuple[str, str]) -> SortedTables:
         """Return an empty collection of pending titles that has them in an order of PENDING_SCHEMA's columns."""
         return SortedTables(self.scratch, "pending", PENDING_SCHEMA, order)
 
 
-@contextlib.contextmanager
-def few_collections() -> Iterator[None]:
-    """Let Python look for garbage seldom, and not among the objects of the libraries: that takes half of the time of a plan.
-
-    A plan makes millions of objects, hardly any of them in cycles.
-    """
-    before = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(OBJECTS_PER_COLLECTION, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
+def _survey_of(there: Surveys, work: Callable[[Survey], Result], shards: Sequence[int]) -> Result:
+    listed = {dataset: read_listing(kept, shards) for dataset, kept in there.listed.items()}
+    versions = {version: read_listing(kept, shards) for version, kept in there.versions.items()}
+    return work(Survey(there.catalog.entries(shards), there.model, there.checkpoint, there.output, listed, versions))
 
 
 @contextlib.contextmanager
@@ -270,14 +260,15 @@ def survey(config: EmbedCatalogConfig, model: Model | None = None, with_others: 
     checkpoint = checkpoint_name(config, model)
     output = Output(config.output.uri, model.dataset_version, config.storage)
     output.store.check_readable()
-    with few_collections(), scratch_folder("plan") as scratch:
-        listed = {dataset: keep_listing(output, dataset, scratch, config.run.shard_numbers) for dataset in output.datasets()}
+    shards = config.run.shard_numbers
+    with few_collections(), scratch_folder("plan") as scratch, Workers() as workers:
+        listed = {dataset: keep_listing(output, dataset, scratch, shards, workers) for dataset in output.datasets()}
         versions = dataset_versions(config.output.uri, config.storage) if with_others else []
         others = [Output(config.output.uri, version, config.storage) for version in versions if version != model.dataset_version]
-        shots = {other.dataset_version: keep_listing(other, SHOTS, scratch, config.run.shard_numbers) for other in others}
+        shots = {other.dataset_version: keep_listing(other, SHOTS, scratch, shards, workers) for other in others}
         skipped: list[BadRow] = []
-        catalog = open_catalog(config.catalog.uri, config.storage, scratch, skipped if config.catalog.on_error == "skip" else None)
-        yield Surveys(catalog, skipped, model, checkpoint, output, listed, shots, scratch, config.run.shard_numbers)
+        catalog = open_catalog(config.catalog.uri, config.storage, scratch, skipped if config.catalog.on_error == "skip" else None, workers)
+        yield Surveys(catalog, skipped, model, checkpoint, output, listed, shots, scratch, shards, workers)
 
 
 def pending_table(there: Survey, entries: Sequence[Entry], elsewhere: Mapping[tuple[str, str], str] | None = None) -> pa.Table:
@@ -305,6 +296,50 @@ def in_order(found: Iterable[tuple[str, Result]]) -> list[Result]:
     return [one for _, one in sorted(found, key=operator.itemgetter(0))]
 
 
+@dataclass
+class Compared:
+    """What a plan needs of the titles of a survey, or of several."""
+
+    pending: pa.Table  # PENDING_SCHEMA
+    counts: Counter[str] = field(default_factory=Counter)  # Titles by class.
+    leftovers: list[tuple[str, ObjectInfo]] = field(default_factory=list)  # With the ids of their titles, as are the next two.
+    outdone: list[tuple[str, str]] = field(default_factory=list)
+    unknown: list[tuple[str, str]] = field(default_factory=list)
+
+    def add_done(self, there: Survey, entry: Entry) -> None:
+        """Add the objects of a finished title that need something."""
+        self.leftovers += ((entry.title.title_id, info) for info in there.leftovers(entry))
+        self.outdone += ((entry.title.title_id, name) for name in there.outdone(entry))
+
+    def take(self, other: Compared) -> None:
+        """Add what was found of other titles, but for those that are pending."""
+        self.counts.update(other.counts)
+        self.leftovers += other.leftovers
+        self.outdone += other.outdone
+        self.unknown += other.unknown
+
+
+def _compare(retry_failed: bool, there: Survey) -> Compared:
+    """Compare the titles of a survey with their objects."""
+    found = Compared(PENDING_SCHEMA.empty_table())
+    counts = found.counts
+    entries = []
+    for entry in there.entries:
+        if there.is_done(entry):
+            counts["done"] += 1
+            counts["without_context"] += there.lacks_context(entry)
+            found.add_done(there, entry)
+        elif there.is_unknown(entry):
+            found.unknown.append((entry.title.title_id, entry.unknown))
+        elif entry.key in there.failures and not retry_failed:
+            counts["failed_before"] += 1
+        else:
+            counts["only_contextual"] += entry.key in there.wanted[0]
+            entries.append(entry)
+    found.pending = pending_table(there, entries)
+    return found
+
+
 def make_plan(config: EmbedCatalogConfig) -> Plan:
     """Return the titles of the catalog that are not committed. Writes nothing.
 
@@ -312,42 +347,25 @@ def make_plan(config: EmbedCatalogConfig) -> Plan:
     """
     with survey(config) as surveys:
         pending = surveys.pending(("title_id", "ascending"))
-        leftovers: list[tuple[str, ObjectInfo]] = []
-        outdone: list[tuple[str, str]] = []
-        unknown: list[tuple[str, str]] = []
-        done = failed_before = only_contextual = without_context = 0
-        for there in surveys:
-            entries = []
-            for entry in there.entries:
-                title_id = entry.title.title_id
-                if there.is_done(entry):
-                    done += 1
-                    without_context += there.lacks_context(entry)
-                    leftovers += ((title_id, info) for info in there.leftovers(entry))
-                    outdone += ((title_id, name) for name in there.outdone(entry))
-                elif there.is_unknown(entry):
-                    unknown.append((title_id, entry.unknown))
-                elif entry.key in there.failures and not config.run.retry_failed:
-                    failed_before += 1
-                else:
-                    only_contextual += entry.key in there.wanted[0]
-                    entries.append(entry)
-            pending.add(pending_table(there, entries))
+        found = Compared(PENDING_SCHEMA.empty_table())
+        for part in surveys.each(functools.partial(_compare, config.run.retry_failed)):
+            pending.add(part.pending)
+            found.take(part)
         taken = pending.read(slice(config.run.max_titles or None)).select(PLAN_SCHEMA.names)
     return Plan(
         model=surveys.model,
         checkpoint=surveys.checkpoint,
         pending=taken,
         titles=surveys.catalog.titles,
-        done=done,
-        failed_before=failed_before,
+        done=found.counts["done"],
+        failed_before=found.counts["failed_before"],
         left=len(pending) - taken.num_rows,
-        only_contextual=only_contextual,
-        leftovers=tuple(in_order(leftovers)),
-        outdone=tuple(in_order(outdone)),
+        only_contextual=found.counts["only_contextual"],
+        leftovers=tuple(in_order(found.leftovers)),
+        outdone=tuple(in_order(found.outdone)),
         bad_rows=tuple(surveys.bad_rows),
-        unknown=tuple(sorted(unknown)),
-        without_context=without_context,
+        unknown=tuple(sorted(found.unknown)),
+        without_context=found.counts["without_context"],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from mediafm_ray.spec import ConfigSection, resource
 
@@ -35,9 +35,8 @@ class StorageConfig(ConfigSection):
             raise ValueError(f"endpoint_url must begin with http:// or https://, is {self.endpoint_url.rpartition('@')[2]}")
 
 
-@dataclass(frozen=True)
-class ObjectInfo:
-    """One object as a listing describes it."""
+class ObjectInfo(NamedTuple):
+    """One object as a listing describes it. (A plan makes millions, and a named tuple takes a third of the time of a frozen dataclass.)"""
 
     name: str  # relative to the store's root, with '/' between the parts
     size: int  # bytes
@@ -46,8 +45,7 @@ class ObjectInfo:
     is_merged: bool = False  # There is no such object: the title lies in a merged file (see merged.py).
 
 
-@dataclass(frozen=True)
-class Unknown:
+class Unknown(NamedTuple):
     """An object that could not be looked up: it may or may not exist."""
 
     reason: str  # message for the user

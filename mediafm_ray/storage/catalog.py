@@ -24,9 +24,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from mediafm_ray.spec import SHARDS, TimedTextSource, Title, parse_json
 from mediafm_ray.storage.base import ObjectInfo, StorageConfig, Unknown
@@ -47,6 +46,7 @@ from mediafm_ray.storage.names import encode_title, shard_of
 from mediafm_ray.storage.partitions import Partitions, scratch_folder
 from mediafm_ray.storage.s3 import S3Objects, with_short_timeouts
 from mediafm_ray.storage.store import LOOK_UP_THREADS, Store, absolute, join, scheme_of
+from mediafm_ray.storage.workers import Workers
 from mediafm_ray.text import PublicError
 
 log = logging.getLogger(__name__)
@@ -83,12 +83,11 @@ def list_problems(what: str, problems: list[str]) -> list[str]:
     return [f"{what}: {count}; nothing was started", *(f"  {problem}" for problem in shown), *more]
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A title and the digest of its source objects' identity."""
 
     title: Title
-    source: str  # 16 hex digits over URI, size and ETag or modification time of the video and the timed text
+    key: tuple[str, str]  # The encoded title and its present source, as in a listing.
     position: int = 0  # row of the table, or place in the order of the file names
     size: int = 0  # bytes of the video; 0 = unknown
     modified: float = 0.0  # modification time of the video, seconds since the epoch; 0 = unknown
@@ -96,10 +95,10 @@ class Entry:
     unknown: str = ""  # why one of its objects could not be looked up; ``source`` is then meaningless
     is_outage: bool = False  # True if that reason is transient
 
-    @cached_property
-    def key(self) -> tuple[str, str]:
-        """The key of the title with its present source in a listing."""
-        return encode_title(self.title.title_id), self.source
+    @property
+    def source(self) -> str:
+        """The 16 hex digits over URI, size and ETag or modification time of the video and the timed text."""
+        return self.key[1]
 
 
 @dataclass(frozen=True)
@@ -116,12 +115,12 @@ class Catalog:
 
 def read_catalog(uri: str, config: StorageConfig | None = None, skipped: list[BadRow] | None = None) -> list[Entry]:
     """Return all titles of a catalog in the order of their ids; see ``open_catalog``."""
-    with scratch_folder("catalog") as scratch:
-        return open_catalog(uri, config or StorageConfig(), scratch, skipped).entries(range(SHARDS))
+    with scratch_folder("catalog") as scratch, Workers() as workers:
+        return open_catalog(uri, config or StorageConfig(), scratch, skipped, workers).entries(range(SHARDS))
 
 
-def open_catalog(uri: str, config: StorageConfig, scratch: Path, skipped: list[BadRow] | None = None) -> Catalog:
-    """Read and check a catalog; ``scratch``, a temporary folder, receives its titles where they are many.
+def open_catalog(uri: str, config: StorageConfig, scratch: Path, skipped: list[BadRow] | None, workers: Workers) -> Catalog:
+    """Read and check a catalog, which can be pickled; ``scratch``, a temporary folder, receives its titles where they are many.
 
     Bad rows are appended to the list ``skipped`` if there is one; otherwise they are errors of the catalog.
 
@@ -136,7 +135,7 @@ def open_catalog(uri: str, config: StorageConfig, scratch: Path, skipped: list[B
     folder = folder or "/"
     ending = PurePosixPath(name).suffix.lower()
     if ending in TABLE_ENDINGS and not os.path.isdir(store.root) and Store(folder, config).check_readable(name):
-        return _open_table(folder, name, TABLE_ENDINGS[ending], config, scratch, skipped)
+        return _open_table(folder, name, TABLE_ENDINGS[ending], config, scratch, skipped, workers)
     if store.check_readable() and not os.path.isfile(store.root):
         return _open_folder(store, scratch, skipped)
     if not folder.endswith(":/") and Store(folder, config).check_readable(name):
@@ -177,7 +176,8 @@ def _entry(
     size, modified = (video.size, video.modified) if isinstance(video, ObjectInfo) else (0, 0.0)
     unknown = [info for info in infos if isinstance(info, Unknown)]
     reason, is_transient = (unknown[0].reason, any(one.is_transient for one in unknown)) if unknown else ("", False)
-    return Entry(title, _digest(uris, infos), position, size, modified, duration_s, reason, is_transient)
+    key = encode_title(title.title_id), _digest(uris, infos)
+    return Entry(title, key, position, size, modified, duration_s, reason, is_transient)
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
@@ -189,7 +189,11 @@ def _open_folder(store: Store, scratch: Path, skipped: list[BadRow] | None) -> C
     for entry in _read_folder(store, skipped):
         titles += 1
         entries.add(shard_of(entry.title.title_id), entry)
-    return Catalog(titles, lambda shards: (entry for shard in shards for entry in entries.read(shard)))
+    return Catalog(titles, functools.partial(_entries_of_folder, entries))
+
+
+def _entries_of_folder(entries: Partitions[Entry], shards: Sequence[int]) -> Iterator[Entry]:
+    return (entry for shard in shards for entry in entries.read(shard))
 
 
 def _read_folder(store: Store, skipped: list[BadRow] | None) -> Iterator[Entry]:
@@ -284,7 +288,9 @@ def _read_metadata(store: Store, stem: str, problems: list[BadRow]) -> dict[str,
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def _open_table(base: str, name: str, kind: str, config: StorageConfig, scratch: Path, skipped: list[BadRow] | None) -> Catalog:
+def _open_table(
+    base: str, name: str, kind: str, config: StorageConfig, scratch: Path, skipped: list[BadRow] | None, workers: Workers
+) -> Catalog:
     rows: Partitions[tuple[Any, ...]] = Partitions(scratch, "rows")
     unread: list[BadRow] = []
     path = Store(base, config).local_file(name, str(scratch))
@@ -308,18 +314,23 @@ def _open_table(base: str, name: str, kind: str, config: StorageConfig, scratch:
     if not titles and not bad:
         bad.append(BadRow("", "the table has no rows"))
     _skip_or_raise(f"{base}/{name}", bad, skipped)
-    listed = _find(keys, config, scratch)
-    servers: dict[str, _Server] = defaultdict(_Server)
+    listed = _find(keys, config, scratch, workers)
+    return Catalog(titles, functools.partial(_entries_of_table, rows, listed, config, defaultdict(_Server)))
 
-    def entries(shards: Sequence[int]) -> Iterator[Entry]:
-        good = [row for shard in shards for row in _good_rows(rows.read(shard), [])]
-        found = _look_up([uri for row in good for uri in row.uris if not _s3_key(uri)], config, servers)
-        in_buckets = {key: kind(*values) for shard in shards for key, kind, values in listed.read(shard)}
-        for row in good:
-            infos = [in_buckets.get(key) if (key := _s3_key(uri)) else found.get(uri) for uri in row.uris]
-            yield _entry(row.title(), row.uris, infos, row.position, row.duration_s)
 
-    return Catalog(titles, entries)
+def _entries_of_table(
+    rows: Partitions[tuple[Any, ...]],
+    listed: Partitions[Found],
+    config: StorageConfig,
+    servers: dict[str, _Server],
+    shards: Sequence[int],
+) -> Iterator[Entry]:
+    good = [(row, row.uris) for shard in shards for row in _good_rows(rows.read(shard), [])]
+    found = _look_up([uri for _, uris in good for uri in uris if not _s3_key(uri)], config, servers)
+    in_buckets = {key: kind._make(values) for shard in shards for key, kind, values in listed.read(shard)}
+    for row, uris in good:
+        infos = [in_buckets.get(key) if (key := _s3_key(uri)) else found.get(uri) for uri in uris]
+        yield _entry(row.title(), uris, infos, row.position, row.duration_s)
 
 
 def _good_rows(rows: Iterable[tuple[Any, ...]], problems: list[tuple[int, BadRow]]) -> Iterator[Row]:
@@ -341,37 +352,58 @@ def _s3_key(uri: str) -> str:
     return rest if scheme == "s3" or scheme.lower() == "s3" else ""
 
 
-def _find(keys: Partitions[str], config: StorageConfig, scratch: Path) -> Partitions[Found]:
+def _find(keys: Partitions[str], config: StorageConfig, scratch: Path, workers: Workers) -> Partitions[Found]:
     """Look up the objects of all shards with a few listings of each bucket; return those that exist, by shard.
 
     The keys of a shard are sorted, so that they can be merged to the order of the listings. Raises StorageError where a bucket gives no
     answer at all.
     """
     found: Partitions[Found] = Partitions(scratch, "listed")
+    denied: dict[str, StorageError] = {}  # The last refusal of each bucket, which may be of some of its keys only.
+    answered = set()
+    for bucket, by_shard, refusal in workers.map(functools.partial(_find_part, config), _parts_of_buckets(keys), keys.rows):
+        if refusal:
+            denied[bucket] = refusal
+        else:
+            answered.add(bucket)
+        for shard, of_shard in by_shard.items():
+            found.extend(shard, of_shard)
+    for bucket in denied.keys() - answered:
+        raise denied[bucket]
+    return found
+
+
+def _parts_of_buckets(keys: Partitions[str]) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    """Yield buckets, each with some of its keys, in order, and their shards."""
 
     def of_shard(shard: int) -> Iterator[tuple[str, int]]:
         return ((key, shard) for key in keys.read(shard))
 
     merged = heapq.merge(*map(of_shard, range(SHARDS)))
     for bucket, of_bucket in itertools.groupby(merged, key=lambda pair: pair[0].partition("/")[0]):
-        denied: StorageError | None = None
-        is_answered = False
         while wanted := list(itertools.islice(of_bucket, KEYS_AT_ONCE)):
-            names = [key.partition("/")[2] for key, _ in wanted]
-            try:
-                there: Mapping[str, ObjectInfo | Unknown] = S3Objects(f"s3://{bucket}", config).find(names)
-                is_answered = True
-            except StorageError as error:
-                if code_of(error) not in DENIED:
-                    raise
-                denied = error  # of all of these keys, and perhaps not of others
-                there = dict.fromkeys(names, Unknown(str(error), is_transient=False))
-            for name, (key, shard) in zip(names, wanted, strict=True):
-                if name in there:
-                    found.add(shard, (key, type(there[name]), tuple(vars(there[name]).values())))
-        if denied and not is_answered:
-            raise denied
-    return found
+            yield bucket, wanted
+
+
+def _find_part(
+    config: StorageConfig, part: tuple[str, Sequence[tuple[str, int]]]
+) -> tuple[str, Mapping[int, Sequence[Found]], StorageError | None]:
+    """Look up keys of a bucket; return it, what was found by shard, and the error where looking up is not allowed."""
+    bucket, wanted = part
+    names = [key.partition("/")[2] for key, _ in wanted]
+    denied = None
+    try:
+        there: Mapping[str, ObjectInfo | Unknown] = S3Objects(f"s3://{bucket}", config).find(names)
+    except StorageError as error:
+        if code_of(error) not in DENIED:
+            raise
+        denied = error
+        there = dict.fromkeys(names, Unknown(str(error), is_transient=False))
+    found: dict[int, list[Found]] = defaultdict(list)
+    for name, (key, shard) in zip(names, wanted, strict=True):
+        if info := there.get(name):
+            found[shard].append((key, type(info), tuple(info)))
+    return bucket, found, denied
 
 
 def _look_up(uris: Sequence[str], config: StorageConfig, servers: dict[str, _Server]) -> dict[str, ObjectInfo | Unknown | None]:

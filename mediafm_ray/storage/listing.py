@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from mediafm_ray.storage.merged import COMPACTED
 from mediafm_ray.storage.names import shard_name
 from mediafm_ray.storage.partitions import Partitions
 from mediafm_ray.storage.store import Store
+from mediafm_ray.storage.workers import Workers
 
 MIN_SHARDS = 250  # So many of 256 shards have an object where there are a thousand objects or more: a page of a listing on S3.
 LISTING_THREADS = 8
@@ -45,23 +47,33 @@ def each_shard(shards: list[str], work: Callable[[str], Result]) -> Iterator[Res
         yield from pool.map(work, shards)
 
 
-def keep_listing(output: Output, dataset: str, scratch: Path, shards: Iterable[int]) -> Partitions[Kept]:
+def keep_listing(output: Output, dataset: str, scratch: Path, shards: Iterable[int], workers: Workers) -> Partitions[Kept]:
     """List these shards of a dataset at least; return the listing by shard, in temporary files below ``scratch`` where it is large."""
+    names = shards_of(output, dataset, shards)
+    parts = [names[start : start + LISTING_THREADS] for start in range(0, len(names), LISTING_THREADS)]
+    list_part = functools.partial(_listing_of, output, dataset, scratch)
+    kept = list_part(parts[0])
+    for found in workers.map(list_part, parts[1:], kept.rows * len(parts)):
+        kept.take(found)
+    return kept
+
+
+def _listing_of(output: Output, dataset: str, scratch: Path, shards: list[str]) -> Partitions[Kept]:
     kept: Partitions[Kept] = Partitions(scratch, f"{output.dataset_version}-{dataset}")
 
     def keep(shard: str) -> None:
         found: dict[int, list[Kept]] = defaultdict(list)
         for key, infos in list_shard(output, dataset, shard).items():
             number = int(infos[0].name.split("/")[1].removeprefix("shard="), 16)
-            found[number].append((key, [tuple(vars(info).values()) for info in infos]))
+            found[number].append((key, list(map(tuple, infos))))
         for number, listing in found.items():
             kept.extend(number, listing)
 
-    for _ in each_shard(shards_of(output, dataset, shards), keep):
+    for _ in each_shard(shards, keep):
         pass
     return kept
 
 
 def read_listing(kept: Partitions[Kept], shards: Iterable[int]) -> Listing:
     """Return the listing of some shards."""
-    return {key: [ObjectInfo(*info) for info in infos] for shard in shards for key, infos in kept.read(shard)}
+    return {key: list(map(ObjectInfo._make, infos)) for shard in shards for key, infos in kept.read(shard)}

@@ -11,9 +11,9 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 class Partitions(Generic[Item]):
     """Items by the number of their partition, in the order in which they came. Several threads may add.
 
-    ``folder``: a temporary folder; ``name``: the beginning of the names of the files in it.
+    ``folder``: a temporary folder; ``name``: the beginning of the names of the files in it. Pickled, all its items are in files.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -43,6 +43,14 @@ class Partitions(Generic[Item]):
         self._waiting_rows = 0
         self._written: set[int] = set()  # Partitions with a file.
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            self._write()
+            return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def add(self, partition: int, item: Item, rows: int = 1) -> None:
         """Append an item that counts as so many rows. Raises StorageError where the temporary folder does not take it."""
@@ -59,6 +67,14 @@ class Partitions(Generic[Item]):
             self._waiting_rows += rows
             if self._waiting_rows > MAX_ROWS_IN_MEMORY:
                 self._write()
+
+    def take(self, other: Partitions[Item]) -> None:
+        """Take the items of another one with the same name, which has no partition that this one has. Raises as ``extend`` does."""
+        with self._lock:
+            self._written |= other._written
+            self.rows += other.rows - other._waiting_rows
+        for partition, items in other._waiting.items():
+            self.extend(partition, items)
 
     def read(self, partition: int) -> Iterator[Item]:
         """Yield the items of a partition, of which some are in memory, and no file stays open."""
@@ -77,7 +93,8 @@ class Partitions(Generic[Item]):
         for partition, items in self._waiting.items():
             path = self._path(partition)
             try:
-                with path.open("ab") as stream:
+                # The first items of a partition replace those that a killed process has left.
+                with path.open("ab" if partition in self._written else "wb") as stream:
                     for start in range(0, len(items), ITEMS_PER_PICKLE):
                         pickle.dump(items[start : start + ITEMS_PER_PICKLE], stream, pickle.HIGHEST_PROTOCOL)
             except OSError as error:

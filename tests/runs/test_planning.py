@@ -23,7 +23,7 @@ from mediafm_ray.runs import backfill, plan, stored
 from mediafm_ray.runs.backfill import HOUR, plan_backfill
 from mediafm_ray.runs.plan import make_plan
 from mediafm_ray.runs.stored import make_stored_plan
-from mediafm_ray.storage import catalog, listing, partitions
+from mediafm_ray.storage import catalog, listing, partitions, workers
 from mediafm_ray.storage.base import Unknown
 from mediafm_ray.storage.catalog import CatalogError
 from mediafm_ray.storage.dataset import Output
@@ -43,15 +43,19 @@ SEEDS = range(8)
 # ---------------------------------------------------------------------------------------------------------------- worlds
 
 
-@pytest.fixture(params=["in memory", "spilled"])
+@pytest.fixture(params=["in memory", "spilled", "processes"])
 def spilled(request, monkeypatch):
-    """Everything in memory and at once, or all of it in files and every shard alone."""
-    if request.param == "spilled":
+    """Everything in memory and at once, or all of it in files and every shard alone, or that in several processes."""
+    if request.param == "processes":
+        monkeypatch.setattr(workers, "MIN_ROWS", 0)
+        monkeypatch.setattr(workers, "START_METHOD", "fork")  # So that the processes have the functions of made_up.
+        monkeypatch.setattr(workers.log, "info", pytest.fail)  # Nothing is done again in this process.
+    if request.param != "in memory":
         monkeypatch.setattr(partitions, "MAX_ROWS_IN_MEMORY", 2)
         monkeypatch.setattr(partitions, "ROWS_PER_TABLE", 3)
         monkeypatch.setattr(listing, "MIN_SHARDS", 1)
         monkeypatch.setattr(plan, "ROWS_AT_ONCE", 0)
-    return request.param == "spilled"
+    return request.param != "in memory"
 
 
 @pytest.fixture
