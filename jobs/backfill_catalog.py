@@ -18,10 +18,11 @@ from functools import partial
 
 from mediafm_ray.config.jobs import BackfillCatalogConfig
 from mediafm_ray.pipeline.execute import embed
-from mediafm_ray.runs.backfill import HOUR, Backfill, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
+from mediafm_ray.runs.backfill import Backfill, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
 from mediafm_ray.runs.catalog_run import log_passed_over, report, run
 from mediafm_ray.runs.command import EXIT_ABORTED, EXIT_OK, holder_of_lease, run_job, working
 from mediafm_ray.runs.dry_run import describe_cost
+from mediafm_ray.runs.hours import HOUR
 from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.plan import describe_model, prepare_output
 from mediafm_ray.runs.report import Console

@@ -404,7 +404,7 @@ def _client(config: StorageConfig) -> Any:
 
 
 def _parse_contents(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-    """Parse the objects of a page of a listing, which takes botocore some thirty times as long; leave it the rest, and every other answer.
+    """Parse the objects of a page of a listing, which takes botocore some twenty times as long; leave it the rest, and every other answer.
 
     A page with comments, or with references to characters that servers seldom write, is left to botocore as it is.
     """

@@ -20,8 +20,9 @@ from mediafm_ray.pipeline.coordination import Budget
 from mediafm_ray.pipeline.rows import SHOTS, SKIPPED, TitleRow, failed, plan_table
 from mediafm_ray.pipeline.stages import DetectShots, EncodeText, Fuse
 from mediafm_ray.pipeline.write_title import WriteTitle
-from mediafm_ray.runs.backfill import HOUR, Hours, delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
+from mediafm_ray.runs.backfill import delete_missing, describe, describe_time, last_pace, plan_backfill, summary_part
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK
+from mediafm_ray.runs.hours import HOUR, Hours
 from mediafm_ray.runs.limits import Limits
 from mediafm_ray.runs.plan import describe_model, prepare_output
 from mediafm_ray.runs.report import RunResult, write_summary

@@ -19,8 +19,9 @@ from benchmarks import planning
 from mediafm_ray.config.jobs import BackfillCatalogConfig, ContextualiseCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.pipeline.rows import PLAN_SCHEMA
-from mediafm_ray.runs import backfill, plan, stored
-from mediafm_ray.runs.backfill import HOUR, plan_backfill
+from mediafm_ray.runs import hours, plan, stored
+from mediafm_ray.runs.backfill import plan_backfill
+from mediafm_ray.runs.hours import HOUR
 from mediafm_ray.runs.plan import make_plan
 from mediafm_ray.runs.stored import make_stored_plan
 from mediafm_ray.storage import catalog, listing, partitions, workers
@@ -65,8 +66,8 @@ def made_up(monkeypatch):
     monkeypatch.setattr(plan, "checkpoint_name", lambda config, model: CHECKPOINT)
     monkeypatch.setattr(stored, "checkpoint_name", lambda config, model: CHECKPOINT)
     monkeypatch.setattr(Output, "facts", lambda output, name: {"media": {"duration_s": duration_of(f"{output.dataset_version}/{name}")}})
-    monkeypatch.setattr(backfill, "SAMPLED_TITLES", 4)
-    monkeypatch.setattr(backfill, "MAX_FACTS_READ", 5)
+    monkeypatch.setattr(hours, "SAMPLED_TITLES", 4)
+    monkeypatch.setattr(hours, "MAX_FACTS_READ", 5)
     real = catalog._info
     monkeypatch.setattr(catalog, "_info", lambda uri, *others: unknown_of(uri) or real(uri, *others))
 
@@ -285,12 +286,12 @@ class Whole:
         rest = [entry for entry in taken if not entry["duration_s"]]
         if not exact or not rest:
             return known, 0
-        stored = [entry for entry in rest if self.stored(entry)][: backfill.MAX_FACTS_READ]
+        stored = [entry for entry in rest if self.stored(entry)][: hours.MAX_FACTS_READ]
         known |= {entry["title_id"]: duration_of(self.stored(entry)) for entry in stored}
         measured = [(entry["size"], entry["duration_s"]) for entry in self.entries if entry["duration_s"]]
         if not measured:
             candidates = [entry for entry in [*done, *(entry for entry in self.entries if entry["key"] in self.elsewhere)] if entry["size"]]
-            sample = candidates[:: max(1, len(candidates) // backfill.SAMPLED_TITLES)][: backfill.SAMPLED_TITLES]
+            sample = candidates[:: max(1, len(candidates) // hours.SAMPLED_TITLES)][: hours.SAMPLED_TITLES]
             measured = [(entry["size"], duration_of(self.stored(entry))) for entry in sample]
         size = sum(size for size, _ in measured)
         rate = sum(seconds for size, seconds in measured if size) / size if size else 0

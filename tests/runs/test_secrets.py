@@ -21,8 +21,9 @@ from mediafm_ray.media.options import MediaConfig
 from mediafm_ray.media.source import open_bytes, read_whole
 from mediafm_ray.pipeline.rows import TitleRow, error_value, plan_table
 from mediafm_ray.pipeline.stages import DetectShots
-from mediafm_ray.runs.backfill import Backfill, Hours, Missing, describe
+from mediafm_ray.runs.backfill import Backfill, Missing, describe
 from mediafm_ray.runs.command import guarded
+from mediafm_ray.runs.hours import Hours
 from mediafm_ray.runs.plan import Plan
 from mediafm_ray.runs.report import SUMMARY, TITLES_LOG, Console, RunResult, follow, reason_of, summary, write_summary
 from mediafm_ray.storage.dataset import Model, Output, record_failure
