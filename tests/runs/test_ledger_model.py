@@ -520,7 +520,7 @@ def patched(patch: pytest.MonkeyPatch) -> None:
         for entry in read_folder(store, skipped):
             reason, passes = forgotten.get(entry.title.title_id, ("", False))
             source = catalog.source_digest(entry.title, {}) if reason else entry.source
-            found.append(dataclasses.replace(entry, unknown=reason, is_outage=passes, source=source))
+            found.append(entry._replace(unknown=reason, is_outage=passes, key=(entry.key[0], source)))
         return found
 
     def stopping(method: str):

@@ -39,6 +39,7 @@ NAMES = [*(f"t{number}" for number in range(14)), "ü/x y", "long " * 60, "gone"
 NOW = 1_000_000_000.0
 PASSED_OVER = ("stale", "not_due", "given_up", "unknown")
 SEEDS = range(8)
+pytestmark = pytest.mark.filterwarnings("ignore:lance is not fork-safe")  # Some test before may have loaded it; no plan uses it.
 
 
 # ---------------------------------------------------------------------------------------------------------------- worlds
