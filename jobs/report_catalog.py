@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 
 from mediafm_ray.config.jobs import ReportCatalogConfig
-from mediafm_ray.derive.pages import INDEX, catalog_content, committed_titles, pages_folder, write_title_page
+from mediafm_ray.derive.pages import INDEX, catalog_content, pages_folder, titles_to_write, write_title_page
 from mediafm_ray.downstream.catalog_pages import catalog_page
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, run_job, working
 from mediafm_ray.runs.stored import open_dataset
@@ -34,9 +34,9 @@ def main(config: ReportCatalogConfig) -> int:
 
 
 def write_title_pages(dataset: EmbeddingDataset, pages: Store) -> int:
-    """Write the page of every committed title and print its URI; return the number of failures."""
+    """Write the pages of committed titles that have changed since and print their URIs; return the number of failures."""
     failed = 0
-    for title_id in committed_titles(dataset):
+    for title_id in titles_to_write(dataset, pages):
         try:
             print(public_line(write_title_page(dataset, title_id, pages, index=f"../{INDEX}")))
         except StorageError:

@@ -263,7 +263,9 @@ class CatalogPagesConfig(ConfigSection):
     """The location and the extent of the catalog's pages."""
 
     folder: str = resource("", "folder or bucket prefix for index.html and titles/; empty = pages/ of the dataset version")
-    title_pages: bool = resource(False, "also write the page of every committed title; otherwise the list links to the pages that exist")
+    title_pages: bool = resource(
+        False, "also write the pages of committed titles that changed since; the list links to the pages that exist"
+    )
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,21 @@
 
 <output>/<dataset version>/pages/index.html
 <output>/<dataset version>/pages/titles/<title>.html
+<output>/<dataset version>/pages/titles.parquet          what index.html says of each object, so that the next one reads only new objects
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import urllib.parse
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mediafm_ray.derive.reader import suggest_titles
 from mediafm_ray.downstream.catalog_pages import CatalogContent, CatalogTitle
@@ -22,7 +27,7 @@ from mediafm_ray.spec import MODALITIES, parse_json
 from mediafm_ray.storage.dataset import DatasetError, EmbeddingDataset, newest_objects, parse_failure, title_facts
 from mediafm_ray.storage.merged import DamagedRows
 from mediafm_ray.storage.names import FAILURES, SCENES, SHOTS, contextual, decode_title, encode_title, object_key, object_name
-from mediafm_ray.storage.schemas import embedding_values, read_facts
+from mediafm_ray.storage.schemas import embedding_values, encode_parquet, read_facts
 from mediafm_ray.storage.store import ObjectInfo, Store
 from mediafm_ray.text import public_line, public_uri
 
@@ -30,6 +35,17 @@ PAGES = "pages"
 INDEX = "index.html"
 READING_THREADS = 16  # A GET from object storage mostly waits.
 MAX_PICTURES = 300  # The list of a larger catalog has no pictures, which would make the page too large.
+KEPT = "titles.parquet"
+KEPT_SCHEMA = pa.schema(
+    [
+        ("object", pa.string()),
+        ("modified", pa.float64()),  # Modification time of the object; one that was written again is read again.
+        ("title_id", pa.string()),
+        ("duration_s", pa.float64()),
+        ("shots", pa.int64()),
+        ("warnings", pa.list_(pa.string())),
+    ]
+)
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, DamagedRows)  # errors of an object that is damaged or not of this program
 
 
@@ -40,7 +56,11 @@ def pages_folder(dataset: EmbeddingDataset) -> str:
 
 def title_page_name(title_id: str) -> str:
     """Return the name of a title's page below the folder of pages."""
-    return f"titles/{encode_title(title_id)}.html"
+    return _page_of(encode_title(title_id))
+
+
+def _page_of(title: str) -> str:
+    return f"titles/{title}.html"
 
 
 # -------------------------------------------------------------------------------------------------------- one title
@@ -101,17 +121,25 @@ def _explain_missing(dataset: EmbeddingDataset, title_id: str) -> str:
 def catalog_content(dataset: EmbeddingDataset, output_uri: str, pages: Store) -> CatalogContent:
     """Read the content of a catalog's page: length, shots, warnings and failure of every title, and links to the pages in ``pages``.
 
-    Threads read little more than the end of each object.
+    Threads read little more than the end of each object that is new since the last page; ``pages`` keeps what they read.
     """
     there = {info.name for info in pages.list("titles")}
     committed = newest_objects(dataset.output.list(SHOTS))
     failures = newest_objects(dataset.output.list(FAILURES))
-    dataset.output.store.prime_listing_cache(committed)
+    pictured = len(committed) <= MAX_PICTURES
+    kept = {} if pictured else _read_kept(pages)
+    new = [info for info in committed if (info.name, info.modified) not in kept]
+    dataset.output.store.prime_listing_cache(new)
     with ThreadPoolExecutor(READING_THREADS) as threads:
         records = list(threads.map(lambda info: _failure(dataset, info), failures))
-        failed = {object_key(info.name)[0]: record for info, record in zip(failures, records, strict=True)}
-        pictured = len(committed) <= MAX_PICTURES
-        titles = list(threads.map(lambda info: _committed_title(dataset, info, failed, there, pictured), committed))
+        read = dict(
+            zip(((info.name, info.modified) for info in new), threads.map(lambda info: _light(dataset, info, pictured), new), strict=True)
+        )
+    found = [(info.name, kept.get((info.name, info.modified)) or read[info.name, info.modified]) for info in committed]
+    if new and not pictured:
+        _write_kept(pages, committed, [title for _, title in found])
+    failed = {object_key(info.name)[0]: record for info, record in zip(failures, records, strict=True)}
+    titles = [_completed(name, title, failed, there) for name, title in found]
     done = {object_key(info.name)[0] for info in committed}
     titles += [CatalogTitle(record["title_id"], failure=record) for title, record in failed.items() if title not in done]
     return CatalogContent(
@@ -123,6 +151,27 @@ def catalog_content(dataset: EmbeddingDataset, output_uri: str, pages: Store) ->
     )
 
 
+def _read_kept(pages: Store) -> dict[tuple[str, float], CatalogTitle]:
+    """Read the titles of the last page by the name and the time of their object; none where the file is missing or damaged."""
+    try:
+        table = pq.read_table(pa.BufferReader(pages.read(KEPT)), schema=KEPT_SCHEMA, page_checksum_verification=True)
+        rows = zip(*(table[name].to_pylist() for name in KEPT_SCHEMA.names), strict=True)
+    except (FileNotFoundError, pa.ArrowException, OSError, ValueError):  # All objects are read instead.
+        return {}
+    return {(name, modified): CatalogTitle(*row) for name, modified, *row in rows}
+
+
+def _write_kept(pages: Store, committed: Sequence[ObjectInfo], titles: Sequence[CatalogTitle]) -> None:
+    rows = [
+        (info.name, info.modified, title.title_id, title.duration_s, title.shots, list(title.warnings))
+        for info, title in zip(committed, titles, strict=True)
+        if title.failure is None  # A damaged object is looked at again.
+    ]
+    columns = list(zip(*rows, strict=True)) or [()] * len(KEPT_SCHEMA)
+    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, KEPT_SCHEMA, strict=True)], KEPT_SCHEMA)
+    pages.write(KEPT, encode_parquet(table, {}))
+
+
 def _failure(dataset: EmbeddingDataset, info: ObjectInfo) -> Mapping[str, Any]:
     try:
         return parse_failure(dataset.output.store.read(info.name))
@@ -132,34 +181,28 @@ def _failure(dataset: EmbeddingDataset, info: ObjectInfo) -> Mapping[str, Any]:
         return {"title_id": title, "stage": "reading back", "type": type(error).__name__, "message": reason}
 
 
-def _committed_title(
-    dataset: EmbeddingDataset, info: ObjectInfo, failed: Mapping[str, Mapping[str, Any]], there: set[str], pictured: bool
-) -> CatalogTitle:
-    key, source = object_key(info.name)
+def _light(dataset: EmbeddingDataset, info: ObjectInfo, pictured: bool) -> CatalogTitle:
+    """Read the facts, the number of shots and the picture of the middle shot, which is little more than the object's end."""
     try:
-        facts, shots, picture = _light(dataset, info, pictured)
+        table = dataset.output.table(info.name, ["thumbnail"] if pictured else [])
+        facts, shots = read_facts(table.schema), table.num_rows
+        picture = table["thumbnail"][shots // 2].as_py() if pictured and shots else b""
+        media = facts.get("media", {})
+        return CatalogTitle(facts["title_id"], media.get("duration_s", 0.0), shots, media.get("warnings", ()), picture=picture)
     except UNREADABLE as error:  # A damaged object is a line of the list.
         reason = f"{info.name} cannot be read ({public_line(str(error))}): delete it and run the job that wrote it again"
-        return CatalogTitle(decode_title(key), failure={"stage": "reading back", "type": type(error).__name__, "message": reason})
-    media = facts.get("media", {})
-    failure = failed.get(key)
-    page = title_page_name(facts["title_id"])
-    return CatalogTitle(
-        title_id=facts["title_id"],
-        duration_s=media.get("duration_s", 0.0),
-        shots=shots,
-        warnings=media.get("warnings", ()),
-        failure=failure if failure and failure.get("source") != source else None,  # A retry of this source has succeeded since.
-        page=urllib.parse.quote(page) if page in there else "",
-        picture=picture,
-    )
+        failure = {"stage": "reading back", "type": type(error).__name__, "message": reason}
+        return CatalogTitle(decode_title(object_key(info.name)[0]), failure=failure)
 
 
-def _light(dataset: EmbeddingDataset, info: ObjectInfo, pictured: bool) -> tuple[Mapping[str, Any], int, bytes]:
-    """Read the facts, the number of shots and the picture of the middle shot, which is little more than the object's end."""
-    table = dataset.output.table(info.name, ["thumbnail"] if pictured else [])
-    shots = table.num_rows
-    return read_facts(table.schema), shots, table["thumbnail"][shots // 2].as_py() if pictured and shots else b""
+def _completed(name: str, title: CatalogTitle, failed: Mapping[str, Mapping[str, Any]], there: Set[str]) -> CatalogTitle:
+    """Add its failure and the link to its page to a title. ``name``: its object; ``there``: the pages that exist."""
+    if title.failure:
+        return title
+    key, source = object_key(name)
+    failure, page = failed.get(key), title_page_name(title.title_id)
+    is_later = failure and failure.get("source") != source  # Otherwise, a retry of this source has succeeded since.
+    return dataclasses.replace(title, failure=failure if is_later else None, page=urllib.parse.quote(page) if page in there else "")
 
 
 def _run_summary(output_uri: str, dataset: EmbeddingDataset) -> Mapping[str, Any] | None:
@@ -202,12 +245,28 @@ def write_title_page(dataset: EmbeddingDataset, title_id: str, pages: Store, nam
     return f"{pages.uri}/{name}"
 
 
-def committed_titles(dataset: EmbeddingDataset) -> list[str]:
-    """List the ids of the committed titles in order, without titles whose objects cannot be read, which the catalog's page names."""
-    objects = newest_objects(dataset.output.list(SHOTS))
+def titles_to_write(dataset: EmbeddingDataset, pages: Store) -> list[str]:
+    """List the ids of the committed titles in order whose page is missing or older than an object that it shows.
+
+    A folder of pages in another place has a clock of its own: then all are listed. Titles whose objects cannot be read, which the
+    catalog's page names, are left out.
+    """
+    changed: dict[str, float] = defaultdict(float)  # Time of the last object of a title, by encoded title.
+    shots = dataset.output.list(SHOTS)
+    if pages.uri.startswith(f"{dataset.output.store.uri}/"):
+        others = [name for name in dataset.names() if name.startswith((contextual(""), f"{SCENES}-"))]
+        for listing in (shots, *map(dataset.output.list, others)):
+            for (title, _), infos in listing.items():
+                changed[title] = max(changed[title], *(info.modified for info in infos))
+    written = {info.name: info.modified for info in pages.list("titles")} if changed else {}
+    objects = [info for info in newest_objects(shots) if not _is_newer(written, changed, object_key(info.name)[0])]
     dataset.output.store.prime_listing_cache(objects)
     with ThreadPoolExecutor(READING_THREADS) as threads:
         return sorted(title_id for title_id in threads.map(lambda info: _title_id(dataset, info), objects) if title_id is not None)
+
+
+def _is_newer(written: Mapping[str, float], changed: Mapping[str, float], title: str) -> bool:
+    return written.get(_page_of(title), 0.0) > changed.get(title, math.inf)
 
 
 def _title_id(dataset: EmbeddingDataset, info: ObjectInfo) -> str | None:

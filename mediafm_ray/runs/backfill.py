@@ -295,7 +295,8 @@ def describe_time(backfill: Backfill, pace: float) -> str:
         return "time: unknown, there is no earlier run in this output to go by"
     if not backfill.hours.known:
         return f"time: unknown; the last run did {pace:.2f} hours of video an hour"
-    return f"time: about {time_span(backfill.hours.total_s / pace)} on the machines of the last run, which did {pace:.2f} hours of video an hour"
+    time_left = time_span(backfill.hours.total_s / pace)
+    return f"time: about {time_left} on the machines of the last run, which did {pace:.2f} hours of video an hour"
 
 
 def last_pace(store: Store) -> float:

@@ -8,10 +8,10 @@ import pytest
 from benchmarks.pages import SOURCE, commit_title
 from jobs import report_catalog
 from mediafm_ray.config.jobs import ReportCatalogConfig
-from mediafm_ray.derive.pages import catalog_content, committed_titles, title_content, title_page_name, write_title_page
+from mediafm_ray.derive.pages import catalog_content, title_content, title_page_name, titles_to_write, write_title_page
 from mediafm_ray.downstream.catalog_pages import catalog_page
 from mediafm_ray.runs.command import EXIT_FAILED_TITLES, EXIT_OK, run_job
-from mediafm_ray.storage.dataset import EmbeddingDataset
+from mediafm_ray.storage.dataset import EmbeddingDataset, Output
 from mediafm_ray.storage.names import FAILURES, SCENES, SHOTS, contextual, derived, object_name
 from mediafm_ray.storage.schemas import encode_parquet, read_facts
 from mediafm_ray.storage.store import Store
@@ -74,7 +74,52 @@ def test_a_catalog_has_a_line_for_every_title_whatever_became_of_it(dataset):
     (broken,) = (title for title in lines.values() if title.title_id.startswith("xxx"))
     assert broken.status == "failed"
     assert damaged in broken.failure["message"]
-    assert committed_titles(dataset) == ["a", "b/é"]
+    assert titles_to_write(dataset, pages) == ["a"]  # The page of "b/é" is newer than its objects, and the third title is damaged.
+
+
+def test_a_large_catalog_reads_only_new_objects_for_its_page(dataset, monkeypatch):
+    pages = Store(dataset.output.store.uri + "/pages")
+    monkeypatch.setattr("mediafm_ray.derive.pages.MAX_PICTURES", 0)
+    damaged = object_name(SHOTS, "x" * 400, SOURCE)
+    dataset.output.store.write(damaged, dataset.output.store.read(damaged)[:-100])
+    read, real = [], Output.table
+    monkeypatch.setattr(Output, "table", lambda output, name, columns: read.append(name) or real(output, name, columns))
+
+    def listed():
+        read.clear()
+        return catalog_content(EmbeddingDataset(dataset.output.store.uri.rpartition("/")[0]), "out", pages).titles
+
+    first = listed()
+    assert sorted(read) == sorted([damaged, *(object_name(SHOTS, title_id, SOURCE) for title_id in ("a", "b/é"))])
+    assert listed() == first
+    assert read == [damaged]
+    write_title_page(dataset, "a", pages)
+    again = object_name(SHOTS, "b/é", SOURCE)
+    dataset.output.store.write(again, dataset.output.store.read(again))
+    fail(dataset, "b/é", "newer")
+    found = {title.title_id: title for title in listed()}
+    assert sorted(read) == sorted([damaged, again])
+    assert (found["a"].page, found["b/é"].status) == ("titles/a.html", "outdated")
+    pages.write("titles.parquet", b"damaged")
+    assert {title.title_id: title for title in listed()} == found
+    assert len(read) == 3
+
+
+def test_pages_of_titles_are_written_where_something_has_changed(dataset, tmp_path):
+    pages = Store(dataset.output.store.uri + "/pages")
+    everything = titles_to_write(dataset, pages)
+    assert len(everything) == 3
+    for title_id in everything:
+        write_title_page(dataset, title_id, pages)
+    assert titles_to_write(dataset, pages) == []
+    scenes = object_name(SCENES_NAME, "b/é", SOURCE)
+    dataset.output.store.write(scenes, dataset.output.store.read(scenes))
+    pages.delete(title_page_name("a"))
+    assert titles_to_write(dataset, pages) == ["a", "b/é"]
+    elsewhere = Store(str(tmp_path / "elsewhere"))  # Another place may have another clock.
+    for title_id in everything:
+        write_title_page(dataset, title_id, elsewhere)
+    assert titles_to_write(dataset, elsewhere) == everything
 
 
 def test_the_last_run_shown_is_the_last_that_computed_something(dataset):

@@ -24,7 +24,7 @@ from mediafm_ray.config.jobs import (
 )
 from mediafm_ray.config.loader import ConfigError, read_config
 from mediafm_ray.derive.indexing import facts_of, title_rows
-from mediafm_ray.derive.pages import catalog_content, committed_titles
+from mediafm_ray.derive.pages import catalog_content, titles_to_write
 from mediafm_ray.derive.reader import read_vectors
 from mediafm_ray.runs.backfill import Missing, delete_missing, plan_backfill
 from mediafm_ray.storage import merged
@@ -164,7 +164,7 @@ def test_jobs_over_merged_titles_find_and_compute_the_same(uri, output, capsys):
     dataset = EmbeddingDataset(uri)
     vectors = {info.name: read_vectors(dataset, info.name, contextual(CHECKPOINT)) for (info,) in output.list(SHOTS).values()}
     page = catalog_content(dataset, uri, Store(f"{uri}/pages"))
-    titles = committed_titles(dataset)
+    titles = titles_to_write(dataset, Store(f"{uri}/pages"))
     scenes = {name: content for name, content in contents(output).items() if name.startswith("scenes-")}
     facts = facts_of(dataset, contextual(CHECKPOINT), ["audio"])
     indexed = {name: title_rows(dataset, facts, name) for name in vectors}
@@ -174,7 +174,7 @@ def test_jobs_over_merged_titles_find_and_compute_the_same(uri, output, capsys):
     for name, before in vectors.items():
         assert (read_vectors(dataset, name, contextual(CHECKPOINT)).vectors_SD == before.vectors_SD).all()
     assert dataclasses.asdict(catalog_content(dataset, uri, Store(f"{uri}/pages"))) == dataclasses.asdict(page)
-    assert committed_titles(dataset) == titles == sorted(TITLES)
+    assert titles_to_write(dataset, Store(f"{uri}/pages")) == titles == sorted(TITLES)
     capsys.readouterr()
     assert segment_scenes.main(read_config(SegmentScenesConfig, [], [f"output.uri={uri}"])) == 0
     assert f"{len(TITLES)} committed before, 0 to do" in capsys.readouterr().out
