@@ -208,17 +208,20 @@ def _checked(dataset: EmbeddingDataset, name: str, info: ObjectInfo) -> pa.Table
 
 def _conforming(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return the rows with the columns of a schema. Raises NotMerged where that would change them."""
+    found = table.schema
+    if found.equals(schema):  # As a rule: the comparison of each column takes as long as reading the object.
+        return table
     columns = []
     for column in schema:
-        if column.name not in table.column_names and column.nullable:  # an older object
+        if column.name not in found.names and column.nullable:  # an older object
             columns.append(pa.chunked_array([pa.nulls(len(table), column.type)]))
-        elif column.name not in table.column_names or table.schema.field(column.name).type != column.type:
+        elif column.name not in found.names or found.field(column.name).type != column.type:
             raise NotMerged(f"its column {column.name} is not that of this version of mediafm_ray: it stays as it is")
         else:
             columns.append(table[column.name])
-    if more := set(table.column_names) - set(schema.names):
+    if more := set(found.names) - set(schema.names):
         raise NotMerged(f"it has columns of a later version of mediafm_ray ({', '.join(sorted(more))}): it stays as it is")
-    return pa.table(columns, schema=schema.with_metadata(table.schema.metadata))
+    return pa.table(columns, schema=schema.with_metadata(found.metadata))
 
 
 def _old_rows(old: MergedFile, entry: MergedTitle, schema: pa.Schema) -> pa.Table:

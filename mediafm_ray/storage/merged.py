@@ -247,6 +247,8 @@ class MergedWriter:
         self.schema = merged_schema(schema)
         self.file = pq.ParquetWriter(path, self.schema, **parquet_options(self.schema))
         self.pending: list[pa.Table] = []
+        self.pending_titles: list[pa.Array] = []
+        self.pending_facts: list[pa.Array] = []
         self.pending_rows = self.pending_bytes = 0
         self.listed: dict[str, list[Any]] = {name: [] for name in ("titles", "sources", "modified", "sizes", "since", "rows")}
 
@@ -259,11 +261,11 @@ class MergedWriter:
     def add(self, title: str, source: str, modified: float, size: int, since: float, rows: pa.Table) -> None:
         """Add a title. ``rows``: its columns, in order, with its facts as metadata; the other arguments as in MergedTitle."""
         facts = rows.schema.metadata[METADATA_KEY].decode()
-        rows = rows.append_column(self.schema.field(ENCODED_TITLE), pa.array([title] * len(rows)))
-        rows = rows.append_column(self.schema.field(FACTS), pa.array([facts, *[None] * (len(rows) - 1)], pa.string()))
-        self.pending.append(rows.replace_schema_metadata(None))
+        self.pending.append(rows)
+        self.pending_titles.append(pa.array([title] * len(rows), pa.string()))
+        self.pending_facts.append(pa.array([facts, *[None] * (len(rows) - 1)], pa.string()))
         self.pending_rows += len(rows)
-        self.pending_bytes += rows.nbytes
+        self.pending_bytes += rows.nbytes + self.pending_titles[-1].nbytes + self.pending_facts[-1].nbytes
         for name, value in zip(self.listed, (title, source, modified, size, since, len(rows)), strict=True):
             self.listed[name].append(value)
         if self.pending_rows >= MIN_GROUP_ROWS or self.pending_bytes >= MIN_GROUP_BYTES:
@@ -276,8 +278,12 @@ class MergedWriter:
 
     def _write_group(self) -> None:
         if self.pending:
-            self.file.write_table(pa.concat_tables(self.pending), row_group_size=self.pending_rows)
-            self.pending, self.pending_rows, self.pending_bytes = [], 0, 0
+            rows = pa.concat_tables(self.pending)
+            for name, parts in ((ENCODED_TITLE, self.pending_titles), (FACTS, self.pending_facts)):
+                rows = rows.append_column(self.schema.field(name), pa.chunked_array(parts))
+            self.file.write_table(rows, row_group_size=self.pending_rows)
+            self.pending, self.pending_titles, self.pending_facts = [], [], []
+            self.pending_rows = self.pending_bytes = 0
 
 
 def encode_list(listed: Mapping[str, Any]) -> bytes:
