@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -43,7 +43,9 @@ from mediafm_ray.storage.store import ObjectInfo, StorageError, Store
 from mediafm_ray.text import PublicError
 
 log = logging.getLogger(__name__)
-THREADS = 16  # objects of one shard that are read or removed at once
+THREADS = 16  # batches of objects of one shard that are read or removed at once
+BATCH_OBJECTS = 8  # A batch ends with the object that reaches one of these: for single small ones, threads would cost more than they do.
+BATCH_BYTES = 1 << 20
 
 
 class NotMerged(PublicError):
@@ -147,10 +149,11 @@ def _write(
     with scratch_folder("compact") as folder:
         path = os.path.join(folder, "titles.parquet")
         with MergedWriter(path, schema) as writer:
-            fresh = read_ahead(lambda info: _read_object(dataset, name, info, schema), [due[title] for title in titles if title in due])
+            contents = _read_ahead(output.store, [due[title] for title in titles if title in due])
             for title in titles:
                 if title in due:
-                    info, rows = due[title], next(fresh)
+                    info = due[title]
+                    rows = _rows(dataset, name, info, next(contents), schema)
                     if isinstance(rows, pa.Table):
                         writer.add(title, object_key(info.name)[1], info.modified, info.size, since, rows)
                         result.merged += 1
@@ -181,18 +184,17 @@ def _write(
     return new.titles
 
 
-def _read_object(dataset: EmbeddingDataset, name: str, info: ObjectInfo, schema: pa.Schema) -> pa.Table | str:
-    """Read an object that is to be merged; the reason where that cannot be done, which is empty where a job has removed it."""
-    try:
-        return _conforming(_checked(dataset, name, info), schema)
-    except FileNotFoundError:
+def _rows(dataset: EmbeddingDataset, name: str, info: ObjectInfo, content: bytes | None, schema: pa.Schema) -> pa.Table | str:
+    """Return the rows of an object that is to be merged; the reason where it cannot be, which is empty where a job has removed it."""
+    if content is None:
         return ""
+    try:
+        return _conforming(_checked(dataset, name, info, content), schema)
     except NotMerged as error:
         return str(error)
 
 
-def _checked(dataset: EmbeddingDataset, name: str, info: ObjectInfo) -> pa.Table:
-    content = dataset.output.store.read(info.name)
+def _checked(dataset: EmbeddingDataset, name: str, info: ObjectInfo, content: bytes) -> pa.Table:
     try:
         table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read(use_threads=False)
         facts = read_facts(table.schema)
@@ -259,22 +261,49 @@ def _settle_marks(
 
 
 def _remove(dataset: EmbeddingDataset, infos: Iterable[ObjectInfo], lease: Lease) -> int:
-    def remove(info: ObjectInfo) -> bool:
-        if not lease.is_valid():
-            raise LeaseLost(f"{dataset.output.store.uri}: the lease of the compaction is lost; what it wrote stays")
-        return dataset.output.store.delete_unless_newer(info.name, info.modified)
+    def remove(batch: Sequence[ObjectInfo]) -> int:
+        removed = 0
+        for info in batch:
+            if not lease.is_valid():
+                raise LeaseLost(f"{dataset.output.store.uri}: the lease of the compaction is lost; what it wrote stays")
+            removed += dataset.output.store.delete_unless_newer(info.name, info.modified)
+        return removed
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return sum(pool.map(remove, infos))
+        return sum(pool.map(remove, _batches(infos)))
 
 
-def read_ahead(read: Callable[[ObjectInfo], pa.Table | str], infos: Iterable[ObjectInfo]) -> Iterator[pa.Table | str]:
-    """Yield what ``read`` returns for each object, in order, read by threads that are only a few objects ahead."""
-    waiting: deque[Future[pa.Table | str]] = deque()
+def _read_ahead(store: Store, infos: Iterable[ObjectInfo]) -> Iterator[bytes | None]:
+    """Yield the content of each object, in order, read by threads that are only a few batches ahead; None where there is no such object.
+
+    The caller parses it: threads that do so as well would wait for each other.
+    """
+
+    def read(batch: Sequence[ObjectInfo]) -> list[bytes | None]:
+        found: list[bytes | None] = []
+        for info in batch:
+            try:
+                found.append(store.read(info.name))
+            except FileNotFoundError:
+                found.append(None)
+        return found
+
+    waiting: deque[Future[list[bytes | None]]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
-        for info in infos:
-            waiting.append(pool.submit(read, info))
+        for batch in _batches(infos):
+            waiting.append(pool.submit(read, batch))
             if len(waiting) > 2 * THREADS:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
+
+
+def _batches(infos: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
+    batch: list[ObjectInfo] = []
+    for info in infos:
+        batch.append(info)
+        if len(batch) == BATCH_OBJECTS or sum(one.size for one in batch) >= BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
