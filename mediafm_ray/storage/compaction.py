@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,7 +39,6 @@ from mediafm_ray.storage.dataset import EmbeddingDataset, dataset_schema
 from mediafm_ray.storage.lease import Lease, LeaseLost
 from mediafm_ray.storage.merged import MergedFile, MergedTitle, MergedWriter
 from mediafm_ray.storage.names import object_key, object_name
-from mediafm_ray.storage.partitions import scratch_folder
 from mediafm_ray.storage.schemas import read_facts
 from mediafm_ray.storage.store import ObjectInfo, StorageError, Store
 from mediafm_ray.text import PublicError
@@ -79,10 +80,19 @@ def present_shards(dataset: EmbeddingDataset, name: str) -> list[str]:
     return sorted(folder.removeprefix("shard=") for folder in found if folder.startswith("shard="))
 
 
-def compact_shard(dataset: EmbeddingDataset, name: str, shard: str, lease: Lease, min_titles: int = 1, keep_s: float = 0.0) -> Compaction:
+def compact_shard(
+    dataset: EmbeddingDataset,
+    name: str,
+    shard: str,
+    lease: Lease,
+    min_titles: int = 1,
+    keep_s: float = 0.0,
+    scratch: Path | None = None,
+) -> Compaction:
     """Compact one shard of the dataset ``name``. See the module.
 
-    A merged file is written again only for ``min_titles`` titles that are new, replaced or deleted. Raises LeaseLost, MergedFileError,
+    A merged file is written again only for ``min_titles`` titles that are new, replaced or deleted. ``scratch``: the folder that it is made
+    in, by default the temporary one. Raises LeaseLost, MergedFileError,
     ReplacedMeanwhile and other errors of the store.
     """
     output, result = dataset.output, Compaction()
@@ -99,7 +109,7 @@ def compact_shard(dataset: EmbeddingDataset, name: str, shard: str, lease: Lease
         if len(due) + len(dropped) < min_titles:
             result.waiting += len(due)
         elif due or dropped:
-            present = _write(dataset, name, shard, old, due, dropped, with_object, lease, result)
+            present = _write(dataset, name, shard, old, due, dropped, with_object, lease, scratch, result)
     finally:
         if old:
             old.close()
@@ -139,6 +149,7 @@ def _write(
     dropped: set[str],
     with_object: set[str],
     lease: Lease,
+    scratch: Path | None,
     result: Compaction,
 ) -> Mapping[str, MergedTitle]:
     """Write the merged file anew and read its end back; return its titles."""
@@ -146,7 +157,7 @@ def _write(
     present = old.titles if old else {}
     since = lease.store_time()
     titles = sorted({*present, *due} - dropped)
-    with scratch_folder("compact") as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         path = os.path.join(folder, "titles.parquet")
         with MergedWriter(path, schema) as writer:
             contents = _read_ahead(output.store, [due[title] for title in titles if title in due])
