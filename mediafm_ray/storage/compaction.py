@@ -45,7 +45,8 @@ from mediafm_ray.text import PublicError
 
 log = logging.getLogger(__name__)
 THREADS = 16  # batches of objects of one shard that are read or removed at once
-BATCH_OBJECTS = 8  # A batch ends with the object that reaches one of these: for single small ones, threads would cost more than they do.
+REMOVED_AT_ONCE = 250  # objects in a batch that is removed
+BATCH_OBJECTS = 8  # A batch that is read ends with the object that reaches one of these: small ones cost less than handing them over.
 BATCH_BYTES = 1 << 20
 
 
@@ -271,17 +272,14 @@ def _settle_marks(
     return again
 
 
-def _remove(dataset: EmbeddingDataset, infos: Iterable[ObjectInfo], lease: Lease) -> int:
+def _remove(dataset: EmbeddingDataset, infos: Sequence[ObjectInfo], lease: Lease) -> int:
     def remove(batch: Sequence[ObjectInfo]) -> int:
-        removed = 0
-        for info in batch:
-            if not lease.is_valid():
-                raise LeaseLost(f"{dataset.output.store.uri}: the lease of the compaction is lost; what it wrote stays")
-            removed += dataset.output.store.delete_unless_newer(info.name, info.modified)
-        return removed
+        if not lease.is_valid():
+            raise LeaseLost(f"{dataset.output.store.uri}: the lease of the compaction is lost; what it wrote stays")
+        return dataset.output.store.delete_all_unless_newer(batch)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return sum(pool.map(remove, _batches(infos)))
+        return sum(pool.map(remove, [infos[start : start + REMOVED_AT_ONCE] for start in range(0, len(infos), REMOVED_AT_ONCE)]))
 
 
 def _read_ahead(store: Store, infos: Iterable[ObjectInfo]) -> Iterator[bytes | None]:
