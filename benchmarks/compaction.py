@@ -4,11 +4,12 @@
     python -m benchmarks.compaction --commits 1000
     python -m benchmarks.compaction --kills 50 [--seed 0]
 
-The first form commits made titles to a temporary folder, compacts them, and runs the same DuckDB queries over the titles' objects and over
-the merged files. The second form commits titles one by one, as objects and as appends to a Lance table. The third form kills a process that
-compacts without end, at seeded moments, while one thread commits, replaces and deletes titles and another reads all the while: by the
-listing and by a scan. A title that nobody changes meanwhile must be seen once, from its present source. The lease of a killed compaction
-is deleted, as its message tells an operator to do.
+The first form makes titles in a temporary folder, compacts them in a process of its own, whose CPU time and peak memory it prints, and runs
+the same DuckDB queries over the titles' objects and over the merged files. Of more than 50,000 titles, the queries read those of some
+shards, before and after. 1,000,000 titles need 18 GB and as many inodes. The second form commits titles one by one, as objects and as
+appends to a Lance table. The third form kills a process that compacts without end, at seeded moments, while one thread commits, replaces
+and deletes titles and another reads all the while: by the listing and by a scan. A title that nobody changes meanwhile must be seen once,
+from its present source. The lease of a killed compaction is deleted, as its message tells an operator to do.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.stored_titles import make_model
+from benchmarks.stored_titles import SOURCE, make_model
+from mediafm_ray.config.sections import CompactConfig
+from mediafm_ray.derive.runner import ordered_map
+from mediafm_ray.spec import SHARDS
 from mediafm_ray.storage.compaction import Compaction, compact_shard, present_shards
 from mediafm_ray.storage.dataset import EmbeddingDataset, Model, Output
 from mediafm_ray.storage.lease import held
-from mediafm_ray.storage.names import SHOTS, compaction_lease_folder, encode_title, object_name
+from mediafm_ray.storage.names import SHOTS, compaction_lease_folder, encode_title, object_name, shard_name
 from mediafm_ray.storage.schemas import embedding_array, encode_parquet, shots_schema
 from mediafm_ray.storage.store import Store
 
@@ -47,6 +51,8 @@ LEASE_S = 600
 SHOT_S = 3.0
 GAP_S = (0.05, 0.8)  # between the start of a compaction and its kill
 KILLED_TITLES, KILLED_SHARDS = 24, 3
+MADE_AT_ONCE = 1000  # titles
+MAX_QUERIED_TITLES = 50_000  # DuckDB needs some milliseconds for each object, several times.
 QUERIES = {
     "rows and seconds": "SELECT count(*), sum(end_s - start_s) FROM read_parquet({files})",
     "shots a title": "SELECT title_id, count(*) FROM read_parquet({files}) GROUP BY title_id",
@@ -59,8 +65,27 @@ def made_object(model: Model, title_id: str, source: str, shots: int) -> bytes:
     seed = int.from_bytes(hashlib.sha256(f"{title_id}@{source}".encode()).digest()[:8])
     vectors_SD = np.random.default_rng(seed).standard_normal((shots, dim), np.float32)
     norm_S = np.linalg.norm(vectors_SD, axis=1)
+    own: dict[str, Any] = {
+        "title_id": pa.array([title_id] * shots),
+        "text": pa.array([f"a few words of {title_id}"] * shots),
+        "thumbnail": pa.array([bytes(vectors_SD[shot].data)[:1500] for shot in range(shots)]),
+        "fused_embedding": embedding_array(vectors_SD / norm_S[:, None]),
+        "fused_norm": pa.array(norm_S),
+    }
+    schema = shots_schema(dim)
+    shared = shared_columns(shots)
+    facts = {
+        **{"title_id": title_id, "source": source, "video": f"{title_id}.mp4", "dataset_version": model.dataset_version},
+        **{"dims": dict(model.dims), "spans": {name: list(span) for name, span in model.spans.items()}},
+        **{"media": {"duration_s": SHOT_S * shots, "frame_count": 75 * shots, "warnings": []}, "metadata_embedding": None},
+    }
+    return encode_parquet(pa.table([own.get(name, shared.get(name)) for name in schema.names], schema=schema), facts)
+
+
+@functools.cache
+def shared_columns(shots: int) -> dict[str, pa.Array]:
+    """Return the columns that are the same for every made title of so many shots."""
     columns: dict[str, Any] = {
-        "title_id": [title_id] * shots,
         "shot_index": range(shots),
         "start_s": [SHOT_S * shot for shot in range(shots)],
         "end_s": [SHOT_S * (shot + 1) for shot in range(shots)],
@@ -71,78 +96,86 @@ def made_object(model: Model, title_id: str, source: str, shots: int) -> bytes:
         "transition_start_frame": [0] * shots,
         "transition_end_frame": [0] * shots,
         "dropped_boundaries": [0] * shots,
-        "text": [f"a few words of {title_id}"] * shots,
         "language": ["en"] * shots,
         "has_video": [True] * shots,
         "has_audio": [True] * shots,
         "has_text": [True] * shots,
-        "thumbnail": [bytes(vectors_SD[shot].data)[:1500] for shot in range(shots)],
         "audio_levels": [[-20] * 30] * shots,
-        "fused_embedding": embedding_array(vectors_SD / norm_S[:, None]),
-        "fused_norm": norm_S,
     }
-    schema = shots_schema(dim)
-    arrays = [columns[column.name] if isinstance(columns[column.name], pa.Array) else list(columns[column.name]) for column in schema]
-    facts = {
-        **{"title_id": title_id, "source": source, "video": f"{title_id}.mp4", "dataset_version": model.dataset_version},
-        **{"dims": dict(model.dims), "spans": {name: list(span) for name, span in model.spans.items()}},
-        **{"media": {"duration_s": SHOT_S * shots, "frame_count": 75 * shots, "warnings": []}, "metadata_embedding": None},
-    }
-    return encode_parquet(pa.table(dict(zip(schema.names, arrays, strict=True)), schema=schema), facts)
+    schema = shots_schema(1)
+    return {name: pa.array(list(values), schema.field(name).type) for name, values in columns.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- figures
 
 
 def measure(titles: int, shots: int, dim: int) -> None:
-    """Commit, query, compact, query; print the figures."""
+    """Make titles, query, compact, query; print the figures."""
     import duckdb
 
     with tempfile.TemporaryDirectory() as uri:
         model = make_model(VERSION, dim // 2, dim // 4, dim - dim // 2 - dim // 4)
         output = Output(uri, VERSION)
         output.write_model(model)
-
-        def commit(number: int) -> None:  # without the flush to the disk of Store.write, which is not measured here
-            path = Path(output.store.path(object_name(SHOTS, f"clip-{number:08d}", "0123456789abcdef")))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(made_object(model, f"clip-{number:08d}", "0123456789abcdef", shots))
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(commit, range(titles)))
-        root = output.store.root
-        before = timed_queries(duckdb.connect(), f"{root}/{SHOTS}/*/*.parquet")
-        listing_s = timed(lambda: output.list(SHOTS))
-        objects, size = count(root)
-        result, begun, cpu_begun = Compaction(), time.monotonic(), time.process_time()
-        with held(Store(uri), compaction_lease_folder(VERSION), "benchmarks.compaction", LEASE_S) as lease:
-            dataset = EmbeddingDataset(uri)
-            for shard in present_shards(dataset, SHOTS):
-                result.add(compact_shard(dataset, SHOTS, shard, lease))
-        seconds, cpu_s = time.monotonic() - begun, time.process_time() - cpu_begun
-        after = timed_queries(duckdb.connect(), f"{root}/compacted/{SHOTS}/*/*.parquet")
-        merged_objects, merged_size = count(root)
+        root, shards = output.store.root, [shard_name(number) for number in range(SHARDS)]
+        for shard in shards:
+            Path(root, SHOTS, shard).mkdir(parents=True)
+        sample = shards[: max(1, SHARDS * MAX_QUERIED_TITLES // max(titles, MAX_QUERIED_TITLES))]
+        processes = multiprocessing.get_context("spawn")
         print(
             f"{platform.machine()}, {os.cpu_count()} cores; {titles} titles of {shots} shots, {dim} dimensions; DuckDB {duckdb.__version__}"
         )
+        with ProcessPoolExecutor(os.cpu_count(), processes) as pool:
+            parts = [range(first, min(first + MADE_AT_ONCE, titles)) for first in range(0, titles, MADE_AT_ONCE)]
+            making_s = timed(lambda: list(pool.map(functools.partial(make_titles, root, model, shots), parts)))
+        print(f"making        {making_s:.1f} s", flush=True)
+        before = timed_queries(duckdb.connect(), f"{root}/{SHOTS}", sample)
+        listing_s = timed(lambda: output.list(SHOTS))
+        objects, size = count(output)
+        with ProcessPoolExecutor(1, processes) as pool:
+            seconds, cpu_s, peak_mb, read_mb = pool.submit(compact_measured, uri).result()
+        merged_objects, merged_size = count(output)
         print(f"objects       {objects} of {size / 1e6:.1f} MB before, {merged_objects} of {merged_size / 1e6:.1f} MB after")
-        print(f"compaction    {seconds:.1f} s, {result.read_bytes / 1e6 / seconds:.1f} MB/s, {1000 * cpu_s / titles:.1f} ms of CPU a title")
+        print(f"compaction    {seconds:.1f} s, {read_mb / seconds:.1f} MB/s; peak memory {peak_mb:.0f} MB")
+        print(f"CPU           {cpu_s:.1f} core-seconds, {1000 * cpu_s / titles:.2f} ms a title")
         print(f"listing       {listing_s:.2f} s before, {timed(lambda: Output(uri, VERSION).list(SHOTS)):.2f} s after")
+        after = timed_queries(duckdb.connect(), f"{root}/compacted/{SHOTS}", sample)
+        whole = timed_queries(duckdb.connect(), f"{root}/compacted/{SHOTS}", shards)
+        print(f"DuckDB over {len(sample)} of {SHARDS} shards, in brackets over the merged files of all")
         for name in QUERIES:
             print(
                 f"{name:<16}  {before[name]:.3f} s over objects, {after[name]:.3f} s over merged files: {before[name] / after[name]:.1f} x"
+                f" ({whole[name]:.3f} s)"
             )
 
 
-def timed_queries(connection: Any, pattern: str) -> dict[str, float]:
-    """Return the seconds of each query over the files, the shorter of two runs."""
-    runs = {name: functools.partial(lambda query: connection.sql(query).fetchall(), query) for name, query in queries(pattern).items()}
+def make_titles(root: str, model: Model, shots: int, numbers: Iterable[int]) -> None:
+    """Make titles, without the flush to the disk of Store.write, which is not measured here."""
+    for number in numbers:
+        title_id = f"clip-{number:08d}"
+        Path(root, object_name(SHOTS, title_id, SOURCE)).write_bytes(made_object(model, title_id, SOURCE, shots))
+
+
+def compact_measured(uri: str) -> tuple[float, float, float, float]:
+    """Compact all shards as the job does; return its seconds, the core-seconds and peak MB of this process, and the MB it has merged."""
+    dataset, result = EmbeddingDataset(uri), Compaction()
+    begun, cpu_begun = time.monotonic(), time.process_time()
+    with held(Store(uri), compaction_lease_folder(VERSION), "benchmarks.compaction", LEASE_S) as lease:
+        shards = present_shards(dataset, SHOTS)
+        for done in ordered_map(lambda shard: compact_shard(dataset, SHOTS, shard, lease), shards, CompactConfig().threads):
+            result.add(done)
+    seconds, cpu_s = time.monotonic() - begun, time.process_time() - cpu_begun
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return seconds, cpu_s, int(status["VmHWM"].split()[0]) / 1024, result.read_bytes / 1e6
+
+
+def timed_queries(connection: Any, folder: str, shards: Iterable[str]) -> dict[str, float]:
+    """Return the seconds of each query over the files of some shards, the shorter of two runs."""
+    files = [f"{folder}/{shard}/*.parquet" for shard in shards if any(Path(folder, shard).glob("*.parquet"))]
+    runs = {
+        name: functools.partial(lambda query: connection.sql(query).fetchall(), text.format(files=files)) for name, text in QUERIES.items()
+    }
     return {name: min(timed(run), timed(run)) for name, run in runs.items()}
-
-
-def queries(pattern: str) -> dict[str, str]:
-    """Return the queries over the files of a pattern."""
-    return {name: query.format(files=f"'{pattern}'") for name, query in QUERIES.items()}
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -152,9 +185,9 @@ def timed(run: Callable[[], Any]) -> float:
     return time.monotonic() - begun
 
 
-def count(root: str) -> tuple[int, int]:
-    """Return the number of Parquet files below a folder and their bytes."""
-    sizes = [path.stat().st_size for path in Path(root).rglob("*.parquet")]
+def count(output: Output) -> tuple[int, int]:
+    """Return the number of Parquet files of an output and their bytes."""
+    sizes = [info.size for info in output.store.list() if info.name.endswith(".parquet")]
     return len(sizes), sum(sizes)
 
 
@@ -166,9 +199,9 @@ def measure_commits(titles: int, shots: int, dim: int) -> None:
     with tempfile.TemporaryDirectory() as uri:
         model = make_model(VERSION, dim // 2, dim // 4, dim - dim // 2 - dim // 4)
         output = Output(uri, VERSION)
-        contents = [made_object(model, f"clip-{number:08d}", "0123456789abcdef", shots) for number in range(titles)]
+        contents = [made_object(model, f"clip-{number:08d}", SOURCE, shots) for number in range(titles)]
         tables = [pq.read_table(pa.BufferReader(content)).replace_schema_metadata(None) for content in contents]
-        objects = [timed(functools.partial(output.write, SHOTS, f"clip-{n:08d}", "0123456789abcdef", c)) for n, c in enumerate(contents)]
+        objects = [timed(functools.partial(output.write, SHOTS, f"clip-{n:08d}", SOURCE, c)) for n, c in enumerate(contents)]
         lance.write_dataset(tables[0], f"{uri}/table")
         appends = [timed(functools.partial(lance.write_dataset, table, f"{uri}/table", mode="append")) for table in tables]
         tenth = max(1, titles // 10)
@@ -229,7 +262,7 @@ class Changes:
             self.output.remove(object_name(SHOTS, title, old))
             del self.sources[title]
             return
-        source = f"{self.dice.getrandbits(64):016x}" if kind == "replace" else "0123456789abcdef"
+        source = f"{self.dice.getrandbits(64):016x}" if kind == "replace" else SOURCE
         content = made_object(self.model, title, source, 1 + len(title) % 3)
         name = self.output.write(SHOTS, title, source, content)
         if old is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 from mediafm_ray.config.jobs import CompactDatasetConfig
 from mediafm_ray.config.loader import ConfigError
@@ -25,6 +26,7 @@ from mediafm_ray.storage.compaction import Compaction, compact_shard, present_sh
 from mediafm_ray.storage.dataset import EmbeddingDataset
 from mediafm_ray.storage.lease import Lease, held
 from mediafm_ray.storage.names import compaction_lease_folder
+from mediafm_ray.storage.partitions import scratch_folder
 from mediafm_ray.storage.store import Store
 from mediafm_ray.text import public_line
 
@@ -42,9 +44,10 @@ def main(config: CompactDatasetConfig) -> int:
         raise ConfigError(f"compact.keep_hours must be at least {MIN_KEEP_HOURS} on object storage, is {config.compact.keep_hours:g}")
     store.check_writable()
     left: list[tuple[str, str]] = []
-    with held(store, compaction_lease_folder(dataset.version), holder_of_lease("mediafm compact"), LEASE_S) as lease, working():
+    holder = holder_of_lease("mediafm compact")
+    with held(store, compaction_lease_folder(dataset.version), holder, LEASE_S) as lease, working(), scratch_folder("compact") as scratch:
         for name in dataset.names():
-            left += compact(dataset, name, lease, config, console).left
+            left += compact(dataset, name, lease, scratch, config, console).left
     for name, reason in left[:MAX_FAILURES_SHOWN]:
         console.say(public_line(f"NOT MERGED {name}: {reason}"))
     if len(left) > MAX_FAILURES_SHOWN:
@@ -52,13 +55,15 @@ def main(config: CompactDatasetConfig) -> int:
     return EXIT_FAILED_TITLES if left else EXIT_OK
 
 
-def compact(dataset: EmbeddingDataset, name: str, lease: Lease, config: CompactDatasetConfig, console: Console) -> Compaction:
+def compact(
+    dataset: EmbeddingDataset, name: str, lease: Lease, scratch: Path, config: CompactDatasetConfig, console: Console
+) -> Compaction:
     """Compact one dataset; log and return the result."""
     begun, result = time.monotonic(), Compaction()
     min_titles, keep_s = config.compact.min_titles, config.compact.keep_hours * HOUR
 
     def work(shard: str) -> Compaction:
-        return compact_shard(dataset, name, shard, lease, min_titles, keep_s)
+        return compact_shard(dataset, name, shard, lease, min_titles, keep_s, scratch)
 
     for done in ordered_map(work, present_shards(dataset, name), config.compact.threads):
         result.add(done)

@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,13 +39,15 @@ from mediafm_ray.storage.dataset import EmbeddingDataset, dataset_schema
 from mediafm_ray.storage.lease import Lease, LeaseLost
 from mediafm_ray.storage.merged import MergedFile, MergedTitle, MergedWriter
 from mediafm_ray.storage.names import object_key, object_name
-from mediafm_ray.storage.partitions import scratch_folder
 from mediafm_ray.storage.schemas import read_facts
 from mediafm_ray.storage.store import ObjectInfo, StorageError, Store
 from mediafm_ray.text import PublicError
 
 log = logging.getLogger(__name__)
-THREADS = 16  # objects of one shard that are read or removed at once
+THREADS = 16  # batches of objects of one shard that are read or removed at once
+REMOVED_AT_ONCE = 250  # objects in a batch that is removed
+BATCH_OBJECTS = 8  # A batch that is read ends with the object that reaches one of these: small ones cost less than handing them over.
+BATCH_BYTES = 1 << 20
 
 
 class NotMerged(PublicError):
@@ -77,10 +81,19 @@ def present_shards(dataset: EmbeddingDataset, name: str) -> list[str]:
     return sorted(folder.removeprefix("shard=") for folder in found if folder.startswith("shard="))
 
 
-def compact_shard(dataset: EmbeddingDataset, name: str, shard: str, lease: Lease, min_titles: int = 1, keep_s: float = 0.0) -> Compaction:
+def compact_shard(
+    dataset: EmbeddingDataset,
+    name: str,
+    shard: str,
+    lease: Lease,
+    min_titles: int = 1,
+    keep_s: float = 0.0,
+    scratch: Path | None = None,
+) -> Compaction:
     """Compact one shard of the dataset ``name``. See the module.
 
-    A merged file is written again only for ``min_titles`` titles that are new, replaced or deleted. Raises LeaseLost, MergedFileError,
+    A merged file is written again only for ``min_titles`` titles that are new, replaced or deleted. ``scratch``: the folder that it is made
+    in, by default the temporary one. Raises LeaseLost, MergedFileError,
     ReplacedMeanwhile and other errors of the store.
     """
     output, result = dataset.output, Compaction()
@@ -97,7 +110,7 @@ def compact_shard(dataset: EmbeddingDataset, name: str, shard: str, lease: Lease
         if len(due) + len(dropped) < min_titles:
             result.waiting += len(due)
         elif due or dropped:
-            present = _write(dataset, name, shard, old, due, dropped, with_object, lease, result)
+            present = _write(dataset, name, shard, old, due, dropped, with_object, lease, scratch, result)
     finally:
         if old:
             old.close()
@@ -137,6 +150,7 @@ def _write(
     dropped: set[str],
     with_object: set[str],
     lease: Lease,
+    scratch: Path | None,
     result: Compaction,
 ) -> Mapping[str, MergedTitle]:
     """Write the merged file anew and read its end back; return its titles."""
@@ -144,13 +158,14 @@ def _write(
     present = old.titles if old else {}
     since = lease.store_time()
     titles = sorted({*present, *due} - dropped)
-    with scratch_folder("compact") as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         path = os.path.join(folder, "titles.parquet")
         with MergedWriter(path, schema) as writer:
-            fresh = read_ahead(lambda info: _read_object(dataset, name, info, schema), [due[title] for title in titles if title in due])
+            contents = _read_ahead(output.store, [due[title] for title in titles if title in due])
             for title in titles:
                 if title in due:
-                    info, rows = due[title], next(fresh)
+                    info = due[title]
+                    rows = _rows(dataset, name, info, next(contents), schema)
                     if isinstance(rows, pa.Table):
                         writer.add(title, object_key(info.name)[1], info.modified, info.size, since, rows)
                         result.merged += 1
@@ -181,18 +196,17 @@ def _write(
     return new.titles
 
 
-def _read_object(dataset: EmbeddingDataset, name: str, info: ObjectInfo, schema: pa.Schema) -> pa.Table | str:
-    """Read an object that is to be merged; the reason where that cannot be done, which is empty where a job has removed it."""
-    try:
-        return _conforming(_checked(dataset, name, info), schema)
-    except FileNotFoundError:
+def _rows(dataset: EmbeddingDataset, name: str, info: ObjectInfo, content: bytes | None, schema: pa.Schema) -> pa.Table | str:
+    """Return the rows of an object that is to be merged; the reason where it cannot be, which is empty where a job has removed it."""
+    if content is None:
         return ""
+    try:
+        return _conforming(_checked(dataset, name, info, content), schema)
     except NotMerged as error:
         return str(error)
 
 
-def _checked(dataset: EmbeddingDataset, name: str, info: ObjectInfo) -> pa.Table:
-    content = dataset.output.store.read(info.name)
+def _checked(dataset: EmbeddingDataset, name: str, info: ObjectInfo, content: bytes) -> pa.Table:
     try:
         table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read(use_threads=False)
         facts = read_facts(table.schema)
@@ -208,17 +222,20 @@ def _checked(dataset: EmbeddingDataset, name: str, info: ObjectInfo) -> pa.Table
 
 def _conforming(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return the rows with the columns of a schema. Raises NotMerged where that would change them."""
+    found = table.schema
+    if found.equals(schema):  # As a rule: the comparison of each column takes as long as reading the object.
+        return table
     columns = []
     for column in schema:
-        if column.name not in table.column_names and column.nullable:  # an older object
+        if column.name not in found.names and column.nullable:  # an older object
             columns.append(pa.chunked_array([pa.nulls(len(table), column.type)]))
-        elif column.name not in table.column_names or table.schema.field(column.name).type != column.type:
+        elif column.name not in found.names or found.field(column.name).type != column.type:
             raise NotMerged(f"its column {column.name} is not that of this version of mediafm_ray: it stays as it is")
         else:
             columns.append(table[column.name])
-    if more := set(table.column_names) - set(schema.names):
+    if more := set(found.names) - set(schema.names):
         raise NotMerged(f"it has columns of a later version of mediafm_ray ({', '.join(sorted(more))}): it stays as it is")
-    return pa.table(columns, schema=schema.with_metadata(table.schema.metadata))
+    return pa.table(columns, schema=schema.with_metadata(found.metadata))
 
 
 def _old_rows(old: MergedFile, entry: MergedTitle, schema: pa.Schema) -> pa.Table:
@@ -255,23 +272,47 @@ def _settle_marks(
     return again
 
 
-def _remove(dataset: EmbeddingDataset, infos: Iterable[ObjectInfo], lease: Lease) -> int:
-    def remove(info: ObjectInfo) -> bool:
+def _remove(dataset: EmbeddingDataset, infos: Sequence[ObjectInfo], lease: Lease) -> int:
+    def remove(batch: Sequence[ObjectInfo]) -> int:
         if not lease.is_valid():
             raise LeaseLost(f"{dataset.output.store.uri}: the lease of the compaction is lost; what it wrote stays")
-        return dataset.output.store.delete_unless_newer(info.name, info.modified)
+        return dataset.output.store.delete_all_unless_newer(batch)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return sum(pool.map(remove, infos))
+        return sum(pool.map(remove, [infos[start : start + REMOVED_AT_ONCE] for start in range(0, len(infos), REMOVED_AT_ONCE)]))
 
 
-def read_ahead(read: Callable[[ObjectInfo], pa.Table | str], infos: Iterable[ObjectInfo]) -> Iterator[pa.Table | str]:
-    """Yield what ``read`` returns for each object, in order, read by threads that are only a few objects ahead."""
-    waiting: deque[Future[pa.Table | str]] = deque()
+def _read_ahead(store: Store, infos: Iterable[ObjectInfo]) -> Iterator[bytes | None]:
+    """Yield the content of each object, in order, read by threads that are only a few batches ahead; None where there is no such object.
+
+    The caller parses it: threads that do so as well would wait for each other.
+    """
+
+    def read(batch: Sequence[ObjectInfo]) -> list[bytes | None]:
+        found: list[bytes | None] = []
+        for info in batch:
+            try:
+                found.append(store.read(info.name))
+            except FileNotFoundError:
+                found.append(None)
+        return found
+
+    waiting: deque[Future[list[bytes | None]]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
-        for info in infos:
-            waiting.append(pool.submit(read, info))
+        for batch in _batches(infos):
+            waiting.append(pool.submit(read, batch))
             if len(waiting) > 2 * THREADS:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
+
+
+def _batches(infos: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
+    batch: list[ObjectInfo] = []
+    for info in infos:
+        batch.append(info)
+        if len(batch) == BATCH_OBJECTS or sum(one.size for one in batch) >= BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -37,6 +37,7 @@ LISTED_KEY = b"mediafm_ray_titles"  # in the file's key-value metadata
 FORMAT = 1
 MIN_GROUP_ROWS = 2048  # Row groups end with the first title that reaches these rows or bytes.
 MIN_GROUP_BYTES = 64 << 20
+MIN_COPIED_BYTES = 1 << 20  # Titles of so many bytes are copied into one table before they are written.
 MAX_OPEN_FILES = 8  # merged files that are kept open for reading, by one Output
 MAX_CACHED_GROUPS = 2  # row groups that each of them keeps decoded
 READ_ATTEMPTS = 3  # A file may be replaced while it is read.
@@ -246,6 +247,10 @@ class MergedWriter:
         """``schema``: the columns of the dataset."""
         self.schema = merged_schema(schema)
         self.file = pq.ParquetWriter(path, self.schema, **parquet_options(self.schema))
+        self.added: list[pa.Table] = []  # titles that are not copied into one table yet, and what their two columns will hold
+        self.added_titles: list[str] = []
+        self.added_facts: list[str | None] = []
+        self.added_bytes = 0  # of their objects
         self.pending: list[pa.Table] = []
         self.pending_rows = self.pending_bytes = 0
         self.listed: dict[str, list[Any]] = {name: [] for name in ("titles", "sources", "modified", "sizes", "since", "rows")}
@@ -258,14 +263,15 @@ class MergedWriter:
 
     def add(self, title: str, source: str, modified: float, size: int, since: float, rows: pa.Table) -> None:
         """Add a title. ``rows``: its columns, in order, with its facts as metadata; the other arguments as in MergedTitle."""
-        facts = rows.schema.metadata[METADATA_KEY].decode()
-        rows = rows.append_column(self.schema.field(ENCODED_TITLE), pa.array([title] * len(rows)))
-        rows = rows.append_column(self.schema.field(FACTS), pa.array([facts, *[None] * (len(rows) - 1)], pa.string()))
-        self.pending.append(rows.replace_schema_metadata(None))
+        self.added.append(rows)
+        self.added_titles += [title] * len(rows)
+        self.added_facts += [rows.schema.metadata[METADATA_KEY].decode(), *[None] * (len(rows) - 1)]
+        self.added_bytes += size
         self.pending_rows += len(rows)
-        self.pending_bytes += rows.nbytes
         for name, value in zip(self.listed, (title, source, modified, size, since, len(rows)), strict=True):
             self.listed[name].append(value)
+        if self.added_bytes >= MIN_COPIED_BYTES:
+            self._copy()
         if self.pending_rows >= MIN_GROUP_ROWS or self.pending_bytes >= MIN_GROUP_BYTES:
             self._write_group()
 
@@ -274,7 +280,18 @@ class MergedWriter:
         self._write_group()
         self.file.add_key_value_metadata({LISTED_KEY.decode(): encode_list({"format": FORMAT, **self.listed}).decode()})
 
+    def _copy(self) -> None:
+        """Copy the added titles into one table: writing many small ones, and counting their bytes, takes longer."""
+        if self.added:
+            rows = pa.concat_tables(self.added)
+            for name, values in ((ENCODED_TITLE, self.added_titles), (FACTS, self.added_facts)):
+                rows = rows.append_column(self.schema.field(name), pa.array(values, pa.string()))
+            self.pending.append(rows.combine_chunks())
+            self.pending_bytes += self.pending[-1].nbytes
+            self.added, self.added_titles, self.added_facts, self.added_bytes = [], [], [], 0
+
     def _write_group(self) -> None:
+        self._copy()
         if self.pending:
             self.file.write_table(pa.concat_tables(self.pending), row_group_size=self.pending_rows)
             self.pending, self.pending_rows, self.pending_bytes = [], 0, 0

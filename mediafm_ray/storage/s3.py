@@ -303,6 +303,20 @@ class S3Objects:
         with contextlib.suppress(FileNotFoundError):
             self._request("delete_object", Key=self.prefix + name)
 
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Remove objects, PAGE_KEYS with a request; one by one where the server refuses that."""
+        for start in range(0, len(names), PAGE_KEYS):
+            part = names[start : start + PAGE_KEYS]
+            objects = [{"Key": self.prefix + name} for name in part]
+            try:
+                answer = self._request("delete_objects", Delete={"Objects": objects, "Quiet": True})
+                refused = [entry["Key"].removeprefix(self.prefix) for entry in answer.get("Errors", ())]
+            except StorageError as error:
+                log.info("%d objects are removed one by one: %s", len(part), error)
+                refused = [*part]
+            for name in refused:
+                self.delete(name)
+
     def check_readable(self, name: str = "") -> bool:
         """Return True if there is such an object or, without a name, anything below the URI. Raises StorageError within seconds."""
         quick = S3Objects(self.uri, with_short_timeouts(self.config))

@@ -181,6 +181,19 @@ class Store:
         self.delete(name)
         return True
 
+    def delete_all_unless_newer(self, infos: Sequence[ObjectInfo]) -> int:
+        """Remove listed objects but those that were written again since, as ``delete_unless_newer`` does; return how many were removed.
+
+        S3 lists them and removes them with few requests, so that more than one request lies between the look-up and the removal.
+        """
+        objects = self.objects
+        if not isinstance(objects, S3Objects):
+            return sum(self.delete_unless_newer(info.name, info.modified) for info in infos)
+        found = self._explained(lambda: objects.find([info.name for info in infos]))
+        names = [info.name for info in infos if isinstance(now := found.get(info.name), ObjectInfo) and now.modified <= info.modified]
+        self._explained(lambda: objects.delete_all(names))
+        return len(names)
+
     def prime_listing_cache(self, listed: Iterable[ObjectInfo]) -> None:
         """Put listed objects into the cache of ``self.filesystem``, so that a reader of them does not look up each again."""
         if scheme_of(self.uri) != "s3":

@@ -126,6 +126,38 @@ def test_objects_are_found_on_a_server_that_begins_every_listing_at_the_start(se
     assert sorted(objects.find(wanted)) == names[3::4]
 
 
+def test_many_objects_are_removed_by_few_requests_but_not_newer_ones(server):
+    bucket = server.bucket()
+    store = store_at(server, bucket)
+    names = [*ODD_NAMES, *(f"shard/{number:02d}" for number in range(30))]
+    for name in names:
+        store.write(name, name.encode())
+    listed = list(store.list())
+    store.delete("shard/07")
+    time.sleep(1.1)  # Times of objects are whole seconds.
+    store.write("shard/08", b"newer")
+    asked = []
+    s3._client(store.config).meta.events.register("before-send.s3", lambda request, **_: asked.append(request.method) or None)
+    assert store.delete_all_unless_newer(listed) == len(names) - 2
+    assert asked.count("GET") <= 3
+    assert len(asked) - asked.count("GET") <= 1 + (len(names) if "DELETE" in asked else 0)
+    assert server.objects(bucket, "some/root/") == {"shard/08": b"newer"}
+    assert store.delete_all_unless_newer([]) == 0
+
+
+@pytest.mark.usefixtures("s3_keys", "quick_pauses")
+@pytest.mark.parametrize(("status", "code"), [(501, "NotImplemented"), (400, "MissingContentMD5")])
+def test_objects_are_removed_one_by_one_where_a_server_takes_no_more(proxy, swift, status, code):
+    bucket = swift.bucket()
+    store = faulty(proxy, bucket)
+    for number in range(5):
+        store.write(f"shard/{number}", b"x")
+    proxy.faults = [Fault("status", match="^POST", status=status, code=code)]
+    assert store.delete_all_unless_newer(list(store.list())) == 5
+    assert proxy.faults[0].hits == 1
+    assert swift.objects(bucket) == {}
+
+
 def test_a_catalog_on_object_storage(server):
     bucket = server.bucket()
     store = Store(f"s3://{bucket}/videos", StorageConfig(endpoint_url=server.url))
