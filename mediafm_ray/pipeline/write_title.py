@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,18 @@ from mediafm_ray.storage.stored_shots import FACTS
 from mediafm_ray.text import public_line, public_uri
 
 THREADS = 8  # titles of a group that are written at once
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A title before it is written."""
+
+    files: Mapping[str, bytes]  # by dataset, in the order in which they are written
+    shot_count: int
+    duration_s: float
+    warnings: list[str]
 
 
 class WriteTitle(Stage):
@@ -45,31 +58,38 @@ class WriteTitle(Stage):
         self.model, self.checkpoint = model, checkpoint
 
     def process(self, row: TitleRow) -> Mapping[str, Any]:
-        media, shots, title_id, source = json.loads(row["media"]), row["shots"], row.title_id, row["source"]
-        files = {}
-        if self.checkpoint:
-            files[contextual(self.checkpoint)] = self._contextual_file(row, shots)
-        files[SHOTS_DATASET] = self._shots_file(row, shots, media)
-        for dataset, content in files.items():
-            own = self.output.write(dataset, title_id, source, content)
-        return {
-            "shot_count": len(shots),
-            "duration_s": media["duration_s"],
-            "warnings": media["warnings"] + remove_superseded(self.output, own, [*row["superseded"], matching_object(own, FAILURES)]),
-            "bytes_written": sum(map(len, files.values())),
-        }
+        return self._commit(row, self._encode(row))
 
     def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any] | Exception]:
-        """Write several titles at once, each as ``process`` does."""
+        """Encode one title after the other, and write several at once meanwhile: threads that compute would only hinder one another."""
 
-        def attempt(row: TitleRow) -> Mapping[str, Any] | Exception:
+        def attempt(step: Callable[..., Result], *arguments: Any) -> Result | Exception:
             try:
-                return self.process(row)
-            except Exception as error:  # The others have been written.
+                return step(*arguments)
+            except Exception as error:  # The others are written.
                 return error
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(attempt, rows))
+        def commit(row: TitleRow, encoded: _Encoded | Exception) -> Mapping[str, Any] | Exception:
+            return encoded if isinstance(encoded, Exception) else attempt(self._commit, row, encoded)
+
+        with ThreadPoolExecutor(THREADS) as pool:  # Its map takes from the iterator here, not in the threads.
+            return list(pool.map(commit, rows, (attempt(self._encode, row) for row in rows)))
+
+    def _encode(self, row: TitleRow) -> _Encoded:
+        media, shots = json.loads(row["media"]), row["shots"]
+        files = {contextual(self.checkpoint): self._contextual_file(row, shots)} if self.checkpoint else {}
+        files[SHOTS_DATASET] = self._shots_file(row, shots, media)
+        return _Encoded(files, len(shots), media["duration_s"], media["warnings"])
+
+    def _commit(self, row: TitleRow, encoded: _Encoded) -> Mapping[str, Any]:
+        for dataset, content in encoded.files.items():
+            own = self.output.write(dataset, row.title_id, row["source"], content)
+        return {
+            "shot_count": encoded.shot_count,
+            "duration_s": encoded.duration_s,
+            "warnings": encoded.warnings + remove_superseded(self.output, own, [*row["superseded"], matching_object(own, FAILURES)]),
+            "bytes_written": sum(map(len, encoded.files.values())),
+        }
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Commit every finished title and record every failed one; return rows that say how each ended."""
