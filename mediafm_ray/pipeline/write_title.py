@@ -76,7 +76,7 @@ class WriteTitle(Stage):
             return list(pool.map(commit, rows, (attempt(self._encode, row) for row in rows)))
 
     def _encode(self, row: TitleRow) -> _Encoded:
-        media, shots = json.loads(row["media"]), row["shots"]
+        media, shots = json.loads(row["media"]), row.values("shots")
         files = {contextual(self.checkpoint): self._contextual_file(row, shots)} if self.checkpoint else {}
         files[SHOTS_DATASET] = self._shots_file(row, shots, media)
         return _Encoded(files, len(shots), media["duration_s"], media["warnings"])
@@ -99,9 +99,8 @@ class WriteTitle(Stage):
         outcomes, errors = table["outcome"].to_pylist(), table["error"].to_pylist()
         for index, (outcome, error) in enumerate(zip(outcomes, errors, strict=True)):
             if outcome == FAILED:
-                row = TitleRow(table.slice(index, 1))
                 try:
-                    self._record_failure(row, error)
+                    self._record_failure(TitleRow(table, index), error)
                 except Exception as failure:  # The store fails as well: the driver reports both.
                     unrecorded = error_value(self.name, failure)["message"]
                     errors[index] = {**error, "message": f"{error['message']} (and its failure record could not be written: {unrecorded})"}
@@ -115,29 +114,30 @@ class WriteTitle(Stage):
             if older.startswith(f"{FAILURES}/"):
                 self.output.store.delete(older)
 
-    def _shots_file(self, row: TitleRow, shots: list[dict[str, Any]], media: Mapping[str, Any]) -> bytes:
+    def _shots_file(self, row: TitleRow, shots: pa.StructArray, media: Mapping[str, Any]) -> bytes:
         metadata = row["metadata_embedding"]
         facts = {
             **self._facts(row),
             "media": media,
             "metadata_embedding": None if metadata is None else _base64(metadata),
         }
-        columns: dict[str, Any] = {name: [shot[name] for shot in shots] for name in SHOTS.value_type.names}
+        columns: dict[str, Any] = {name: shots.field(name) for name in SHOTS.value_type.names}
         columns |= {
             "title_id": [row.title_id] * len(shots),
             "shot_index": range(len(shots)),
-            "has_video": row["has_video"],
-            "has_audio": row["has_audio"],
-            "has_text": row["has_text"],
+            "has_video": row.values("has_video"),
+            "has_audio": row.values("has_audio"),
+            "has_text": row.values("has_text"),
             "fused_embedding": embedding_array(row.vectors("fused_embeddings")),
-            "fused_norm": row["fused_norms"],
+            "fused_norm": row.values("fused_norms"),
         }
         return encode_parquet(_table(columns, shots_schema(self.model.dims["fused"])), facts)
 
-    def _contextual_file(self, row: TitleRow, shots: list[dict[str, Any]]) -> bytes:
-        times = [shot["start_s"] for shot in shots], [shot["end_s"] for shot in shots]
+    def _contextual_file(self, row: TitleRow, shots: pa.StructArray) -> bytes:
         cls_D = np.asarray(row["cls_embedding"], np.float32)
-        return contextual_file(self._facts(row), self.checkpoint, times, row.vectors("contextual_embeddings"), cls_D)
+        return contextual_file(
+            self._facts(row), self.checkpoint, (shots.field("start_s"), shots.field("end_s")), row.vectors("contextual_embeddings"), cls_D
+        )
 
     def _facts(self, row: TitleRow) -> dict[str, Any]:
         return {
@@ -188,11 +188,13 @@ def remove_superseded(output: Output, own: str, names: Sequence[str]) -> list[st
 
 def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     """Return the columns in the order and with the types of a schema."""
-    arrays = [
-        columns[field.name] if isinstance(columns[field.name], pa.Array) else pa.array(list(columns[field.name]), field.type)
-        for field in schema
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    return pa.Table.from_arrays([_column(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def _column(values: Any, type_: pa.DataType) -> pa.Array:
+    if isinstance(values, pa.Array):
+        return values if values.type == type_ else values.cast(type_)
+    return pa.array(values, type_)
 
 
 def _base64(vector: Sequence[float] | np.ndarray) -> str:
