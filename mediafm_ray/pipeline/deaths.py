@@ -48,14 +48,14 @@ class DeathGuard:
 
         A part counts as being processed until the next one is requested. Raises TooManyDeaths, which ends the job.
         """
-        titles = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)] if table.num_columns else []
-        if not any(self._take(stage, [row.title_id for row in titles])):
+        if not any(self._take(stage, table["title_id"].to_pylist() if table.num_columns else [])):
             yield table
             return
-        for row in titles:
-            yield self._judged(stage, row)
+        for index in range(table.num_rows):
+            yield self._judged(stage, table.slice(index, 1))
 
-    def _judged(self, stage: GuardedStage, row: TitleRow) -> pa.Table:
+    def _judged(self, stage: GuardedStage, title: pa.Table) -> pa.Table:
+        row = TitleRow(title)
         (deaths,) = self._take(stage, [row.title_id])
         if deaths > 2 * self.max_deaths:
             raise TooManyDeaths(
@@ -64,14 +64,14 @@ class DeathGuard:
         if deaths:
             stage.measure("process_deaths", deaths)
         if deaths < self.max_deaths or row["outcome"] != OK:
-            return row.table
+            return title
         if ray.get(self.register.alone_with.remote(stage.name, row.title_id)) == 1:  # The others may have ended on another title.
-            return row.table
+            return title
         reason = (
             f"{deaths} processes ended while stage {stage.name} worked on it (resources.max_deaths_per_title={self.max_deaths}): "
             "does it need more memory than a node has? Ray's logs of the workers say how they ended"
         )
-        return failed(row.table, stage.name, TitleError(reason))
+        return failed(title, stage.name, TitleError(reason))
 
     def _take(self, stage: GuardedStage, titles: Sequence[str]) -> list[int]:
         process = ray.get_runtime_context().get_worker_id()

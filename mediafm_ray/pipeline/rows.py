@@ -17,6 +17,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -123,12 +124,10 @@ class InPlace(Sequence[Any]):
 
 
 class TitleRow:
-    """One title's row, read-only."""
+    """One title's row in a table, read-only."""
 
-    def __init__(self, table: pa.Table):
-        if table.num_rows != 1:
-            raise ValueError(f"a title is one row, got {table.num_rows}")
-        self.table = table
+    def __init__(self, table: pa.Table, index: int = 0):
+        self.table, self.index = table, index
 
     @property
     def title_id(self) -> str:
@@ -136,20 +135,24 @@ class TitleRow:
         return self["title_id"]
 
     def __getitem__(self, column: str) -> Any:
-        return self.table.column(column)[0].as_py()
+        return self.table.column(column)[self.index].as_py()
+
+    def values(self, column: str) -> pa.Array:
+        """Return the elements of a column of lists, without a copy."""
+        return self.table.column(column)[self.index].values
 
     def vectors(self, column: str) -> np.ndarray:
         """Return the (S, D) float32 vectors of a column of ``vectors_type(D)``."""
-        vectors = self.table.column(column)[0].values
+        vectors = self.values(column)
         return vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), vectors.type.list_size)
 
     def byte_strings(self, column: str) -> Sequence[Any]:
         """Return the byte strings of a column of type AUDIO, without a copy."""
-        return InPlace(self.table.column(column)[0].values)
+        return InPlace(self.values(column))
 
     def frames(self, column: str) -> Sequence[Sequence[Any]]:
         """Return the byte strings of each shot, of a column of type FRAMES, without a copy."""
-        return InPlace(self.table.column(column)[0].values)
+        return InPlace(self.values(column))
 
     def title(self) -> Title:
         """Return the title as it is in the catalog."""
@@ -187,11 +190,24 @@ class Stage(ABC):
         missing = [column for column in (*self.takes, "outcome", "error", "seconds", "measures") if column not in table.column_names]
         if missing:
             raise TypeError(f"stage {self.name}: the columns {', '.join(missing)} are missing; there are: {', '.join(table.column_names)}")
-        rows = [TitleRow(table.slice(index, 1)) for index in range(table.num_rows)]
-        well = [row for row in rows if row["outcome"] == OK]
+        adds, outcomes = self.adds, table["outcome"].to_pylist()
+        rows = [TitleRow(table, index) for index in range(table.num_rows)]
+        well = [row for row, outcome in zip(rows, outcomes, strict=True) if outcome == OK]
         together = self._together(well) if self.supports_batching and len(well) > 1 else {}
-        parts = [*map(self._one, rows, [together.get(id(row)) for row in rows])]
-        return pa.concat_tables(parts) if parts else self._with(table, {}, 0.0)
+        ends = []
+        for row, outcome in zip(rows, outcomes, strict=True):
+            ends.append(self._one(row, adds, together.get(id(row))) if outcome == OK else _End(measured=self._take_measured()))
+        for name, type_ in adds.items():
+            cells = [end.cells[name] if end.cells else pa.nulls(1, type_) for end in ends]
+            table = table.append_column(name, pa.chunked_array(cells, type_))
+        for name, values in (
+            ("outcome", [end.outcome or outcome for end, outcome in zip(ends, outcomes, strict=True)]),
+            ("error", [end.error or error for end, error in zip(ends, table["error"].to_pylist(), strict=True)]),
+            ("seconds", [[*before, *end.seconds] for end, before in zip(ends, table["seconds"].to_pylist(), strict=True)]),
+            ("measures", [[*before, *end.measured] for end, before in zip(ends, table["measures"].to_pylist(), strict=True)]),
+        ):
+            table = _replaced(table, name, pa.array(values, table.schema.field(name).type))
+        return table.drop_columns(list(self.drops))
 
     def measure(self, name: str, value: float) -> None:
         """Add to a measure of the title that is being processed. It stays with the title's row, also when the title fails."""
@@ -216,40 +232,40 @@ class Stage(ABC):
         share_s = (time.perf_counter() - start) / len(rows)
         return {id(row): (one, share_s) for row, one in zip(rows, added, strict=True)}
 
-    def _one(self, row: TitleRow, done: tuple[Mapping[str, Any] | Exception | None, float] | None) -> pa.Table:
-        table, seconds = row.table, 0.0
-        cells: dict[str, pa.Array] = {}
-        if row["outcome"] != OK:
-            return self._with(table, cells, seconds)
-        start = time.perf_counter()
+    def _one(self, row: TitleRow, adds: Mapping[str, pa.DataType], done: tuple[Mapping[str, Any] | Exception | None, float] | None) -> _End:
+        start, seconds, end = time.perf_counter(), 0.0, _End()
         try:
             added, seconds = done or (self.process(row), 0.0)
             if isinstance(added, Exception):
                 raise added
             if added is None:
-                table = skipped(table)
-            elif set(added) != set(self.adds):
-                raise TypeError(f"stage {self.name} declares {sorted(self.adds)} and gave {sorted(added)}")
+                end.outcome = SKIPPED
+            elif set(added) != set(adds):
+                raise TypeError(f"stage {self.name} declares {sorted(adds)} and gave {sorted(added)}")
             else:
-                cells = {name: _cell(value, self.adds[name]) for name, value in added.items()}
+                end.cells = {name: _cell(value, adds[name]) for name, value in added.items()}
         except Exception as failure:  # Any failure of a title is a value, and the job goes on.
             if not isinstance(failure, (TitleError, OutageError)):
                 log.exception("title %s: stage %s failed", row.title_id, self.name)
-            table = failed(table, self.name, failure)
-        return self._with(table, cells, seconds + time.perf_counter() - start)
+            end.outcome, end.error = FAILED, error_value(self.name, failure)
+        end.measured = self._take_measured()
+        end.seconds = [{"stage": self.name, "seconds": seconds + time.perf_counter() - start}]
+        return end
 
-    def _with(self, table: pa.Table, cells: Mapping[str, pa.Array], seconds: float) -> pa.Table:
-        """Return the table with this stage's columns added (null where there are no cells) and its ``drops`` removed."""
-        measured = self.__dict__.pop("_measured", {})
-        for name, type_ in self.adds.items():
-            table = table.append_column(name, cells[name] if name in cells else pa.nulls(table.num_rows, type_))
-        if table.num_rows == 1 and seconds:
-            spent = [*TitleRow(table)["seconds"], {"stage": self.name, "seconds": seconds}]
-            table = _replaced(table, "seconds", pa.array([spent], SECONDS))
-        if table.num_rows == 1 and measured:
-            counted = [*TitleRow(table)["measures"], *({"name": name, "value": value} for name, value in measured.items())]
-            table = _replaced(table, "measures", pa.array([counted], MEASURES))
-        return table.drop_columns(list(self.drops))
+    def _take_measured(self) -> list[dict[str, Any]]:
+        """Return the measures of the title that was processed, as values of the column ``measures``, and begin with those of the next."""
+        return [{"name": name, "value": value} for name, value in self.__dict__.pop("_measured", {}).items()]
+
+
+@dataclass
+class _End:
+    """How a title ended at a stage."""
+
+    cells: Mapping[str, pa.Array] = field(default_factory=dict)  # Of the columns that the stage adds; empty where it gave none.
+    outcome: str = ""  # Empty where it stays as it was.
+    error: Mapping[str, Any] | None = None
+    seconds: Sequence[Mapping[str, Any]] = ()
+    measured: Sequence[Mapping[str, Any]] = ()
 
 
 def error_value(stage: str, failure: BaseException) -> dict[str, Any]:
@@ -271,11 +287,6 @@ def failed(title: pa.Table, stage: str, failure: BaseException) -> pa.Table:
     """Return the row of a title (a table of one row) with this failure."""
     title = _replaced(title, "error", pa.array([error_value(stage, failure)], ERROR))
     return _replaced(title, "outcome", pa.array([FAILED]))
-
-
-def skipped(title: pa.Table) -> pa.Table:
-    """Return the row of a title that this run does not take and a later one will."""
-    return _replaced(title, "outcome", pa.array([SKIPPED]))
 
 
 def plan_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:

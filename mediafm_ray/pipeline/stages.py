@@ -305,7 +305,7 @@ class Contextualise(Stage):
 
         titles = []
         for row in rows:
-            metadata, shots = row["metadata_embedding"], row.table.column("shots")[0].values
+            metadata, shots = row["metadata_embedding"], row.values("shots")
             times_S2 = shot_times(shots.field("start_s").to_numpy(), shots.field("end_s").to_numpy())
             metadata_M = None if metadata is None else np.asarray(metadata, np.float32)
             titles.append(TitleShots(row.vectors("fused_embeddings"), metadata_M, times_S2))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,18 @@ from mediafm_ray.storage.stored_shots import FACTS
 from mediafm_ray.text import public_line, public_uri
 
 THREADS = 8  # titles of a group that are written at once
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A title before it is written."""
+
+    files: Mapping[str, bytes]  # by dataset, in the order in which they are written
+    shot_count: int
+    duration_s: float
+    warnings: list[str]
 
 
 class WriteTitle(Stage):
@@ -45,31 +58,38 @@ class WriteTitle(Stage):
         self.model, self.checkpoint = model, checkpoint
 
     def process(self, row: TitleRow) -> Mapping[str, Any]:
-        media, shots, title_id, source = json.loads(row["media"]), row["shots"], row.title_id, row["source"]
-        files = {}
-        if self.checkpoint:
-            files[contextual(self.checkpoint)] = self._contextual_file(row, shots)
-        files[SHOTS_DATASET] = self._shots_file(row, shots, media)
-        for dataset, content in files.items():
-            own = self.output.write(dataset, title_id, source, content)
-        return {
-            "shot_count": len(shots),
-            "duration_s": media["duration_s"],
-            "warnings": media["warnings"] + remove_superseded(self.output, own, [*row["superseded"], matching_object(own, FAILURES)]),
-            "bytes_written": sum(map(len, files.values())),
-        }
+        return self._commit(row, self._encode(row))
 
     def process_together(self, rows: Sequence[TitleRow]) -> Sequence[Mapping[str, Any] | Exception]:
-        """Write several titles at once, each as ``process`` does."""
+        """Encode one title after the other, and write several at once meanwhile: threads that compute would only hinder one another."""
 
-        def attempt(row: TitleRow) -> Mapping[str, Any] | Exception:
+        def attempt(step: Callable[..., Result], *arguments: Any) -> Result | Exception:
             try:
-                return self.process(row)
-            except Exception as error:  # The others have been written.
+                return step(*arguments)
+            except Exception as error:  # The others are written.
                 return error
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(attempt, rows))
+        def commit(row: TitleRow, encoded: _Encoded | Exception) -> Mapping[str, Any] | Exception:
+            return encoded if isinstance(encoded, Exception) else attempt(self._commit, row, encoded)
+
+        with ThreadPoolExecutor(THREADS) as pool:  # Its map takes from the iterator here, not in the threads.
+            return list(pool.map(commit, rows, (attempt(self._encode, row) for row in rows)))
+
+    def _encode(self, row: TitleRow) -> _Encoded:
+        media, shots = json.loads(row["media"]), row.values("shots")
+        files = {contextual(self.checkpoint): self._contextual_file(row, shots)} if self.checkpoint else {}
+        files[SHOTS_DATASET] = self._shots_file(row, shots, media)
+        return _Encoded(files, len(shots), media["duration_s"], media["warnings"])
+
+    def _commit(self, row: TitleRow, encoded: _Encoded) -> Mapping[str, Any]:
+        for dataset, content in encoded.files.items():
+            own = self.output.write(dataset, row.title_id, row["source"], content)
+        return {
+            "shot_count": encoded.shot_count,
+            "duration_s": encoded.duration_s,
+            "warnings": encoded.warnings + remove_superseded(self.output, own, [*row["superseded"], matching_object(own, FAILURES)]),
+            "bytes_written": sum(map(len, encoded.files.values())),
+        }
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Commit every finished title and record every failed one; return rows that say how each ended."""
@@ -79,9 +99,8 @@ class WriteTitle(Stage):
         outcomes, errors = table["outcome"].to_pylist(), table["error"].to_pylist()
         for index, (outcome, error) in enumerate(zip(outcomes, errors, strict=True)):
             if outcome == FAILED:
-                row = TitleRow(table.slice(index, 1))
                 try:
-                    self._record_failure(row, error)
+                    self._record_failure(TitleRow(table, index), error)
                 except Exception as failure:  # The store fails as well: the driver reports both.
                     unrecorded = error_value(self.name, failure)["message"]
                     errors[index] = {**error, "message": f"{error['message']} (and its failure record could not be written: {unrecorded})"}
@@ -95,29 +114,30 @@ class WriteTitle(Stage):
             if older.startswith(f"{FAILURES}/"):
                 self.output.store.delete(older)
 
-    def _shots_file(self, row: TitleRow, shots: list[dict[str, Any]], media: Mapping[str, Any]) -> bytes:
+    def _shots_file(self, row: TitleRow, shots: pa.StructArray, media: Mapping[str, Any]) -> bytes:
         metadata = row["metadata_embedding"]
         facts = {
             **self._facts(row),
             "media": media,
             "metadata_embedding": None if metadata is None else _base64(metadata),
         }
-        columns: dict[str, Any] = {name: [shot[name] for shot in shots] for name in SHOTS.value_type.names}
+        columns: dict[str, Any] = {name: shots.field(name) for name in SHOTS.value_type.names}
         columns |= {
             "title_id": [row.title_id] * len(shots),
             "shot_index": range(len(shots)),
-            "has_video": row["has_video"],
-            "has_audio": row["has_audio"],
-            "has_text": row["has_text"],
+            "has_video": row.values("has_video"),
+            "has_audio": row.values("has_audio"),
+            "has_text": row.values("has_text"),
             "fused_embedding": embedding_array(row.vectors("fused_embeddings")),
-            "fused_norm": row["fused_norms"],
+            "fused_norm": row.values("fused_norms"),
         }
         return encode_parquet(_table(columns, shots_schema(self.model.dims["fused"])), facts)
 
-    def _contextual_file(self, row: TitleRow, shots: list[dict[str, Any]]) -> bytes:
-        times = [shot["start_s"] for shot in shots], [shot["end_s"] for shot in shots]
+    def _contextual_file(self, row: TitleRow, shots: pa.StructArray) -> bytes:
         cls_D = np.asarray(row["cls_embedding"], np.float32)
-        return contextual_file(self._facts(row), self.checkpoint, times, row.vectors("contextual_embeddings"), cls_D)
+        return contextual_file(
+            self._facts(row), self.checkpoint, (shots.field("start_s"), shots.field("end_s")), row.vectors("contextual_embeddings"), cls_D
+        )
 
     def _facts(self, row: TitleRow) -> dict[str, Any]:
         return {
@@ -168,11 +188,13 @@ def remove_superseded(output: Output, own: str, names: Sequence[str]) -> list[st
 
 def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     """Return the columns in the order and with the types of a schema."""
-    arrays = [
-        columns[field.name] if isinstance(columns[field.name], pa.Array) else pa.array(list(columns[field.name]), field.type)
-        for field in schema
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    return pa.Table.from_arrays([_column(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def _column(values: Any, type_: pa.DataType) -> pa.Array:
+    if isinstance(values, pa.Array):
+        return values if values.type == type_ else values.cast(type_)
+    return pa.array(values, type_)
 
 
 def _base64(vector: Sequence[float] | np.ndarray) -> str:

@@ -24,7 +24,7 @@ def describe_cost(plan: Plan, config: EmbedCatalogConfig) -> str:
     reader = IsolatedReader(config.frames, config.timed_text, config.media)
     try:
         for index in range(plan.pending.num_rows):
-            title = TitleRow(plan.pending.slice(index, 1)).title()
+            title = TitleRow(plan.pending, index).title()
             one = estimate(config.text, [*_texts(title, config, reader), metadata_text(title.synopsis, list(title.tags))])
             texts, requests, tokens = texts + one.texts, requests + one.requests, tokens + one.tokens
             usd, exact = usd + one.usd, exact and one.exact

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -31,7 +32,7 @@ from mediafm_ray.config.jobs import BackfillCatalogConfig, EmbedCatalogConfig
 from mediafm_ray.config.loader import read_config
 from mediafm_ray.errors import OutageError, TitleError
 from mediafm_ray.models.options import FusionConfig
-from mediafm_ray.pipeline.rows import FAILED, OK, SKIPPED, TitleRow, failed, skipped
+from mediafm_ray.pipeline.rows import FAILED, OK, SKIPPED, TitleRow, failed
 from mediafm_ray.pipeline.stages import Fuse
 from mediafm_ray.pipeline.write_title import WriteTitle
 from mediafm_ray.runs import backfill, plan
@@ -207,7 +208,8 @@ class Ledger(RuleBasedStateMachine):
             title = TitleRow(planned_row)
             row = finished_row(planned_row, MODEL, [10, 10], made.checkpoint)
             if fault := job.faults.get(title.title_id):
-                row = skipped(row) if fault == SKIPPED else failed(row, "detect_shots", FAULTS[fault])
+                column = row.column_names.index("outcome"), "outcome", pa.array([SKIPPED])
+                row = row.set_column(*column) if fault == SKIPPED else failed(row, "detect_shots", FAULTS[fault])
                 self.own_faults[encode_title(title.title_id), title["source"]] += fault == "own"
             for stage in stages:
                 row = stage(row)
