@@ -16,7 +16,7 @@ from mediafm_ray.storage.merged import COMPACTED
 from mediafm_ray.storage.names import shard_name
 from mediafm_ray.storage.partitions import Partitions
 from mediafm_ray.storage.store import Store
-from mediafm_ray.storage.workers import Workers
+from mediafm_ray.storage.workers import MIN_ROWS, Workers
 
 MIN_SHARDS = 250  # So many of 256 shards have an object where there are a thousand objects or more: a page of a listing on S3.
 LISTING_THREADS = 8
@@ -50,10 +50,12 @@ def each_shard(shards: list[str], work: Callable[[str], Result]) -> Iterator[Res
 def keep_listing(output: Output, dataset: str, scratch: Path, shards: Iterable[int], workers: Workers) -> Partitions[Kept]:
     """List these shards of a dataset at least; return the listing by shard, in temporary files below ``scratch`` where it is large."""
     names = shards_of(output, dataset, shards)
-    parts = [names[start : start + LISTING_THREADS] for start in range(0, len(names), LISTING_THREADS)]
+    first, rest = names[:LISTING_THREADS], names[LISTING_THREADS:]
     list_part = functools.partial(_listing_of, output, dataset, scratch)
-    kept = list_part(parts[0])
-    for found in workers.map(list_part, parts[1:], kept.rows * len(parts)):
+    kept = list_part(first)
+    rows = kept.rows * len(names) // len(first)
+    size = LISTING_THREADS if rows >= MIN_ROWS else max(1, len(rest))
+    for found in workers.map(list_part, [rest[start : start + size] for start in range(0, len(rest), size)], rows):
         kept.take(found)
     return kept
 

@@ -49,7 +49,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:lance is not fork-safe")  # Some
 def spilled(request, monkeypatch):
     """Everything in memory and at once, or all of it in files and every shard alone, or that in several processes."""
     if request.param == "processes":
-        monkeypatch.setattr(workers, "MIN_ROWS", 0)
+        for module in (workers, listing):
+            monkeypatch.setattr(module, "MIN_ROWS", 0)
         monkeypatch.setattr(workers, "START_METHOD", "fork")  # So that the processes have the functions of made_up.
         monkeypatch.setattr(workers.log, "info", pytest.fail)  # Nothing is done again in this process.
     if request.param != "in memory":
