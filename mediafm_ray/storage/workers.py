@@ -7,6 +7,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -57,6 +58,7 @@ class Workers:
         if rows < MIN_ROWS or self.count < 2:
             yield from map(work, items)
             return
+        pickle.dumps(work)  # Partitions write their items now: a full disk is an error here and not in a thread of the pool.
         waiting: deque[tuple[Item, Future[tuple[list[logging.LogRecord], Result]]]] = deque()
         for item in items:
             waiting.append((item, self._submit(work, item)))

@@ -1,6 +1,7 @@
 """The plan, shard by shard, against a plan written from the definitions that holds everything at once, over random catalogs and outputs."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from mediafm_ray.storage.dataset import Output
 from mediafm_ray.storage.errors import StorageError
 from mediafm_ray.storage.names import encode_title, object_name
 from mediafm_ray.storage.partitions import Partitions, SortedTables, scratch_folder
+from mediafm_ray.storage.workers import Workers
 from tests.datasets import MODEL
 
 CHECKPOINT, CONTEXT = "0123456789ab", "contextual-0123456789ab"
@@ -425,6 +427,18 @@ def test_a_full_temporary_folder_ends_the_plan_with_what_to_do(tmp_path, monkeyp
     rows.add(7, "b")
     with pytest.raises(StorageError, match="set TMPDIR to a folder with room"):
         rows.add(7, "c")
+
+
+def test_a_temporary_folder_that_is_full_when_processes_begin_ends_the_plan(tmp_path):
+    rows = Partitions(tmp_path, "rows")
+    rows.add(7, "a")
+    (tmp_path / "rows-7").mkdir()
+    with Workers() as pool, pytest.raises(StorageError, match="set TMPDIR to a folder with room"):
+        list(pool.map(functools.partial(first_of, rows), [7], workers.MIN_ROWS))
+
+
+def first_of(rows, partition):
+    return next(rows.read(partition))
 
 
 @pytest.mark.parametrize("chosen", [slice(None), slice(7), slice(None, None, 5), slice(0)])
