@@ -51,6 +51,7 @@ UPLOAD_ATTEMPTS = 3  # attempts at an upload that another process aborts
 MISSING = ("NoSuchKey", "NoSuchVersion", "404")
 FIELDS = re.compile(r"<(Key|LastModified|ETag|Size)>([^<]*)</\1>")  # Of an object in the answer to ListObjectsV2.
 QUOTES = {"&quot;": '"', "&#34;": '"', "&apos;": "'", "&#39;": "'"}
+MIN_FIELDS = 3  # A server may leave out the ETag.
 UNUSUAL = re.compile("<!|&#|\ufffd")  # Comments, literal text, other numbers of characters, bytes that are not UTF-8.
 
 
@@ -420,7 +421,7 @@ def _client(config: StorageConfig) -> Any:
 def _parse_contents(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
     """Parse the objects of a page of a listing, which takes botocore some twenty times as long; leave it the rest, and every other answer.
 
-    A page with comments, or with references to characters that servers seldom write, is left to botocore as it is.
+    A page that is cut short, or has comments or references to characters that servers seldom write, is left to botocore as it is.
     """
     text = response_dict["body"].decode(errors="replace")
     for reference, quote in QUOTES.items():
@@ -430,8 +431,10 @@ def _parse_contents(response_dict: dict[str, Any], customized_response_dict: dic
     rest, *parts = text.split("<Contents>")
     entries = []
     for part in parts:
-        content, _end, more = part.partition("</Contents>")
+        content, end, more = part.partition("</Contents>")
         entry: dict[str, Any] = {name: unescape(value) if "&" in value else value for name, value in FIELDS.findall(content)}
+        if not end or len(entry) < MIN_FIELDS:
+            return
         entry["Size"], entry["LastModified"] = int(entry["Size"]), _timestamp(entry["LastModified"])
         entries.append(entry)
         rest += more

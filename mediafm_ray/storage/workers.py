@@ -36,6 +36,7 @@ class Workers:
     def __init__(self) -> None:
         self.count = min(os.cpu_count() or 1, MAX_PROCESSES)
         self.pool: ProcessPoolExecutor | None = None
+        self.others: set[Any] = set()  # Processes that are somebody else's.
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Workers, ()
@@ -45,7 +46,7 @@ class Workers:
 
     def __exit__(self, *exception: object) -> None:
         if self.pool:
-            for process in multiprocessing.active_children():
+            for process in set(multiprocessing.active_children()) - self.others:
                 process.terminate()  # After an error or a signal some are still at work, and nobody waits for it.
             self.pool.shutdown(cancel_futures=True)
 
@@ -71,6 +72,7 @@ class Workers:
         if self.pool is None:
             context = multiprocessing.get_context(START_METHOD)
             level = logging.getLogger().getEffectiveLevel()
+            self.others = set(multiprocessing.active_children())
             self.pool = ProcessPoolExecutor(self.count, context, initializer=_begin, initargs=(level,))
         try:
             return self.pool.submit(_logged, work, item)

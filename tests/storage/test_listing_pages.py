@@ -72,6 +72,8 @@ def test_an_owner_is_no_field_of_the_object():
         page(["a&b"], "numbers", ORDERS[0], TIMES[0]),
         page(["a"], "S3", ORDERS[0], TIMES[0], "<!-- <Key>b</Key> -->"),
         page(["a"], "S3", ORDERS[0], TIMES[0]).replace(b"<Key>a<", b"<Key><![CDATA[<a>]]><"),
+        page(["a", "b"], "S3", ORDERS[0], TIMES[0]).partition(b"<Size>1")[0],
+        page(["a", "b"], "S3", ORDERS[0], TIMES[0]).replace(b"<Size>1</Size>", b"").replace(b"ETag", b"Tag"),
         b"<Error><Code>AccessDenied</Code><Message>No</Message></Error>",
     ],
 )
