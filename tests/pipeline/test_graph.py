@@ -129,9 +129,9 @@ def test_a_stage_for_which_another_job_leaves_no_room_is_named_until_it_has_some
 @pytest.mark.slow
 def test_titles_are_committed_while_others_are_read_where_actors_hold_every_cpu(tmp_path, monkeypatch, capfd):
     """Ray Data gives tasks what is left when every actor has its share, and none is: what commits titles must not be a task."""
-    monkeypatch.setenv("BENCHMARK_NAPS", "1")
+    monkeypatch.setenv("BENCHMARK_NAPS", json.dumps(scale.NAPS))
     monkeypatch.setattr("mediafm_ray.pipeline.cluster.os.cpu_count", lambda: 2)
-    catalog = scale.make_catalog(tmp_path, 12)
+    catalog = scale.make_catalog(tmp_path, 12, scale.FILM_BYTES)  # Titles that travel alone.
     shares = {"detect_shots": 0.9, "encode_video": 0.3, "encode_audio": 0.3, "encode_text": 0.3, "write": 0.2}  # of two
     pools = ["resources.pools=[detect_shots]"]  # each stage has actors of its own
     pools += [f"resources.{stage}.{given}" for stage, share in shares.items() for given in (f"num_cpus={share}", "max_actors=1")]
