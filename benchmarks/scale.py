@@ -40,6 +40,7 @@ NAPS = {"detect_shots": 2.0, "encode_video": 0.8, "encode_audio": 0.4, "encode_t
 STEADY = (0.4, 0.9)  # the titles between which the time is taken, with --nodes
 NODE_CPUS = 4  # logical, of a simulated node
 DETECTORS_PER_NODE = 64  # of a simulated node, with --actors
+STARTS_AT_ONCE = 3  # Processes of a simulated node that Ray starts together: by default as many as it has CPUs, which are simulated, too.
 STEADY_S = 60.0  # For so long all detectors of --actors have work, without what precedes it.
 FILM_BYTES = 64 << 20  # Size of a title that travels alone.
 SAMPLE_EVERY_S = 2.0
@@ -380,6 +381,7 @@ def run_on_cluster(catalog: Path, output: Path, cpus: list[int], overrides: list
 def feed_actors(folder: Path, actors: int, nap_s: float, overrides: list[str]) -> None:
     """Run films through detectors that sleep; print the titles a second, the share of their time that detectors have work, the driver's."""
     os.environ["BENCHMARK_NAPS"] = json.dumps({"detect_shots": nap_s})
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(STARTS_AT_ONCE))
     titles = round(actors * (STEADY_S / nap_s + 4))  # The first and the last nap of a detector, and starts of different length.
     catalog = make_catalog(folder, titles, FILM_BYTES)
     whole = [f"resources.detect_shots.{bound}_actors={actors}" for bound in ("min", "max")]
