@@ -102,6 +102,7 @@ def compact_shard(
     old = merged.open_merged(output.store, merged.file_name(name, shard))
     try:
         present: Mapping[str, MergedTitle] = old.titles if old else {}
+        gone: set[tuple[str, str]] = set()
         alone = _alone(objects)
         due = {title: info for title, info in alone.items() if not _holds(present.get(title), info)}
         dropped = {title for title, entry in present.items() if title not in alone and (title, entry.source) in compacted.marks}
@@ -110,7 +111,7 @@ def compact_shard(
         if len(due) + len(dropped) < min_titles:
             result.waiting += len(due)
         elif due or dropped:
-            present = _write(dataset, name, shard, old, due, dropped, with_object, lease, scratch, result)
+            present, gone = _write(dataset, name, shard, old, due, dropped, with_object, lease, scratch, result)
     finally:
         if old:
             old.close()
@@ -118,7 +119,7 @@ def compact_shard(
     settled = _settle_marks(dataset, name, compacted.marks, present, alone, lease, result)
     merged_now = {object_key(info.name) for title, info in due.items() if _holds(present.get(title), info)}
     merged_now |= {(title, present[title].source) for title in settled}
-    for title, source in merged_now - output.list_objects(name, f"shard={shard}/").keys():
+    for title, source in merged_now - gone - output.list_objects(name, f"shard={shard}/").keys():
         output.mark_deleted(f"{name}/shard={shard}/{title}@{source}.parquet")
     oldest = lease.store_time() - keep_s
     spare = [info for title, info in alone.items() if _holds(present.get(title), info) and present[title].since <= oldest]
@@ -152,12 +153,13 @@ def _write(
     lease: Lease,
     scratch: Path | None,
     result: Compaction,
-) -> Mapping[str, MergedTitle]:
-    """Write the merged file anew and read its end back; return its titles."""
+) -> tuple[Mapping[str, MergedTitle], set[tuple[str, str]]]:
+    """Write the merged file anew and read its end back; return its titles, and those that were deleted meanwhile and have a mark."""
     output, schema = dataset.output, dataset_schema(name, dataset.model.dims["fused"])
     present = old.titles if old else {}
     since = lease.store_time()
     titles = sorted({*present, *due} - dropped)
+    taken: set[tuple[str, str]] = set()  # Titles and sources whose objects are merged.
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         path = os.path.join(folder, "titles.parquet")
         with MergedWriter(path, schema) as writer:
@@ -168,6 +170,7 @@ def _write(
                     rows = _rows(dataset, name, info, next(contents), schema)
                     if isinstance(rows, pa.Table):
                         writer.add(title, object_key(info.name)[1], info.modified, info.size, since, rows)
+                        taken.add(object_key(info.name))
                         result.merged += 1
                         result.read_bytes += info.size
                         continue
@@ -186,6 +189,10 @@ def _write(
             writer.finish()
         if not lease.is_valid():
             raise LeaseLost(f"{output.store.uri}/{merged.file_name(name, shard)} was not replaced: the lease is lost")
+        # Readers would see the rows of a title that was deleted meanwhile until this process looks again, after the file is there.
+        gone = taken - output.list_objects(name, f"shard={shard}/").keys()
+        for title, source in gone:
+            output.store.write(merged.new_mark_name(name, shard, title, source), b"{}\n")
         output.store.replace(merged.file_name(name, shard), path, old.info if old else None)
     new = merged.open_merged(output.store, merged.file_name(name, shard))
     if new is None or [*new.titles] != writer.listed["titles"]:
@@ -193,7 +200,7 @@ def _write(
     new.close()
     result.files += 1
     result.dropped += len(dropped)
-    return new.titles
+    return new.titles, gone
 
 
 def _rows(dataset: EmbeddingDataset, name: str, info: ObjectInfo, content: bytes | None, schema: pa.Schema) -> pa.Table | str:

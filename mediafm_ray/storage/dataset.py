@@ -178,13 +178,17 @@ class Output:
         return found
 
     def marked_titles(self, compacted: Compacted) -> set[str]:
-        """Return the encoded titles whose rows in merged files count no longer because of a mark."""
+        """Return the encoded titles whose rows in merged files count no longer because of a mark.
+
+        A marked title that its file does not have is one of them: a compaction at work may have read its object before it was deleted, and
+        put the file that has it in the place of this one before a reader comes to it.
+        """
         shards = {info.name.split("/")[2] for infos in compacted.marks.values() for info in infos}
-        found = set()
+        found = {title for title, _ in compacted.marks}
         for info in compacted.files:
             if info.name.split("/")[2] in shards and (file := merged.open_merged(self.store, info.name)):
                 file.close()
-                found |= {title.title for title in file.titles.values() if (title.title, title.source) in compacted.marks}
+                found -= {title.title for title in file.titles.values() if (title.title, title.source) not in compacted.marks}
         return found
 
     def datasets(self) -> Sequence[str]:

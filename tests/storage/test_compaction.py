@@ -565,7 +565,7 @@ def test_on_object_storage(request, kind, written, s3_keys, monkeypatch):
         name = merged.file_name(SHOTS, SHARD)
         stale = store_info(output, name)
         with pytest.raises(ReplacedMeanwhile):
-            output.store.replace(name, __file__, dataclasses.replace(stale, version="0" * 32))
+            output.store.replace(name, __file__, stale._replace(version="0" * 32))
         with pytest.raises(ReplacedMeanwhile):
             output.store.replace(name, __file__, None)
         output.store.replace(name, __file__, stale)
