@@ -5,7 +5,8 @@ The ledger is, at every moment, the objects of titles, and the merged rows of ti
 
     1. List the objects, then the merged file and its marks.
     2. Write a new merged file, beside nothing: the rows of titles that have exactly one object come from it; marked rows are left
-       out; all others are copied from the present file. It takes the present file's place in one step, if that is still there.
+       out; all others are copied from the present file. Rows whose object a job has removed meanwhile are marked. Then it takes the
+       present file's place in one step, if that is still there.
     3. Read its end back. Remove the marks that it has made needless.
     4. List the objects again. Rows whose object a job has removed since are marked.
     5. Remove objects whose rows a merged file has had for ``keep_s`` seconds.

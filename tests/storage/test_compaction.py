@@ -160,6 +160,21 @@ def test_every_object_is_the_same_before_and_after(uri, output, capsys):
     assert set(objects) == set(before)
 
 
+def test_a_scan_hides_a_title_that_was_deleted_while_a_compaction_had_read_it(uri, output):
+    name = object_name(SHOTS, "one", SOURCE)
+    assert compact(uri) == 0
+    file = merged_of(output, "one")
+    with_title = file.read_bytes()
+    assert output.remove(name)
+    assert compact(uri) == 0
+    assert file.read_bytes() != with_title
+    assert output.mark_deleted(name)  # As a job does that deletes the title's object after a compaction has read it.
+    scan = EmbeddingDataset(uri).dataset()
+    file.write_bytes(with_title)  # Only now the compaction puts its file in place.
+    assert set(scan.to_table(columns=["title_id"])["title_id"].to_pylist()) == set(TITLES) - {"one"}
+    assert set(EmbeddingDataset(uri).dataset().to_table(columns=["title_id"])["title_id"].to_pylist()) == set(TITLES) - {"one"}
+
+
 def test_jobs_over_merged_titles_find_and_compute_the_same(uri, output, capsys):
     dataset = EmbeddingDataset(uri)
     vectors = {info.name: read_vectors(dataset, info.name, contextual(CHECKPOINT)) for (info,) in output.list(SHOTS).values()}
