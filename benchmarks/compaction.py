@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.planning import peak_mb
 from benchmarks.stored_titles import SOURCE, make_model
 from mediafm_ray.config.sections import CompactConfig
 from mediafm_ray.derive.runner import ordered_map
@@ -133,10 +134,10 @@ def measure(titles: int, shots: int, dim: int) -> None:
         listing_s = timed(lambda: output.list(SHOTS))
         objects, size = count(output)
         with ProcessPoolExecutor(1, processes) as pool:
-            seconds, cpu_s, peak_mb, read_mb = pool.submit(compact_measured, uri).result()
+            seconds, cpu_s, most_mb, read_mb = pool.submit(compact_measured, uri).result()
         merged_objects, merged_size = count(output)
         print(f"objects       {objects} of {size / 1e6:.1f} MB before, {merged_objects} of {merged_size / 1e6:.1f} MB after")
-        print(f"compaction    {seconds:.1f} s, {read_mb / seconds:.1f} MB/s; peak memory {peak_mb:.0f} MB")
+        print(f"compaction    {seconds:.1f} s, {read_mb / seconds:.1f} MB/s; peak memory {most_mb:.0f} MB")
         print(f"CPU           {cpu_s:.1f} core-seconds, {1000 * cpu_s / titles:.2f} ms a title")
         print(f"listing       {listing_s:.2f} s before, {timed(lambda: Output(uri, VERSION).list(SHOTS)):.2f} s after")
         after = timed_queries(duckdb.connect(), f"{root}/compacted/{SHOTS}", sample)
@@ -165,8 +166,7 @@ def compact_measured(uri: str) -> tuple[float, float, float, float]:
         for done in ordered_map(lambda shard: compact_shard(dataset, SHOTS, shard, lease), shards, CompactConfig().threads):
             result.add(done)
     seconds, cpu_s = time.monotonic() - begun, time.process_time() - cpu_begun
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return seconds, cpu_s, int(status["VmHWM"].split()[0]) / 1024, result.read_bytes / 1e6
+    return seconds, cpu_s, peak_mb(), result.read_bytes / 1e6
 
 
 def timed_queries(connection: Any, folder: str, shards: Iterable[str]) -> dict[str, float]:

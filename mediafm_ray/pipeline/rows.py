@@ -259,7 +259,7 @@ class Stage(ABC):
 
 @dataclass
 class _End:
-    """How a title ended at a stage."""
+    """The end of a title at a stage."""
 
     cells: Mapping[str, pa.Array] = field(default_factory=dict)  # Of the columns that the stage adds; empty where it gave none.
     outcome: str = ""  # Empty where it stays as it was.

@@ -141,7 +141,7 @@ def plan_backfill(config: BackfillCatalogConfig, model: Model | None = None, now
 
 @dataclass
 class ComparedWithAll(Compared):
-    """What a scheduled run needs of the titles and the objects of a survey."""
+    """The part of a scheduled run's plan that the titles and the objects of a survey give."""
 
     gone: Sequence[tuple[str, Sequence[ObjectInfo]]] = ()  # Titles that the catalog does not have.
     of_titles: int = 0  # Number of titles that have objects.

@@ -298,7 +298,7 @@ def in_order(found: Iterable[tuple[str, Result]]) -> list[Result]:
 
 @dataclass
 class Compared:
-    """What a plan needs of the titles of a survey, or of several."""
+    """The part of a plan that the titles of a survey, or of several, give."""
 
     pending: pa.Table  # PENDING_SCHEMA
     counts: Counter[str] = field(default_factory=Counter)  # Titles by class.

@@ -94,8 +94,7 @@ def compact_shard(
     """Compact one shard of the dataset ``name``. See the module.
 
     A merged file is written again only for ``min_titles`` titles that are new, replaced or deleted. ``scratch``: the folder that it is made
-    in, by default the temporary one. Raises LeaseLost, MergedFileError,
-    ReplacedMeanwhile and other errors of the store.
+    in, by default the temporary one. Raises LeaseLost, MergedFileError, ReplacedMeanwhile and other errors of the store.
     """
     output, result = dataset.output, Compaction()
     objects = output.list_objects(name, f"shard={shard}/")
@@ -193,7 +192,7 @@ def _write(
         # Readers would see the rows of a title that was deleted meanwhile until this process looks again, after the file is there.
         gone = taken - output.list_objects(name, f"shard={shard}/").keys()
         for title, source in gone:
-            output.store.write(merged.new_mark_name(name, shard, title, source), b"{}\n")
+            merged.write_mark(output.store, name, shard, title, source)
         output.store.replace(merged.file_name(name, shard), path, old.info if old else None)
     new = merged.open_merged(output.store, merged.file_name(name, shard))
     if new is None or [*new.titles] != writer.listed["titles"]:

@@ -260,9 +260,7 @@ class Output:
         shard = folder.removeprefix("shard=")
         if dataset == FAILURES or self.store.info(merged.file_name(dataset, shard)) is None:
             return ""
-        mark = merged.new_mark_name(dataset, shard, title, source)
-        self.store.write(mark, b"{}\n")
-        return mark
+        return merged.write_mark(self.store, dataset, shard, title, source)
 
     def write_model(self, model: Model) -> None:
         """Write model.json; the same version always has the same bytes."""

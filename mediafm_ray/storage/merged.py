@@ -76,9 +76,11 @@ def file_name(dataset: str, shard: str) -> str:
     return f"{COMPACTED}/{dataset}/shard={shard}/titles.parquet"
 
 
-def new_mark_name(dataset: str, shard: str, title: str, source: str) -> str:
-    """Return a name for a mark of deletion. Every mark has its own, so that removing one removes no later one."""
-    return f"{COMPACTED}/{dataset}/shard={shard}/_deleted/{title}@{source}.{secrets.token_hex(8)}.json"
+def write_mark(store: Store, dataset: str, shard: str, title: str, source: str) -> str:
+    """Write a mark of deletion; return its name. Every mark has its own, so that removing one removes no later one."""
+    name = f"{COMPACTED}/{dataset}/shard={shard}/_deleted/{title}@{source}.{secrets.token_hex(8)}.json"
+    store.write(name, b"{}\n")
+    return name
 
 
 def merged_schema(schema: pa.Schema) -> pa.Schema:

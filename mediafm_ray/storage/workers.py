@@ -101,8 +101,7 @@ def _begin(level: int) -> None:
     assert parent is not None
     threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
     logging.getLogger().setLevel(level)
-    gc.freeze()
-    gc.set_threshold(OBJECTS_PER_COLLECTION, *gc.get_threshold()[1:])
+    _collect_seldom()
 
 
 def _end_after(sentinel: int) -> None:
@@ -129,10 +128,14 @@ def few_collections() -> Iterator[None]:
     A plan makes millions of objects, hardly any of them in cycles.
     """
     before = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(OBJECTS_PER_COLLECTION, *before[1:])
+    _collect_seldom()
     try:
         yield
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
+
+
+def _collect_seldom() -> None:
+    gc.freeze()
+    gc.set_threshold(OBJECTS_PER_COLLECTION, *gc.get_threshold()[1:])
